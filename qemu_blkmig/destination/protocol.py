@@ -1,0 +1,235 @@
+"""The control protocol between coordinator and agent: JSON lines on the agent's stdin and stdout.
+
+Every request carries an `id` that its one reply repeats; replies may come in any order. Between request and reply of
+a copy or a comparison the agent may send `Progress`. Unknown keys and operations are refused; a line is at most
+`LINE_LIMIT` bytes. All offsets and lengths are bytes.
+
+The life of an agent: hello, inspect | prepare, then per disk open, copy*, flush, ..., close, at the end `bye`.
+When stdin ends without `bye` the agent ends its NBD servers and removes every image that it created and that was not
+yet closed; a closed image belongs to the switchover and is only ever removed by `discard`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL = 1
+LINE_LIMIT = 4 << 20
+BATCH_LIMIT = 16_384
+"""Most extents in one copy request."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Backing(Message):
+    """The shared base that an image is created upon; `path` as it is to stand in the image."""
+
+    path: str
+    format: str
+
+
+class Image(Message):
+    """What the destination is to hold for one disk; `size` is the virtual size.
+
+    `create`: make it; it must not exist yet. Otherwise it must exist, in this format and of this size.
+    `known_zero`: the user vouches that the existing image reads as zeroes (a created one always does).
+    """
+
+    disk: str
+    path: str
+    format: str
+    size: int
+    create: bool
+    known_zero: bool = False
+    backing: Backing | None = None
+    cluster_size: int | None = None
+
+
+class Hello(Message, tag="hello"):
+    version: str
+    protocol: int
+
+
+class Inspect(Message, tag="inspect"):
+    """Find everything that `Prepare` would fail on, and touch nothing."""
+
+    images: list[Image]
+
+
+class Prepare(Message, tag="prepare"):
+    """Check, lock and create the images; all or none."""
+
+    images: list[Image]
+
+
+class Open(Message, tag="open"):
+    """Connect to the source's export of a prepared disk and start its writer.
+
+    `socket`: path of the unix socket that the export is reached by. `private_layers`: with a shared base, how many
+    layers of the source's chain are above it; None without one. `requests`: most requests in flight on a connection.
+    `request_size`: bytes of the largest request. `zero_unit`: data is tested for zeroes in units of this many bytes.
+    """
+
+    disk: str
+    socket: str
+    export: str
+    connections: int
+    requests: int
+    request_size: int
+    zero_unit: int
+    private_layers: int | None = None
+
+
+class Copy(Message, tag="copy"):
+    disk: str
+    kind: Literal["bulk", "dirty"]
+    extents: list[tuple[int, int]]
+
+
+class Flush(Message, tag="flush"):
+    disk: str
+
+
+class Compare(Message, tag="compare"):
+    """Compare the whole of both sides, byte by byte; the guest must be paused."""
+
+    disk: str
+
+
+class Bandwidth(Message, tag="bandwidth"):
+    """Limit the payload of all disks together to `rate` bytes a second; None: no limit."""
+
+    rate: int | None
+
+
+class Cancel(Message, tag="cancel"):
+    """End the copy or comparison under way; that one's reply is an error of kind "cancelled"."""
+
+
+class Close(Message, tag="close"):
+    """End the disk's writer: flushed, NBD server exited, lock dropped."""
+
+    disk: str
+
+
+class Discard(Message, tag="discard"):
+    """Remove images that an agent created, told by the identity in `Created`; others and those in use are left."""
+
+    images: list[Created]
+
+
+class Bye(Message, tag="bye"):
+    """All is well; leave what is there and exit."""
+
+
+class Created(Message):
+    """An image that the agent made: removable only while it still is this very file."""
+
+    path: str
+    device: int
+    inode: int
+
+
+Operation = (
+    Hello | Inspect | Prepare | Open | Copy | Flush | Compare | Bandwidth | Cancel | Close | Discard | Bye
+)
+
+
+class Request(Message):
+    id: int
+    op: Operation
+
+
+class HelloReply(Message, tag="hello"):
+    version: str
+    protocol: int
+
+
+class Problem(Message):
+    """Something that would fail; `disk` is None where it concerns all."""
+
+    disk: str | None
+    what: str
+
+
+class InspectReply(Message, tag="inspect"):
+    """`free`: bytes free on the file system of the first image to be created; None where none is to be."""
+
+    problems: list[Problem]
+    free: int | None
+
+
+class PrepareReply(Message, tag="prepare"):
+    created: list[Created]
+
+
+class CopyReply(Message, tag="copy"):
+    copied: int
+    zeroed: int
+    skipped: int
+    seconds: float
+
+
+class CompareReply(Message, tag="compare"):
+    """`differ`: bytes of chunks that differ; `first`: offset of the first differing byte, None if equal."""
+
+    differ: int
+    first: int | None
+
+
+class CloseReply(Message, tag="close"):
+    """`allocated`: bytes that the image occupies at the destination."""
+
+    allocated: int
+
+
+class DiscardReply(Message, tag="discard"):
+    """Paths removed, and those left with the reason."""
+
+    removed: list[str]
+    left: list[str]
+
+
+class Done(Message, tag="done"):
+    """Done, with nothing to tell (open, flush, bandwidth, cancel, bye)."""
+
+
+class Failure(Message, tag="failure"):
+    """Why a request failed.
+
+    source-read: the source's export gave an error at `offset`. source-lost: the connection to it broke.
+    destination-write: writing, flushing or locking failed, `errno` tells how. refused: the request makes no sense
+    here or an image does not fit. cancelled: by `Cancel`. internal: a defect of the agent.
+    """
+
+    kind: Literal["source-read", "source-lost", "destination-write", "refused", "cancelled", "internal"]
+    what: str
+    disk: str | None = None
+    offset: int | None = None
+    errno: int | None = None
+
+
+Outcome = (
+    HelloReply | InspectReply | PrepareReply | CopyReply | CompareReply | CloseReply | DiscardReply | Done | Failure
+)
+
+
+class Reply(Message, tag="reply"):
+    id: int
+    outcome: Outcome
+
+
+class Progress(Message, tag="progress"):
+    """Bytes settled so far in the copy or comparison under way on `disk`; at most some ten a second."""
+
+    disk: str
+    copied: int
+    zeroed: int
+    skipped: int
+
+
+FromAgent = Reply | Progress

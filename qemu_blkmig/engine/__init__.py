@@ -1,0 +1,1 @@
+"""The block-migration engine: pure, everything from outside comes through `ports`."""

@@ -1,0 +1,122 @@
+"""The one tree of exceptions, each with what happened, to which disk, the state of things, and what to do next.
+
+    BlkmigError                    exit 1   base; never raised itself
+     +- RequestError                        one request was refused; the connection is intact: it may be repeated
+     +- ConnectionLost                      the peer is gone and the fate of what was under way is unknown: reconnect
+     +- MigrationError                      the migration failed, the source guest is the truth
+     |   +- TopologyChanged                 a snapshot, pivot, unplug, hot-plug, block job or backup came in between
+     |   +- GuestStateError                 the guest shut down, crashed, or is in a state that cannot be migrated
+     |   +- Stalled                         the predicted downtime does not come under the limit
+     |   +- SourceReadError                 the source disk cannot be read (offset)
+     |   +- DestinationWriteError           the destination image cannot be written (offset, errno)
+     |   +- DestinationFailed               the destination's QEMU or agent failed
+     +- Refused                    exit 3   preflight: nothing that existed before was touched
+     +- Undecided                  exit 4   which side owns the guest cannot be known; a person must look
+     +- ContentsDiffer             exit 5   source and destination differ
+     +- UsageError                 exit 2
+     +- Interrupted                128+n    by signal n
+
+The layers below `job` fill in *what* and *disk*; `job` adds *state* and *advice*, because only it knows them.
+"""
+
+from __future__ import annotations
+
+
+class BlkmigError(Exception):
+    """What happened (`what`), to which disk (`disk`), how things stand now (`state`), what to do next (`advice`)."""
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, disk: str | None = None, state: str | None = None, advice: str | None = None
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.disk = disk
+        self.state = state
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"disk {self.disk}: {self.what}" if self.disk else self.what
+
+
+class RequestError(BlkmigError):
+    """One request was refused by a peer that is still there; it may be repeated."""
+
+
+class ConnectionLost(BlkmigError):
+    """The peer is gone; what became of the requests under way cannot be known."""
+
+
+class MigrationError(BlkmigError):
+    """The migration failed; the source guest is the truth."""
+
+
+class TopologyChanged(MigrationError):
+    """The guest's disks are no longer those that the migration started with."""
+
+
+class GuestStateError(MigrationError):
+    """The guest shut down, crashed, or is in a run state that cannot be migrated."""
+
+
+class Stalled(MigrationError):
+    """The last round does not come to fit the downtime limit."""
+
+
+class SourceReadError(MigrationError):
+    """The source cannot be read at `offset` (bytes)."""
+
+    def __init__(self, what: str, *, disk: str, offset: int) -> None:
+        super().__init__(what, disk=disk)
+        self.offset = offset
+
+
+class DestinationWriteError(MigrationError):
+    """The destination cannot be written at `offset` (bytes; None where it is no matter of place); `errno` tells why."""
+
+    def __init__(self, what: str, *, disk: str, offset: int | None, errno: int) -> None:
+        super().__init__(what, disk=disk)
+        self.offset = offset
+        self.errno = errno
+
+
+class DestinationFailed(MigrationError):
+    """The destination's QEMU or the agent beside its storage failed."""
+
+
+class Refused(BlkmigError):
+    """Preflight refused; nothing that existed before was touched."""
+
+    exit_code = 3
+
+
+class Undecided(BlkmigError):
+    """Which side owns the guest cannot be known from here; a person must look."""
+
+    exit_code = 4
+
+
+class ContentsDiffer(BlkmigError):
+    """Source and destination differ, first at `offset` (bytes)."""
+
+    exit_code = 5
+
+    def __init__(self, what: str, *, disk: str, offset: int) -> None:
+        super().__init__(what, disk=disk)
+        self.offset = offset
+
+
+class UsageError(BlkmigError):
+    """The command line makes no sense."""
+
+    exit_code = 2
+
+
+class Interrupted(BlkmigError):
+    """A signal asked us to stop; the exit code is 128 + its number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__("interrupted")
+        self.signum = signum
+        self.exit_code = 128 + signum
