@@ -134,9 +134,7 @@ class Created(Message):
     inode: int
 
 
-Operation = (
-    Hello | Inspect | Prepare | Open | Copy | Flush | Compare | Bandwidth | Cancel | Close | Discard | Bye
-)
+Operation = Hello | Inspect | Prepare | Open | Copy | Flush | Compare | Bandwidth | Cancel | Close | Discard | Bye
 
 
 class Request(Message):
