@@ -1,0 +1,23 @@
+# Every target does its own set-up; `make demo` and `make test` are all that a newcomer needs.
+.PHONY: help setup demo test matrix clean
+
+help:
+	@echo "make demo    watch a running guest move to another QEMU with its disk"
+	@echo "make test    lint, quick tests, oldest dependencies, integration tests with real guests"
+	@echo "make matrix  the tests again on Debian 13 (QEMU 10), in a debootstrapped folder"
+	@echo "make setup   only what these need: Debian packages, .venv"
+
+setup:
+	@scripts/setup
+
+demo: setup
+	.venv/bin/qemu-blkmig demo $(DEMO_ARGS)
+
+test: setup
+	.venv/bin/tox $(TOX_ARGS)
+
+matrix: setup
+	scripts/matrix
+
+clean:
+	rm -rf .venv .tox .matrix build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
