@@ -1,0 +1,1 @@
+"""One migration as a job: planned, carried out, settled whatever happens."""

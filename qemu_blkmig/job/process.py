@@ -1,0 +1,50 @@
+"""A process told for certain: by pid and start time, so that a pid that was given anew is never taken for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from pathlib import Path
+
+import msgspec
+
+
+class ProcessId(msgspec.Struct, frozen=True):
+    """A process of this machine; `start` is its start time in clock ticks since boot (proc(5), stat field 22)."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId | None:
+        """The process that has `pid` now; None if there is none or it is a zombie."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return None
+        fields = stat[stat.rindex(")") + 2 :].split()
+        return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        return ProcessId.of(self.pid) == self
+
+    def kill(self, timeout: float) -> bool:
+        """End the process by SIGKILL and wait until it is gone; False if it still is there after `timeout` seconds."""
+        with contextlib.ExitStack() as stack:
+            try:
+                pidfd = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                return True
+            stack.callback(os.close, pidfd)
+            if not self.alive:
+                return True
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(timeout * 1000)
+            return not self.alive

@@ -1,0 +1,164 @@
+"""The record of one job: what was made and who owns the guest, on disk before it is acted upon.
+
+It is what a watchdog, or `qemu-blkmig cleanup`, goes by when the coordinator is no more. So every fact is saved (and
+synced, with its directory) *before* the step that makes it true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from qemu_blkmig.destination.protocol import Created
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.process import ProcessId
+
+STATE_VARIABLE = "QEMU_BLKMIG_STATE_DIR"
+
+
+class Owner(enum.Enum):
+    """Which side is the truth. UNDECIDED: handed over, and it is not yet known whether it was taken."""
+
+    SOURCE = "source"
+    UNDECIDED = "undecided"
+    DESTINATION = "destination"
+
+
+class Record(msgspec.Struct):
+    """What must be known to bring both sides to rest.
+
+    `run_state_taken`: we paused the guest, or are about to. `was_running`: it ran before that, so it has to again.
+    `nbd_server`: the source QEMU's NBD server is ours, or about to be. `images`: what the destination QEMU uses.
+    `created`: those of them that we made. `frozen_by`: the guest agent's socket while file systems are frozen.
+    """
+
+    job: str
+    runtime: str
+    source_qmp: str | None = None
+    source_process: ProcessId | None = None
+    owner: Owner = Owner.SOURCE
+    was_running: bool = True
+    run_state_taken: bool = False
+    nbd_server: bool = False
+    keep_source: bool = False
+    target_qmp: str | None = None
+    target_process: ProcessId | None = None
+    target_launched: bool = False
+    images: list[str] = []
+    created: list[Created] = []
+    frozen_by: str | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all that we make on the source begin with."""
+        return f"blkmig-{self.job}"
+
+
+def state_directory() -> Path:
+    """Where job records live: $QEMU_BLKMIG_STATE_DIR, else /var/lib/qemu-blkmig for root, else the XDG state home."""
+    if chosen := os.environ.get(STATE_VARIABLE):
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/var/lib/qemu-blkmig")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qemu-blkmig"
+
+
+class Job:
+    """A job's directory: the record, and a lock that lives as long as any process of the job (it is inherited)."""
+
+    def __init__(self, directory: Path, record: Record, lock: int) -> None:
+        self.directory = directory
+        self.record = record
+        self.lock = lock
+
+    @classmethod
+    def create(cls) -> Job:
+        """A new job with its private run-time directory (sockets). Raises `Refused` when the place can't be written."""
+        name = secrets.token_hex(4)
+        directory = state_directory() / name
+        try:
+            directory.mkdir(mode=0o700, parents=True)
+            runtime = tempfile.mkdtemp(prefix=f"blkmig-{name}-")
+            lock = _lock(directory)
+        except OSError as error:
+            raise Refused(
+                f"cannot make the job's directory {directory}: {error.strerror}",
+                advice=f"make {state_directory()} writable, or name another place by {STATE_VARIABLE}",
+            ) from error
+        job = cls(directory, Record(job=name, runtime=runtime), lock)
+        job.save()
+        return job
+
+    @classmethod
+    def load(cls, name: str) -> Job:
+        """A job that was left behind. Raises `Refused` if there is none of that name or a process of it still lives."""
+        directory = state_directory() / name
+        if not (directory / "record.json").exists():
+            raise Refused(f"there is no job {name} in {state_directory()}", advice="qemu-blkmig jobs lists them")
+        try:
+            lock = _lock(directory)
+        except BlockingIOError:
+            raise Refused(f"job {name} is still being worked on by its own processes", advice="cancel it there") from None
+        return cls(directory, read_record(directory), lock)
+
+    @property
+    def runtime(self) -> Path:
+        """The private directory for sockets."""
+        return Path(self.record.runtime)
+
+    def save(self) -> None:
+        """Make the record durable: written aside, synced, renamed, directory synced."""
+        aside = self.directory / "record.new"
+        with aside.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(self.record)))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(self.directory / "record.json")
+        directory = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def remove(self) -> None:
+        """Forget the job: nothing of it is left anywhere."""
+        shutil.rmtree(self.record.runtime, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the lock and leave the record."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+
+def read_record(directory: Path) -> Record:
+    """The record in a job's directory. Raises `OSError`, `msgspec.DecodeError`."""
+    return msgspec.json.decode((directory / "record.json").read_bytes(), type=Record)
+
+
+def left_behind() -> Iterator[Record]:
+    """Records of the jobs that are in the state directory, alive or not."""
+    for path in sorted(state_directory().glob("*/record.json")):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            yield read_record(path.parent)
+
+
+def _lock(directory: Path) -> int:
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock

@@ -1,0 +1,303 @@
+"""Brings both sides to rest after a failure: exactly one side owns the guest, it does not hang, nothing of ours is left.
+
+Used alike by the coordinator when something fails, by the watchdog when the coordinator is no more, and by `cleanup`.
+It goes by the job's record and by what both QEMUs say of themselves; it never guesses (DESIGN.md, invariant 5).
+
+What makes it safe: the destination QEMU never starts the guest by itself (it is told `stop` while it waits, which
+clears its autostart), so until our `cont` there the guest can run at the source only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from qemu_blkmig.destination import locks
+from qemu_blkmig.destination.protocol import Discard, DiscardReply
+from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused, RequestError
+from qemu_blkmig.job.process import ProcessId
+from qemu_blkmig.job.record import Job, Owner
+from qemu_blkmig.qmp.agent import GuestAgent
+from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.removal import remove_all
+from qemu_blkmig.transport.local import start_local
+
+log = logging.getLogger(__name__)
+
+REACH = 20.0
+"""Seconds in which a QEMU that is alive must become reachable; its QMP socket may be taken by another for a while."""
+SETTLE = 15.0
+"""Seconds in which a QEMU's own migration must come to an end, one way or the other."""
+ATTEMPTS = 3
+"""A QEMU that dies while it is being settled is found gone by the next attempt."""
+THAW = 10.0
+"""Seconds in which a guest agent must thaw."""
+
+UNDER_WAY = ("setup", "cancelling", "active", "pre-switchover", "device", "wait-unplug")
+OUR_PAUSE = ("paused", "postmigrate", "finish-migrate")
+
+
+@dataclass
+class Settlement:
+    """How things stand: who owns the guest, and in sentences what is so. `decided`: nothing is left to be done."""
+
+    owner: Owner
+    decided: bool = True
+    facts: list[str] = field(default_factory=list)
+
+
+class Unreachable(BlkmigError):
+    """A QEMU that is alive does not answer."""
+
+
+class Peer:
+    """One of the two QEMUs, connected to when first asked."""
+
+    def __init__(self, who: str, path: str | None, process: ProcessId | None, monitor: Monitor | None) -> None:
+        self.who = who
+        self._path = path
+        self.process = process
+        self._monitor = monitor
+
+    @property
+    def gone(self) -> bool:
+        """Whether it is known to run no more."""
+        return self._path is None or (self.process is not None and not self.process.alive)
+
+    async def monitor(self) -> Monitor | None:
+        """Its monitor; None when the QEMU is gone. Raises `Unreachable` when it lives and doesn't answer."""
+        if self._monitor is not None and not self._monitor.lost:
+            return self._monitor
+        deadline = asyncio.get_running_loop().time() + REACH
+        while True:
+            if self._path is None or self.gone:
+                return None
+            try:
+                self._monitor = await Monitor.connect(self._path, who=self.who, timeout=2.0)
+                return self._monitor
+            except (Refused, ConnectionLost, RequestError) as error:
+                if self.process is None and await _nobody_listens(self._path):
+                    return None
+                if asyncio.get_running_loop().time() > deadline:
+                    raise Unreachable(f"the {self.who} lives but does not answer on {self._path}: {error}") from error
+            await asyncio.sleep(0.1)
+
+    async def fence(self) -> bool:
+        """End this QEMU for certain; True when it is gone."""
+        if self.gone:
+            return True
+        try:
+            if (monitor := await self.monitor()) is not None:
+                with contextlib.suppress(RequestError, ConnectionLost):
+                    await monitor.execute("quit", timeout=5)
+        except Unreachable as error:
+            log.warning("%s", error)
+        gone: Callable[[], Awaitable[bool]] = self._is_gone
+        if await _until(gone, 10):
+            return True
+        return self.process is not None and await asyncio.to_thread(self.process.kill, 10)
+
+    async def _is_gone(self) -> bool:
+        if self.process is not None:
+            return not self.process.alive
+        return self._path is None or await _nobody_listens(self._path)
+
+    async def close(self) -> None:
+        """Let go of the monitor."""
+        if self._monitor is not None:
+            await self._monitor.close()
+
+
+async def settle(job: Job, source: Monitor | None = None, destination: Monitor | None = None) -> Settlement:
+    """Settle the job. `source` and `destination` are live monitors, where the caller has them.
+
+    Saves every decision in the job's record before it acts upon it. Does not raise for what it meets: what could not
+    be settled is told in the settlement, with `decided` False, and the record stays for another try.
+    """
+    record = job.record
+    here = Peer("source QEMU", record.source_qmp, record.source_process, source)
+    there = Peer("destination QEMU", record.target_qmp, record.target_process, destination)
+    settlement = Settlement(record.owner)
+    try:
+        for attempt in range(ATTEMPTS):
+            settlement.facts.clear()
+            try:
+                await _settle(job, here, there, settlement)
+                break
+            except ConnectionLost:
+                if attempt == ATTEMPTS - 1:
+                    raise
+    except (BlkmigError, OSError, TimeoutError) as error:
+        log.warning("settling job %s: %s", record.job, error, exc_info=log.isEnabledFor(logging.DEBUG))
+        settlement.decided = False
+        settlement.facts.append(f"job {record.job} could not be brought to rest: {error}")
+    finally:
+        settlement.owner = record.owner
+        for peer in (here, there):
+            await peer.close()
+    if settlement.owner is Owner.UNDECIDED:
+        settlement.decided = False
+    return settlement
+
+
+async def _settle(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
+    if job.record.owner is Owner.UNDECIDED:
+        job.record.owner = await _decide(job, here, there, settlement)
+        job.save()
+    if job.record.owner is Owner.SOURCE:
+        await _return_to_source(job, here, there, settlement)
+    elif job.record.owner is Owner.DESTINATION:
+        await _leave_to_destination(job, here, settlement)
+
+
+async def _decide(job: Job, here: Peer, there: Peer, settlement: Settlement) -> Owner:
+    """After the handover: did the destination take the guest? Leaves a destination that did not take it fenced."""
+    if (source := await here.monitor()) is not None:
+        status = await _conclude(source)
+        if status in UNDER_WAY:
+            settlement.facts.append(f"the source's migration is still in state {status}")
+            return Owner.UNDECIDED
+        arrived = status == "completed"
+    else:
+        settlement.facts.append("the source QEMU is gone")
+        arrived = True
+    if arrived and await _take(job, there):
+        return Owner.DESTINATION
+    if await there.fence():
+        return Owner.SOURCE
+    settlement.facts.append("the destination QEMU neither took the guest nor could be ended")
+    return Owner.UNDECIDED
+
+
+async def _conclude(source: Monitor) -> str:
+    """Let the source's migration end; one that waits to be continued is cancelled. Returns its status."""
+    status = await _migration_status(source)
+    if status == "pre-switchover":
+        await source.execute("migrate_cancel")
+
+    async def ended() -> bool:
+        return await _migration_status(source) not in UNDER_WAY
+
+    await _until(ended, SETTLE)
+    return await _migration_status(source)
+
+
+async def _take(job: Job, there: Peer) -> bool:
+    """Whether the destination has the guest, started there if it ran before."""
+    destination = await there.monitor()
+    if destination is None:
+        return False
+
+    async def ended() -> bool:
+        return await _migration_status(destination) not in ("setup", "active", "none")
+
+    await _until(ended, SETTLE)
+    if await _migration_status(destination) != "completed":
+        return False
+    if not job.record.was_running:
+        return all(locks.in_use(path) for path in job.record.images)
+    try:
+        await destination.execute("cont")
+        return bool((await destination.execute("query-status"))["running"])
+    except RequestError as error:
+        log.warning("the destination cannot start the guest: %s", error)
+        return False
+
+
+async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
+    record = job.record
+    if record.target_launched and not await there.fence():
+        settlement.decided = False
+        settlement.facts.append(f"the destination QEMU (pid {there.process and there.process.pid}) could not be ended")
+    source = await here.monitor()
+    if source is None:
+        settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote")
+    else:
+        if await _migration_status(source) in UNDER_WAY:
+            await source.execute("migrate_cancel")
+            await _conclude(source)
+        if record.frozen_by is not None:
+            await _thaw(record.frozen_by, settlement)
+        await _give_back_run_state(job, source, settlement)
+        await remove_all(source, prefix=record.prefix, nbd_server_is_ours=record.nbd_server)
+    await _discard(job, settlement)
+
+
+async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement) -> None:
+    status = await source.execute("query-status")
+    ours = job.record.run_state_taken and job.record.was_running and status["status"] in OUR_PAUSE
+    if ours and not status["running"]:
+        await source.execute("cont")
+        status = await source.execute("query-status")
+    if status["running"]:
+        settlement.facts.append("the guest runs at the source")
+    else:
+        settlement.facts.append(f"the guest is at the source, not running (run state {status['status']})")
+
+
+async def _thaw(path: str, settlement: Settlement) -> None:
+    try:
+        agent = await GuestAgent.connect(path)
+        try:
+            await agent.thaw(THAW)
+        finally:
+            await agent.close()
+    except BlkmigError as error:
+        settlement.facts.append(f"the guest's file systems may still be frozen: {error}")
+
+
+async def _discard(job: Job, settlement: Settlement) -> None:
+    if not job.record.created:
+        return
+    agent = await start_local()
+    try:
+        reply = await agent.request(Discard(job.record.created))
+    finally:
+        await agent.close()
+    if isinstance(reply, DiscardReply) and reply.left:
+        settlement.facts.append(f"incomplete images were left at the destination: {', '.join(reply.left)}")
+    else:
+        settlement.facts.append("the incomplete images at the destination were removed")
+
+
+async def _leave_to_destination(job: Job, here: Peer, settlement: Settlement) -> None:
+    settlement.facts.append(
+        "the guest runs at the destination" if job.record.was_running else "the guest is at the destination, paused"
+    )
+    source = await here.monitor()
+    if source is None:
+        return
+    if job.record.keep_source:
+        await remove_all(source, prefix=job.record.prefix, nbd_server_is_ours=job.record.nbd_server)
+        settlement.facts.append("the source QEMU was kept; `cont` there would start the guest a second time")
+    elif not await here.fence():
+        settlement.decided = False
+        settlement.facts.append("the source QEMU could not be ended; never `cont` it: that would start the guest twice")
+
+
+async def _migration_status(monitor: Monitor) -> str:
+    return str((await monitor.execute("query-migrate")).get("status", "none"))
+
+
+async def _nobody_listens(path: str) -> bool:
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except (ConnectionRefusedError, FileNotFoundError):
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return False
+
+
+async def _until(condition: Callable[[], Awaitable[bool]], seconds: float) -> bool:
+    """Poll until the condition holds; False when it does not within `seconds`."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not await condition():
+        if asyncio.get_running_loop().time() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True

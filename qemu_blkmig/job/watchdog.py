@@ -1,0 +1,148 @@
+"""A small process that outlives the coordinator and then brings the job to rest: no guest is left hanging.
+
+Run as `python -m qemu_blkmig.job.watchdog JOB-DIRECTORY LOCK-FD COORDINATOR-PID`; the coordinator holds the other end
+of its stdin and writes lines: `alive` once a second; `arm SECONDS` before it pauses, freezes or throttles, from when
+on a coordinator that has not been heard for so long is ended; `disarm`; `done` when nothing is left to be done. At
+the end of file without `done` (the coordinator is dead) the watchdog settles the job by its record.
+
+Only the standard library is loaded until then, to be small.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+HEARTBEAT = 1.0
+"""Seconds between two signs of life."""
+
+
+class Watchdog:
+    """The coordinator's handle on its watchdog process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._heart = asyncio.get_running_loop().create_task(self._beat())
+
+    @classmethod
+    async def start(cls, directory: Path, lock: int) -> Watchdog:
+        """Start the watchdog of the job in `directory`; it inherits the job's `lock`. Returns once it stands."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", __name__, str(directory), str(lock), str(os.getpid()),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=(lock,), start_new_session=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        if await process.stdout.readline() != b"standing\n":
+            raise OSError(f"the watchdog did not start (exit status {await process.wait()})")
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def arm(self, seconds: float) -> None:
+        """From now on be ended, and the job settled, if no sign of life comes for `seconds`."""
+        self._tell(f"arm {seconds}")
+
+    def disarm(self) -> None:
+        """Silence is no longer a reason to act; only the coordinator's end is."""
+        self._tell("disarm")
+
+    async def dismiss(self) -> None:
+        """The job is settled: the watchdog ends without doing anything."""
+        self._heart.cancel()
+        self._tell("done")
+        await self._process.wait()
+
+    async def _beat(self) -> None:
+        while True:
+            self._tell("alive")
+            await asyncio.sleep(HEARTBEAT)
+
+    def _tell(self, line: str) -> None:
+        stdin = self._process.stdin
+        if stdin is not None and not stdin.is_closing():
+            stdin.write(f"{line}\n".encode())
+
+
+def watch(stdin: int, coordinator: int) -> bool:
+    """Watch until the coordinator is dismissed from our care (False) or must be stood in for (True).
+
+    `coordinator` is a pidfd: a coordinator that is armed and silent for too long is ended before this returns.
+    """
+    limit: float | None = None
+    heard = time.monotonic()
+    pending = b""
+    poll = select.poll()
+    poll.register(stdin, select.POLLIN | select.POLLHUP)
+    while True:
+        wait = None if limit is None else max(0.0, heard + limit - time.monotonic()) * 1000
+        if not poll.poll(wait):
+            _end(coordinator)
+            return True
+        data = os.read(stdin, 4096)
+        if not data:
+            return True
+        heard = time.monotonic()
+        *lines, pending = (pending + data).split(b"\n")
+        for line in lines:
+            match line.split():
+                case [b"done"]:
+                    return False
+                case [b"arm", seconds]:
+                    limit = float(seconds)
+                case [b"disarm"]:
+                    limit = None
+
+
+def _end(coordinator: int) -> None:
+    """Kill the coordinator and wait until it is gone, so that its QMP connections are free."""
+    signal.pidfd_send_signal(coordinator, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(coordinator, select.POLLIN)
+    poll.poll()
+
+
+def stand_in(directory: Path, lock: int) -> None:
+    """Settle the job of a coordinator that is no more, and say what became of it on stderr."""
+    from qemu_blkmig.job.record import Job, read_record
+    from qemu_blkmig.job.settle import settle
+
+    if not (directory / "record.json").exists():
+        return
+    job = Job(directory, read_record(directory), lock)
+    settlement = asyncio.run(settle(job))
+    _say(f"the coordinator of job {job.record.job} ended unexpectedly: {'; '.join(settlement.facts)}")
+    if settlement.decided:
+        job.remove()
+    else:
+        _say(f"look at both sides, then run: qemu-blkmig cleanup {job.record.job}")
+
+
+def _say(text: str) -> None:
+    try:
+        print(f"qemu-blkmig watchdog: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        return
+
+
+def main(arguments: list[str]) -> None:
+    """The watchdog process."""
+    directory, lock, parent = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    coordinator = os.pidfd_open(parent)
+    os.write(sys.stdout.fileno(), b"standing\n")
+    os.close(sys.stdout.fileno())
+    if watch(sys.stdin.fileno(), coordinator):
+        stand_in(directory, lock)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
