@@ -111,8 +111,16 @@ class Peer:
             await self._monitor.close()
 
 
-async def settle(job: Job, source: Monitor | None = None, destination: Monitor | None = None) -> Settlement:
-    """Settle the job. `source` and `destination` are live monitors, where the caller has them.
+async def settle(
+    job: Job,
+    source: Monitor | None = None,
+    destination: Monitor | None = None,
+    release_images: Callable[[], Awaitable[None]] | None = None,
+) -> Settlement:
+    """Settle the job. `source` and `destination` are live monitors, where the caller has them; they are closed.
+
+    `release_images` ends what of the caller's still has the destination's images open, before they are removed; the
+    guest does not wait for it.
 
     Saves every decision in the job's record before it acts upon it. Does not raise for what it meets: what could not
     be settled is told in the settlement, with `decided` False, and the record stays for another try.
@@ -126,6 +134,10 @@ async def settle(job: Job, source: Monitor | None = None, destination: Monitor |
             settlement.facts.clear()
             try:
                 await _settle(job, here, there, settlement)
+                if release_images is not None:
+                    await release_images()
+                if record.owner is Owner.SOURCE:
+                    await _discard(job, settlement)
                 break
             except ConnectionLost:
                 if attempt == ATTEMPTS - 1:
@@ -209,9 +221,6 @@ async def _take(job: Job, there: Peer) -> bool:
 
 async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
     record = job.record
-    if record.target_launched and not await there.fence():
-        settlement.decided = False
-        settlement.facts.append(f"the destination QEMU (pid {there.process and there.process.pid}) could not be ended")
     source = await here.monitor()
     if source is None:
         settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote")
@@ -219,11 +228,13 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
         if await _migration_status(source) in UNDER_WAY:
             await source.execute("migrate_cancel")
             await _conclude(source)
+        await _give_back_run_state(job, source, settlement)
         if record.frozen_by is not None:
             await _thaw(record.frozen_by, settlement)
-        await _give_back_run_state(job, source, settlement)
         await remove_all(source, prefix=record.prefix, nbd_server_is_ours=record.nbd_server)
-    await _discard(job, settlement)
+    if record.target_launched and not await there.fence():
+        settlement.decided = False
+        settlement.facts.append(f"the destination QEMU (pid {there.process and there.process.pid}) could not be ended")
 
 
 async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement) -> None:

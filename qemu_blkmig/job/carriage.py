@@ -1,0 +1,108 @@
+"""Everything that carries a guest's disks across: exports and bitmaps at the source, the mover, the engine between them.
+
+Shared by `migrate` and `copy`; owns nothing of the guest's run state.
+"""
+
+from __future__ import annotations
+
+from qemu_blkmig.destination.protocol import Close, CloseReply, Compare, CompareReply, Open, Prepare, PrepareReply
+from qemu_blkmig.engine.device import DiskSpec
+from qemu_blkmig.engine.migration import BlockMigration, Tuning
+from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
+from qemu_blkmig.errors import ContentsDiffer
+from qemu_blkmig.job.options import Transfer
+from qemu_blkmig.job.plan import Plan
+from qemu_blkmig.job.record import Job
+from qemu_blkmig.job.reporting import Reporter
+from qemu_blkmig.job.result import DiskResult
+from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.mover import RemoteMover
+
+
+class Carriage:
+    """The disks' way to the destination, from prepared images to closed ones."""
+
+    def __init__(self, job: Job, plan: Plan, agent: AgentClient, transfer: Transfer, reporter: Reporter) -> None:
+        self._job = job
+        self._plan = plan
+        self._agent = agent
+        self._transfer = transfer
+        self._reporter = reporter
+        self._allocated: dict[str, int] = {}
+
+    async def prepare(self) -> None:
+        """Create or check, and lock, the destination's images."""
+        images = list(self._plan.images.values())
+        self._job.record.images = [image.path for image in images]
+        reply = await self._agent.request(Prepare(images))
+        if not isinstance(reply, PrepareReply):
+            raise TypeError(f"unexpected reply {reply}")
+        self._job.record.created = reply.created
+        self._job.save()
+
+    async def open(self, socket: str, exports: dict[str, str], private_layers: int | None) -> None:
+        """Connect the mover to the source's exports (by disk name), reached through the unix socket `socket`."""
+        for disk in self._plan.disks:
+            await self._agent.request(
+                Open(
+                    disk=disk.name,
+                    socket=socket,
+                    export=exports[disk.name],
+                    connections=self._transfer.connections,
+                    requests=self._transfer.requests,
+                    request_size=self._transfer.request_size,
+                    zero_unit=self._transfer.granularity,
+                    private_layers=private_layers if self._plan.images[disk.name].backing else None,
+                )
+            )
+
+    async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
+        """The engine over these disks, with the bandwidth limit set."""
+        mover = RemoteMover(self._agent, self._reporter.moving)
+        await mover.set_bandwidth(self._transfer.bandwidth)
+        return BlockMigration(
+            [DiskSpec(disk.name, disk.size) for disk in self._plan.disks],
+            log, mover, guest, clock,
+            Tuning(chunk_size=self._transfer.chunk_size, range_size=128 << 20),
+            self._reporter.figures,
+        )  # fmt: skip
+
+    async def compare(self) -> None:
+        """Compare both sides in full; the guest must be paused. Raises `ContentsDiffer`."""
+        for disk in self._plan.disks:
+            reply = await self._agent.request(Compare(disk.name))
+            if isinstance(reply, CompareReply) and reply.first is not None:
+                raise ContentsDiffer(
+                    f"source and destination differ, first at byte {reply.first}, in chunks of {reply.differ} bytes in all",
+                    disk=disk.name,
+                    offset=reply.first,
+                )
+
+    async def close(self) -> None:
+        """End all writers: their images are stable, unlocked and ready to be activated by a QEMU."""
+        for disk in self._plan.disks:
+            reply = await self._agent.request(Close(disk.name))
+            if isinstance(reply, CloseReply):
+                self._allocated[disk.name] = reply.allocated
+
+    def results(self, engine: BlockMigration) -> list[DiskResult]:
+        """What was done, disk by disk; after `close`."""
+        figures = {disk.name: disk for disk in engine.figures().disks}
+        results = []
+        for disk in self._plan.disks:
+            image, own = self._plan.images[disk.name], figures[disk.name]
+            results.append(
+                DiskResult(
+                    name=disk.name,
+                    source=disk.filename,
+                    destination=image.path,
+                    format=image.format,
+                    virtual_size=disk.size,
+                    allocated=self._allocated.get(disk.name, 0),
+                    copied=own.copied,
+                    zeroed=own.zeroed,
+                    skipped=own.skipped,
+                    rounds=own.rounds,
+                )
+            )
+        return results

@@ -1,0 +1,59 @@
+"""Ctrl-C and its like: the first one cancels cleanly, is put off in a handover; a second one insists."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupts:
+    """Turns signals into the cancellation of one task.
+
+    In `deferred` (the handover) a signal is only remembered: what has begun there must be brought to an end, which
+    takes moments. A second signal outside of it ends this process at once, and the watchdog settles the job.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._deferring = False
+        self._task: asyncio.Task[object] | None = None
+        self.received: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch for signals on behalf of the current task."""
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        for signum in SIGNALS:
+            loop.add_signal_handler(signum, self._on_signal, signum)
+        try:
+            yield
+        finally:
+            for signum in SIGNALS:
+                loop.remove_signal_handler(signum)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """The handover: put signals off until it is over."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _on_signal(self, signum: signal.Signals) -> None:
+        if self._deferring:
+            self._tell("the handover is under way and takes moments: the interrupt waits for it")
+            self.received = self.received or signum
+        elif self.received is None:
+            self._tell("interrupted: cancelling (interrupt again to insist)")
+            self.received = signum
+            if self._task is not None:
+                self._task.cancel()
+        else:
+            os._exit(128 + signum)

@@ -1,0 +1,217 @@
+"""The life of a job: everything that it makes, and its end, in which nothing of it is left, whatever happened."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from qemu_blkmig.errors import BlkmigError, Interrupted, MigrationError, Refused, Undecided
+from qemu_blkmig.job.guard import Guard
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.plan import Plan
+from qemu_blkmig.job.process import ProcessId
+from qemu_blkmig.job.record import Job, Owner
+from qemu_blkmig.job.reporting import Reporter
+from qemu_blkmig.job.result import Result
+from qemu_blkmig.job.settle import Settlement, settle
+from qemu_blkmig.job.target import TargetQemu
+from qemu_blkmig.job.watchdog import Watchdog
+from qemu_blkmig.qmp.dirtylog import BitmapLog
+from qemu_blkmig.qmp.disks import Disk
+from qemu_blkmig.qmp.exports import ExportServer
+from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.topology import Topology
+from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.local import start_local
+
+log = logging.getLogger(__name__)
+
+
+class Lifecycle:
+    """The job's parts, made in order. `conduct` runs the work and brings everything to rest after it."""
+
+    def __init__(self, reporter: Reporter, interrupts: Interrupts) -> None:
+        self._reporter = reporter
+        self._interrupts = interrupts
+        self._guard: Guard | None = None
+        self._source: Monitor | None = None
+        self._exports: ExportServer | None = None
+        self._agent: AgentClient | None = None
+        self.target: TargetQemu | None = None
+
+    async def __aenter__(self) -> Lifecycle:
+        self.job = Job.create()
+        try:
+            self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
+        except OSError as error:
+            self.job.remove()
+            raise Refused(f"cannot start the watchdog: {error}", state="nothing was touched") from error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.watchdog.dismiss()
+        self.job.release()
+
+    @property
+    def source(self) -> Monitor:
+        """The source QEMU's monitor, once connected."""
+        if self._source is None:
+            raise RuntimeError("the source is not connected yet")
+        return self._source
+
+    @property
+    def exports(self) -> ExportServer:
+        """The source's NBD server, once opened."""
+        if self._exports is None:
+            raise RuntimeError("the source is not opened yet")
+        return self._exports
+
+    async def connect_source(self, path: str) -> Monitor:
+        """Connect to the source QEMU. Raises `Refused`."""
+        self._source = await Monitor.connect(path, who="source QEMU")
+        self.job.record.source_qmp = path
+        self.job.record.source_process = ProcessId.of(self._source.peer_pid) if self._source.peer_pid else None
+        self.job.save()
+        return self._source
+
+    async def start_agent(self) -> AgentClient:
+        """Start the agent beside the destination's storage."""
+        self._agent = await start_local()
+        return self._agent
+
+    async def attach_target(self, path: str) -> None:
+        """Connect to a destination QEMU that already waits. Raises `Refused`."""
+        self.target = await TargetQemu.attach(path)
+        self.job.record.target_qmp = path
+        self.job.record.target_process = self.target.process
+        self.job.save()
+
+    async def launch_target(self, arguments: Sequence[str], directory: Path) -> TargetQemu:
+        """Start the destination QEMU. Raises `Refused`."""
+        self.target = await TargetQemu.launch(self.job, arguments, directory)
+        return self.target
+
+    async def drop_target(self) -> None:
+        """End the destination QEMU that we launched: it took part in an attempt that was called off."""
+        process = self.job.record.target_process
+        if self._guard is not None:
+            await self._guard.stand_down()
+        if self.target is not None:
+            await self.target.close()
+        if process is not None and not await asyncio.to_thread(process.kill, 10):
+            raise MigrationError(f"the destination QEMU (pid {process.pid}) could not be ended")
+
+    def guard(self) -> Guard:
+        """Start to watch the guest and the destination QEMU, on behalf of the task that calls this."""
+        work = asyncio.current_task()
+        if work is None:
+            raise RuntimeError("a guard needs a task to watch over")
+        self._guard = Guard(self.job, self.source, self.target, work)
+        return self._guard
+
+    async def open_source(self, plan: Plan, granularity: int, shared_base: bool) -> tuple[BitmapLog, dict[str, str]]:
+        """Start the source's NBD server, with a lasting export for each disk.
+
+        Returns the record of what the guest writes, and the exports' names by disk.
+        """
+        prefix = self.job.record.prefix
+        self._exports = ExportServer(self.source, self.job.runtime / "source.nbd")
+        topology = await Topology.snapshot(self.source, plan.disks)
+        await self._exports.start()
+        self.job.record.nbd_server = True
+        self.job.save()
+        names = {}
+        for number, disk in enumerate(plan.disks):
+            names[disk.name] = f"{prefix}-data{number}"
+            await self._exports.add(names[disk.name], disk.node, allocation_depth=shared_base and disk.backing is not None)
+        log_ = BitmapLog(
+            self.source, plan.disks, prefix=prefix, granularity=granularity, exports=self._exports, topology=topology
+        )
+        return log_, names
+
+    async def conduct(self, work: Coroutine[None, None, Result]) -> Result:
+        """Run the work; then end the job. Raises a `BlkmigError` that tells the state of things."""
+        with self._interrupts.watching():
+            try:
+                result = await work
+            except (Exception, asyncio.CancelledError) as error:
+                raise await self._fail(error) from error
+            with self._interrupts.deferred():
+                return await self._conclude(result)
+
+    async def settle(self) -> Settlement:
+        """Bring both sides to rest, by what the record says."""
+        target = self.target.monitor if self.target is not None else None
+        return await settle(self.job, self._source, target, self._release_images)
+
+    async def _conclude(self, result: Result) -> Result:
+        if self._guard is not None:
+            await self._guard.stand_down()
+        if self._agent is not None:
+            await self._agent.close()
+            self._agent = None
+        if self.job.record.owner is Owner.DESTINATION:
+            settlement = await self.settle()
+            result.warnings.extend(settlement.facts[1:])
+        elif self._exports is not None:
+            await self._exports.stop()
+        await self._let_go()
+        self.job.remove()
+        return result
+
+    async def _fail(self, error: BaseException) -> BlkmigError:
+        failure = await self._explain(error)
+        if self._guard is not None:
+            await self._guard.stand_down()
+        if self.job.record.source_qmp is None:
+            await self._release_images()
+            failure.state = failure.state or "nothing was touched"
+            self.job.remove()
+            return failure
+        settlement = await self.settle()
+        await self._let_go()
+        failure = _told(failure, settlement, self.job)
+        if settlement.decided:
+            self.job.remove()
+        return failure
+
+    async def _explain(self, error: BaseException) -> BlkmigError:
+        """What happened, as one of our own errors."""
+        if isinstance(error, BlkmigError):
+            return await self._guard.explain(error) if self._guard is not None else error
+        if self._guard is not None and self._guard.error is not None:
+            return self._guard.error
+        if self._interrupts.received is not None:
+            return Interrupted(self._interrupts.received)
+        log.error("defect", exc_info=error)
+        return MigrationError(f"a defect of qemu-blkmig: {type(error).__name__}: {error}", advice="please report it")
+
+    async def _release_images(self) -> None:
+        if self._agent is not None:
+            agent, self._agent = self._agent, None
+            await agent.abandon()
+
+    async def _let_go(self) -> None:
+        if self._source is not None:
+            await self._source.close()
+        if self.target is not None:
+            await self.target.close()
+
+
+def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError:
+    state = "; ".join(settlement.facts)
+    if settlement.decided:
+        failure.state = state
+        failure.advice = failure.advice or "mend the cause and run the same command again"
+        return failure
+    undecided = Undecided(
+        str(failure), state=state,
+        advice=f"make sure that the guest runs on one side only, then run: qemu-blkmig cleanup {job.record.job}",
+    )  # fmt: skip
+    undecided.__cause__ = failure
+    return undecided

@@ -1,0 +1,283 @@
+"""`migrate`: a running guest moves with its disks, or (`--pause-only`) its disks do while it stays paused here.
+
+Phases: prepare; bulk; dirty rounds until the last one would fit the downtime; RAM by QEMU's own migration while rounds
+go on; switchover in `pre-switchover`, with the guest paused; handover. Until the record says "undecided" the source is
+the truth and everything can be undone; after it `settle` finds out who has the guest (DESIGN.md, "Switchover").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+
+from qemu_blkmig.destination import locks
+from qemu_blkmig.engine.convergence import Policy, Verdict
+from qemu_blkmig.engine.migration import BlockMigration
+from qemu_blkmig.engine.ports import Clock
+from qemu_blkmig.errors import BlkmigError, DestinationFailed, GuestStateError, MigrationError, RequestError, Stalled
+from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.options import MigrateOptions, OnStall
+from qemu_blkmig.job.plan import Plan, Planner, verify_launched
+from qemu_blkmig.job.record import Owner
+from qemu_blkmig.job.reporting import Reporter, Stopwatch
+from qemu_blkmig.job.result import Downtime, Result
+from qemu_blkmig.job.target import TargetQemu
+from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.qmp.ram import RamMigration
+from qemu_blkmig.units import show_seconds
+
+SHARE_OF_DISKS = 0.5
+"""The disks' share of the downtime that the rounds aim at; the rest is for RAM and device state."""
+LEAST_FOR_RAM = 0.01
+"""Seconds of downtime that RAM is left at least."""
+PATIENCE = 10.0
+"""Seconds that the last pass may take at least, whatever was predicted, before the guest is given back."""
+ATTEMPTS = 3
+"""Times that RAM is migrated anew when the disks were too dirty at the pause."""
+
+
+async def migrate(options: MigrateOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
+    """Migrate a guest. Raises a `BlkmigError` that tells the state of things; nothing of ours is left then."""
+    async with Lifecycle(reporter, interrupts) as life:
+        run = _Run(life, options, reporter, interrupts, clock)
+        return await life.conduct(run.whole())
+
+
+class _Run:
+    """One migration, phase by phase."""
+
+    def __init__(
+        self, life: Lifecycle, options: MigrateOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock
+    ) -> None:
+        self._life = life
+        self._job = life.job
+        self._options = options
+        self._reporter = reporter
+        self._interrupts = interrupts
+        self._clock = clock
+        self._watch = Stopwatch(clock, reporter)
+        self._budget = options.downtime * SHARE_OF_DISKS
+
+    async def whole(self) -> Result:
+        """All phases."""
+        with self._watch.phase("prepare"):
+            await self._prepare()
+        with self._watch.phase("bulk"):
+            await self._engine.setup()
+            await self._engine.bulk()
+        await self._converge()
+        if self._options.pause_only:
+            downtime = await self._pause_here()
+        else:
+            downtime = await self._switch_over()
+        return self._result(downtime)
+
+    async def _prepare(self) -> None:
+        options, life = self._options, self._life
+        source = await life.connect_source(options.source)
+        agent = await life.start_agent()
+        if options.target.qmp is not None:
+            await life.attach_target(options.target.qmp)
+        planner = Planner(source, agent, options.selection, options.target.directory)
+        self._plan: Plan = await planner.plan(life.target, self._job.record.prefix)
+        self._plan.require()
+        for warning in self._plan.warnings:
+            self._reporter.note(warning)
+        self._job.record.keep_source = options.keep_source
+        self._guest = QemuGuest(source)
+        self._job.record.was_running = not await self._guest.is_paused()
+        self._carriage = Carriage(self._job, self._plan, agent, options.transfer, self._reporter)
+        await self._carriage.prepare()
+        if options.target.launch is not None:
+            await self._launch()
+        self._guard = life.guard()
+        shared = options.selection.shared_base
+        recording, exports = await life.open_source(self._plan, options.transfer.granularity, shared)
+        await self._carriage.open(str(life.exports.socket_path), exports, 1 if shared else None)
+        self._engine: BlockMigration = await self._carriage.engine(recording, self._guest, self._clock)
+
+    async def _launch(self) -> None:
+        target = await self._life.launch_target(self._options.target.launch_arguments(), self._options.target.directory)
+        verify_launched(self._plan, (await target.inventory()).disks)
+
+    async def _converge(self) -> None:
+        """Rounds until the last one would fit. Raises `Stalled` when it does not and the user wants no more."""
+        options = self._options
+        bound = None if options.on_stall is OnStall.WAIT else options.max_rounds
+        with self._watch.phase("dirty"):
+            verdict = await self._engine.converge(Policy(downtime=self._budget, max_rounds=bound))
+        if verdict is Verdict.FITS:
+            return
+        figures = self._engine.figures()
+        text = (
+            f"after {figures.round} rounds the last one is still predicted to take "
+            f"{show_seconds(figures.predicted or 0)}, more than the disks' share ({show_seconds(self._budget)}) "
+            f"of --downtime: the guest writes faster than its disks are copied"
+        )
+        if options.on_stall is OnStall.ABORT:
+            raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
+        self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
+
+    async def _pause_here(self) -> Downtime:
+        self._take_run_state()
+        self._guard.ignore_pauses()
+        with self._watch.phase("switchover"):
+            paused = self._clock.now()
+            await self._guest.pause()
+            await self._complete()
+        await self._verify()
+        await self._carriage.close()
+        await self._engine.finish()
+        took = self._clock.now() - paused
+        return Downtime(total=took, disk=took, ram=0.0)
+
+    async def _switch_over(self) -> Downtime | None:
+        for attempt in itertools.count(1):
+            ram = await self._migrate_ram()
+            if await self._fits_now():
+                break
+            await ram.cancel()
+            await self._too_dirty(attempt)
+        paused = self._clock.now()
+        with self._watch.phase("switchover"):
+            await self._complete()
+        await self._verify()
+        return await self._hand_over(ram, paused)
+
+    async def _migrate_ram(self) -> RamMigration:
+        """QEMU's own migration up to the pause, while the disks are kept in step."""
+        target = self._target()
+        with self._watch.phase("ram"):
+            self._take_run_state()
+            predicted = self._engine.figures().predicted or 0.0
+            ram = RamMigration(self._life.source, target.monitor)
+            stepping = asyncio.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
+            try:
+                await ram.start(
+                    downtime=max(LEAST_FOR_RAM, self._options.downtime - predicted),
+                    bandwidth=self._options.transfer.bandwidth,
+                )
+                waiting = asyncio.create_task(ram.wait_paused())
+                try:
+                    await asyncio.wait({waiting, stepping}, return_when=asyncio.FIRST_COMPLETED)
+                    if waiting.done():
+                        waiting.result()
+                        self._engine.request_stop()
+                    await stepping
+                    await waiting
+                finally:
+                    waiting.cancel()
+            finally:
+                stepping.cancel()
+                await asyncio.gather(stepping, return_exceptions=True)
+        return ram
+
+    async def _fits_now(self) -> bool:
+        """With the guest paused: whether what is dirty fits the downtime that was asked for."""
+        figures = await self._engine.refresh()
+        return self._options.on_stall is OnStall.PAUSE or (figures.predicted or 0.0) <= self._options.downtime
+
+    async def _too_dirty(self, attempt: int) -> None:
+        options = self._options
+        text = "when RAM was ready the disks were too dirty for --downtime, the guest was given back"
+        if options.target.launch is None:
+            raise Stalled(
+                f"{text}; the destination QEMU cannot wait a second time",
+                advice="start it anew and try again, with a higher --downtime or --on-stall pause",
+            )
+        if attempt >= ATTEMPTS and options.on_stall is OnStall.ABORT:
+            raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
+        self._reporter.note(f"{text}: trying again")
+        self._job.record.run_state_taken = False
+        self._job.save()
+        self._life.watchdog.disarm()
+        await self._life.drop_target()
+        await self._launch()
+        self._guard = self._life.guard()
+        await self._converge()
+
+    async def _complete(self) -> None:
+        predicted = self._engine.figures().predicted or 0.0
+        limit = max(PATIENCE, 10 * self._options.downtime, 4 * predicted)
+        try:
+            async with asyncio.timeout(limit):
+                await self._engine.complete()
+        except TimeoutError:
+            raise MigrationError(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None
+
+    async def _verify(self) -> None:
+        if self._options.verify:
+            with self._watch.phase("verify"):
+                await self._carriage.compare()
+
+    async def _hand_over(self, ram: RamMigration, paused: float) -> Downtime | None:
+        target, record = self._target(), self._job.record
+        resumed: float | None = None
+        with self._watch.phase("handover"), self._interrupts.deferred(), target.monitor.events("RESUME") as starts:
+            await self._carriage.close()
+            await self._life.exports.stop()
+            disks_took = self._clock.now() - paused
+            await self._guard.stand_down()
+            record.owner = Owner.UNDECIDED
+            self._job.save()
+            try:
+                await ram.proceed()
+                await ram.wait_completed()
+                await self._activate(target)
+                record.owner = Owner.DESTINATION
+                self._job.save()
+                with contextlib.suppress(TimeoutError):
+                    resumed = (await starts.get(timeout=5)).seconds if record.was_running else None
+            except BlkmigError as error:
+                if (await self._life.settle()).owner is not Owner.DESTINATION:
+                    raise
+                self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")
+        if resumed is None or ram.paused_at is None:
+            return None
+        total = resumed - ram.paused_at
+        return Downtime(total=total, disk=disks_took, ram=max(0.0, total - disks_took))
+
+    async def _activate(self, target: TargetQemu) -> None:
+        """The proof of success: the guest starts, or, if it is to stay paused, the images are held for writing."""
+        if self._job.record.was_running:
+            try:
+                await target.start_guest()
+            except RequestError as error:
+                raise target.describe(error) from error
+        elif not all(locks.in_use(path) for path in self._job.record.images):
+            raise DestinationFailed("the destination QEMU did not activate its disks")
+
+    def _take_run_state(self) -> None:
+        """Before any pause: the watchdog is armed, and the record says that the pause is ours."""
+        self._life.watchdog.arm(PATIENCE)
+        self._job.record.run_state_taken = True
+        self._job.save()
+
+    def _target(self) -> TargetQemu:
+        if self._life.target is None:
+            raise GuestStateError("there is no destination QEMU")
+        return self._life.target
+
+    def _result(self, downtime: Downtime | None) -> Result:
+        disks = self._carriage.results(self._engine)
+        running, target = self._job.record.was_running, self._life.target
+        if self._options.pause_only:
+            outcome, guest, serving = "copied", "the guest is paused at the source", self._job.record.source_process
+        else:
+            outcome, serving = "migrated", target.process if target else None
+            guest = "the guest runs at the destination" if running else "the guest is paused at the destination, as it was"
+        return Result(
+            job=self._job.record.job,
+            outcome=outcome,
+            guest=guest,
+            disks=disks,
+            total_copied=sum(disk.copied for disk in disks),
+            phases=self._watch.phases,
+            downtime=downtime,
+            verified="full" if self._options.verify else "none",
+            warnings=list(self._plan.warnings),
+            serving=serving.pid if serving else None,
+        )

@@ -1,0 +1,124 @@
+"""What the user asked for."""
+
+from __future__ import annotations
+
+import enum
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_blkmig.errors import UsageError
+
+
+class OnStall(enum.Enum):
+    """What to do when the last round does not come to fit the downtime."""
+
+    WAIT = "wait"
+    PAUSE = "pause"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How bytes are carried; sizes in bytes, `bandwidth` in bytes a second (None: no limit)."""
+
+    chunk_size: int = 1 << 20
+    granularity: int = 64 << 10
+    connections: int = 1
+    requests: int = 4
+    request_size: int = 4 << 20
+    bandwidth: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _power_of_two(self.granularity) or not 512 <= self.granularity <= 2 << 30:
+            raise UsageError("--granularity must be a power of two from 512 to 2G (QEMU's dirty bitmaps have it so)")
+        if not _power_of_two(self.chunk_size) or not 64 << 10 <= self.chunk_size <= 32 << 20:
+            raise UsageError("--chunk-size must be a power of two from 64k to 32M")
+        if not _power_of_two(self.request_size) or not 64 << 10 <= self.request_size <= 32 << 20:
+            raise UsageError("--request-size must be a power of two from 64k to 32M (the largest an NBD server must take)")
+        for name, count in (("--connections", self.connections), ("--requests", self.requests)):
+            if not 1 <= count <= 64:
+                raise UsageError(f"{name} must be from 1 to 64")
+        if self.bandwidth is not None and self.bandwidth < 64 << 10:
+            raise UsageError("--bandwidth must be at least 64k (bytes a second)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to: images in `directory`; a QEMU already waiting at `qmp`, or one to be started by `launch`, or none."""
+
+    directory: Path
+    qmp: str | None = None
+    launch: str | None = None
+
+    def launch_arguments(self) -> list[str]:
+        """The launch command as an argument list. Raises `UsageError`."""
+        try:
+            arguments = shlex.split(self.launch or "")
+        except ValueError as error:
+            raise UsageError(f"--launch cannot be split into words: {error}") from error
+        if not arguments:
+            raise UsageError("--launch is empty")
+        return arguments
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which disks, and what the destination may be taken to hold."""
+
+    disks: tuple[str, ...] | None = None
+    shared_base: bool = False
+    target_is_zero: bool = False
+    allow_plaintext: bool = False
+
+
+@dataclass(frozen=True)
+class MigrateOptions:
+    """`qemu-blkmig migrate`; `downtime` in seconds, `max_rounds` None: no bound."""
+
+    source: str
+    target: Target
+    selection: Selection = Selection()
+    transfer: Transfer = Transfer()
+    downtime: float = 0.3
+    max_rounds: int | None = 30
+    on_stall: OnStall = OnStall.ABORT
+    pause_only: bool = False
+    keep_source: bool = False
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        ways = (self.target.qmp is not None, self.target.launch is not None, self.pause_only)
+        if sum(ways) != 1:
+            raise UsageError(
+                "name the destination's QEMU in exactly one way: --target-qmp SOCK (already waiting with "
+                "-incoming defer), --launch CMD (we start it), or --pause-only (disks only)"
+            )
+        if not 0.001 <= self.downtime <= 2000:
+            raise UsageError("--downtime must be from 1 to 2000000 milliseconds")
+        if self.max_rounds is not None and self.max_rounds < 1:
+            raise UsageError("--max-rounds must be at least 1")
+
+
+@dataclass(frozen=True)
+class CopyOptions:
+    """`qemu-blkmig copy`: from a running guest (`source`: QMP socket) or an image file (`image`).
+
+    `freeze_limit`: seconds that the guest's file systems may stay frozen, or the guest paused, at most.
+    """
+
+    target: Target
+    source: str | None = None
+    image: str | None = None
+    image_format: str | None = None
+    agent: str | None = None
+    selection: Selection = Selection()
+    transfer: Transfer = Transfer()
+    downtime: float = 0.3
+    max_rounds: int | None = 30
+    freeze_limit: float = 10.0
+    verify: bool = False
+
+
+def _power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0

@@ -1,0 +1,176 @@
+"""The plan of a job: which disks, onto which images, and everything that would fail, found before anything is touched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_blkmig.destination.protocol import Backing, Image, Inspect, InspectReply
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.options import Selection
+from qemu_blkmig.job.target import TargetQemu, counterpart
+from qemu_blkmig.qmp.disks import Disk, Skipped, inventory, obstacles, select
+from qemu_blkmig.qmp.features import probe
+from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.units import show_bytes
+
+MIGRATABLE = ("running", "paused", "io-error", "suspended", "watchdog", "prelaunch")
+"""Run states that a guest can be migrated in, and that its destination can be left in."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`images`: by disk name. `problems`: why it cannot be done; `warnings`: what the user should know."""
+
+    disks: tuple[Disk, ...]
+    skipped: tuple[Skipped, ...]
+    images: dict[str, Image]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def require(self) -> None:
+        """Raise `Refused` with all the problems, if there are any."""
+        if self.problems:
+            raise Refused("; ".join(self.problems), state="nothing was touched")
+
+
+class Planner:
+    """Collects the plan from the source QEMU, the destination's agent and, where there is one, its QEMU."""
+
+    def __init__(self, monitor: Monitor, agent: AgentClient, selection: Selection, directory: Path) -> None:
+        self._monitor = monitor
+        self._agent = agent
+        self._selection = selection
+        self._directory = directory
+        self._problems: list[str] = []
+        self._warnings: list[str] = []
+
+    async def plan(self, target: TargetQemu | None, prefix: str) -> Plan:
+        """The plan. `target`: a QEMU that waits with images of its own. `prefix`: of the names that are ours."""
+        await self._check_source()
+        found = await inventory(self._monitor)
+        try:
+            disks = tuple(select(found, self._selection.disks))
+        except Refused as error:
+            disks = ()
+            self._problems.append(str(error))
+        images = await self._target_images(disks, target) if target else self._directory_images(disks)
+        for disk in disks:
+            self._check_disk(disk)
+        self._tell_left_out(found.disks, disks, found.skipped)
+        if disks:
+            self._problems += await obstacles(self._monitor, disks, ours=prefix)
+            await self._check_destination(disks, images)
+        return Plan(disks, tuple(found.skipped), images, tuple(self._problems), tuple(self._warnings))
+
+    async def _check_source(self) -> None:
+        features = await probe(self._monitor)
+        self._problems += [f"the source QEMU is too old: it lacks {what}" for what in features.missing]
+        status = (await self._monitor.execute("query-status"))["status"]
+        if status not in MIGRATABLE:
+            self._problems.append(f"the guest is in run state {status}, which cannot be migrated")
+        migration = (await self._monitor.execute("query-migrate")).get("status")
+        if migration in ("setup", "active", "pre-switchover", "device", "cancelling"):
+            self._problems.append(f"another migration of this guest is under way (status {migration})")
+
+    def _check_disk(self, disk: Disk) -> None:
+        if disk.encrypted and not self._selection.allow_plaintext:
+            self._problems.append(
+                f"disk {disk.name} is encrypted and would be written to the destination in plain text; "
+                "--allow-plaintext permits it"
+            )
+        if self._selection.shared_base and disk.backing is None:
+            self._warnings.append(f"disk {disk.name} has no backing file: it is copied whole")
+
+    def _tell_left_out(self, known: Sequence[Disk], chosen: Sequence[Disk], skipped: Sequence[Skipped]) -> None:
+        names = {disk.name for disk in chosen}
+        for disk in known:
+            if disk.name not in names:
+                self._warnings.append(f"disk {disk.name} is not migrated, as asked: the destination must have it already")
+        self._warnings += [f"{other.name} is not migrated: {other.reason}" for other in skipped]
+
+    def _directory_images(self, disks: Sequence[Disk]) -> dict[str, Image]:
+        names = Counter(Path(disk.filename).name for disk in disks)
+        images = {}
+        for disk in disks:
+            name = Path(disk.filename).name
+            if not name:
+                name = f"{disk.name}.{disk.format}"
+            elif names[name] > 1:
+                name = f"{disk.name}-{name}"
+            images[disk.name] = self._image(disk, self._directory / name)
+        return images
+
+    def _image(self, disk: Disk, path: Path) -> Image:
+        keeps_base = self._selection.shared_base and disk.backing is not None
+        backing = Backing(disk.backing.filename, disk.backing.format) if keeps_base and disk.backing else None
+        return Image(
+            disk=disk.name,
+            path=str(path),
+            format="raw" if disk.encrypted and disk.format == "luks" else disk.format,
+            size=disk.size,
+            create=True,
+            known_zero=self._selection.target_is_zero,
+            backing=backing,
+            cluster_size=disk.cluster_size,
+        )
+
+    async def _target_images(self, disks: Sequence[Disk], target: TargetQemu) -> dict[str, Image]:
+        candidates = (await target.inventory()).disks
+        images = {}
+        for disk in disks:
+            other = counterpart(disk, candidates)
+            if other is None:
+                self._problems.append(
+                    f"disk {disk.name}: the destination QEMU has no such disk (it has: "
+                    f"{', '.join(candidate.name for candidate in candidates) or 'none'})"
+                )
+            elif other.size != disk.size:
+                self._problems.append(
+                    f"disk {disk.name}: its size is {disk.size} bytes, the destination QEMU's disk has {other.size}"
+                )
+            elif other.encrypted:
+                self._problems.append(f"disk {disk.name}: the destination's image is encrypted, we cannot write it")
+            else:
+                images[disk.name] = Image(
+                    disk=disk.name,
+                    path=other.filename,
+                    format=other.format,
+                    size=other.size,
+                    create=False,
+                    known_zero=self._selection.target_is_zero,
+                )
+        return images
+
+    async def _check_destination(self, disks: Sequence[Disk], images: dict[str, Image]) -> None:
+        reply = await self._agent.request(Inspect(list(images.values())))
+        if not isinstance(reply, InspectReply):
+            raise TypeError(f"unexpected reply {reply}")
+        self._problems += [f"disk {p.disk}: {p.what}" if p.disk else p.what for p in reply.problems]
+        needed = sum(disk.allocated or 0 for disk in disks)
+        if reply.free is not None and needed > reply.free:
+            self._warnings.append(
+                f"{self._directory} has {show_bytes(reply.free)} free, the disks occupy {show_bytes(needed)}"
+            )
+
+
+def verify_launched(plan: Plan, found: Sequence[Disk]) -> None:
+    """Raise `Refused` unless the QEMU that we launched uses just the images that we fill, each for the right disk."""
+    for disk in plan.disks:
+        other = counterpart(disk, found)
+        image = plan.images[disk.name]
+        if other is None:
+            raise Refused(
+                f"the --launch command gives the guest no such disk (it has: {', '.join(d.name for d in found) or 'none'})",
+                disk=disk.name,
+                advice="its devices must be the same as the source's",
+            )
+        if Path(other.filename).resolve() != Path(image.path).resolve():
+            raise Refused(
+                f"the --launch command uses {other.filename} for it, but the image is {image.path}", disk=disk.name
+            )
+        if other.size != disk.size:
+            raise Refused(f"the --launch command's disk has {other.size} bytes, not {disk.size}", disk=disk.name)

@@ -1,0 +1,45 @@
+"""What a running job tells whoever watches: implemented by the progress displays in `observe`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from qemu_blkmig.engine.ports import Clock
+from qemu_blkmig.engine.migration import Figures
+
+
+class Reporter(Protocol):
+    """Called from the job's event loop; must not block."""
+
+    def stage(self, name: str) -> None:
+        """A phase begins: prepare, bulk, dirty, ram, switchover, verify, handover."""
+
+    def figures(self, figures: Figures) -> None:
+        """The engine's figures changed."""
+
+    def moving(self, disk: str, settled: int) -> None:
+        """Within the copy under way, `settled` bytes of `disk` are done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+class Stopwatch:
+    """Seconds by phase; phases follow each other, one that comes again is added up."""
+
+    def __init__(self, clock: Clock, reporter: Reporter) -> None:
+        self._clock = clock
+        self._reporter = reporter
+        self.phases: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what is done inside, and tell the reporter that it begins."""
+        self._reporter.stage(name)
+        began = self._clock.now()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + self._clock.now() - began
