@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -16,3 +17,64 @@ class Extent:
     def end(self) -> int:
         """The first byte after the extent."""
         return self.offset + self.length
+
+
+def clip(extents: Iterable[Extent], size: int) -> Iterator[Extent]:
+    """What of `extents` lies before byte `size`; a dirty bitmap's last granule may reach beyond the disk's end."""
+    for extent in extents:
+        if extent.end <= size:
+            yield extent
+        elif extent.offset < size:
+            yield Extent(extent.offset, size - extent.offset)
+
+
+class Batcher:
+    """Turns a stream of ascending, disjoint extents into batches, holding no more than one of them.
+
+    Neighbours are joined. A batch is ascending and disjoint too, has at most `most` extents and at most `volume`
+    bytes; an extent that is longer is divided. `fed`: bytes taken in so far; `end`: where the last extent ended.
+    """
+
+    def __init__(self, *, most: int, volume: int) -> None:
+        self._most = most
+        self._volume = volume
+        self._batch: list[Extent] = []
+        self._held = 0
+        self.fed = 0
+        self.end = 0
+
+    def feed(self, extents: Iterable[Extent]) -> Iterator[list[Extent]]:
+        """Take in `extents` and give every batch that is full; iterate to the end before feeding again."""
+        for extent in extents:
+            for piece in _divide(extent, self._volume):
+                if self._has_no_room_for(piece):
+                    yield self.rest()
+                self._add(piece)
+            self.fed += extent.length
+            self.end = extent.end
+
+    def rest(self) -> list[Extent]:
+        """Give the batch begun, empty if there is none, and start a new one."""
+        batch, self._batch, self._held = self._batch, [], 0
+        return batch
+
+    def _has_no_room_for(self, piece: Extent) -> bool:
+        if self._held + piece.length > self._volume:
+            return True
+        return len(self._batch) == self._most and not self._joins(piece)
+
+    def _joins(self, piece: Extent) -> bool:
+        return bool(self._batch) and self._batch[-1].end == piece.offset
+
+    def _add(self, piece: Extent) -> None:
+        if self._joins(piece):
+            first = self._batch.pop()
+            self._batch.append(Extent(first.offset, first.length + piece.length))
+        else:
+            self._batch.append(piece)
+        self._held += piece.length
+
+
+def _divide(extent: Extent, length: int) -> Iterator[Extent]:
+    for offset in range(extent.offset, extent.end, length):
+        yield Extent(offset, min(length, extent.end - offset))

@@ -46,7 +46,11 @@ class Round(Protocol):
 
     @property
     def dirty(self) -> Mapping[str, int]:
-        """Bytes harvested, by disk; every disk is listed."""
+        """Bytes harvested, by disk; every disk is listed.
+
+        Never more than the extents hold, save that the last granule may be counted beyond the disk's end: the engine
+        takes fewer bytes for a stream cut short.
+        """
 
     def extents(self, disk: str) -> AsyncIterator[Sequence[Extent]]:
         """The harvested extents of `disk`, ascending, disjoint, clipped to its size, in batches of bounded length.
@@ -58,7 +62,10 @@ class Round(Protocol):
         """Forget the round: all of it has been copied *and flushed*."""
 
     async def restore(self) -> None:
-        """Merge the round back into the recording: nothing of it is known to have arrived."""
+        """Merge the round back into the recording: nothing of it is known to have arrived.
+
+        Also called after a `retire` that failed, and then merges back what that has left.
+        """
 
 
 class DirtyLog(Protocol):
@@ -73,7 +80,9 @@ class DirtyLog(Protocol):
     async def harvest(self) -> Round:
         """Take all that is recorded, on all disks in the same instant, and go on recording from empty.
 
-        Raises `TopologyChanged` (and takes nothing) when the disks are no longer those that recording started on.
+        Raises `TopologyChanged` when the disks are no longer those that recording started on. Whatever it raises, it
+        has taken nothing. The engine lets it run to its end even when cancelled, as it does `start`, `stop`, `retire`
+        and `restore`.
         """
 
     async def verify_topology(self) -> None:
@@ -84,7 +93,11 @@ class DirtyLog(Protocol):
 
 
 class Mover(Protocol):
-    """What carries bytes to the destination. Every call names the disk it is for."""
+    """What carries bytes to the destination. Every call names the disk it is for.
+
+    A writer that dies may take along what was not flushed. So it is never replaced in silence: at least one call for
+    the disk fails before another writer serves it.
+    """
 
     async def copy(self, disk: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
         """Copy the extents (ascending, disjoint). On an error or when cancelled, any part may have arrived.
@@ -94,7 +107,10 @@ class Mover(Protocol):
         """
 
     async def flush(self, disk: str) -> None:
-        """Make all that `copy` has reported so far stable at the destination."""
+        """Make all that `copy` has reported so far stable at the destination.
+
+        When it raises, nothing reported since the last flush that succeeded is known to be there.
+        """
 
     async def set_bandwidth(self, rate: int | None) -> None:
         """Limit payload to `rate` bytes a second over all disks; None: no limit. Zeroes cost nothing."""

@@ -1,0 +1,47 @@
+"""The bulk phase: one pass over a disk, from sector 0 to its end, that can be taken up again where it failed."""
+
+from __future__ import annotations
+
+from qemu_blkmig.engine.carrier import Carrier
+from qemu_blkmig.engine.device import Device
+from qemu_blkmig.engine.ports import CopyKind
+
+
+class BulkPass:
+    """Copies ranges of `range_size` bytes; no more is known of a disk than where its cursor stands.
+
+    Copied is not yet stable: no bitmap remembers what the pass has written. So a disk's pass is done only once it
+    has been flushed, and what cannot be flushed is copied again.
+    """
+
+    def __init__(self, carrier: Carrier, range_size: int) -> None:
+        self._carrier = carrier
+        self._range_size = range_size
+
+    async def run(self, device: Device) -> None:
+        """Copy what the pass has not yet copied of `device`, and flush it; raises what the mover raises."""
+        while device.cursor < device.size:
+            try:
+                await self._carrier.copy(device, [device.next_range(self._range_size)], CopyKind.BULK)
+            except Exception as error:
+                if not self._carrier.halted:
+                    await self._secure_after(error, device)
+                raise
+        if not device.bulk_done:
+            await self._secure(device)
+
+    async def _secure(self, device: Device) -> None:
+        """Flush; on a failure never again: a second fsync succeeds though the first one dropped the data."""
+        try:
+            await self._carrier.flush(device)
+        except BaseException:
+            device.unsecured()
+            raise
+        device.secured()
+
+    async def _secure_after(self, error: Exception, device: Device) -> None:
+        """Learn whether the writer still has what it reported: one that died may have taken unflushed data along."""
+        try:
+            await self._secure(device)
+        except Exception as flaw:
+            error.add_note(f"the flush failed as well ({flaw!r}): the pass goes on at byte {device.cursor}")

@@ -1,0 +1,61 @@
+"""The engine's one way to the mover: every copy is timed, its report checked, and counted only then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from qemu_blkmig.engine.convergence import Pace
+from qemu_blkmig.engine.device import Device
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.engine.ports import Clock, CopyKind, CopyReport, Mover
+from qemu_blkmig.errors import MigrationError
+
+
+class Carrier:
+    """Copies and flushes; `on_settled` is called after every batch that has been counted.
+
+    Whoever calls awaits one copy before the next, so no two are ever in flight together (ENGINE.md, "Dirty" 2).
+    """
+
+    def __init__(self, mover: Mover, clock: Clock, pace: Pace, on_settled: Callable[[], None]) -> None:
+        self._mover = mover
+        self._clock = clock
+        self._pace = pace
+        self._on_settled = on_settled
+        self.halted = False
+
+    def halt(self) -> None:
+        """Refuse every further copy, so that what is under way ends with the batch that is in flight."""
+        self.halted = True
+
+    async def copy(self, device: Device, extents: Sequence[Extent], kind: CopyKind) -> float:
+        """Copy one batch; returns the seconds it took.
+
+        Raises MigrationError when halted or when the report does not account for every byte, and what the mover
+        raises.
+        """
+        if self.halted:
+            raise MigrationError("the migration is being cancelled", disk=device.name)
+        began = self._clock.now()
+        report = await self._mover.copy(device.name, extents, kind)
+        seconds = self._clock.now() - began
+        _check(device, extents, kind, report)
+        device.settle(extents, kind, report)
+        self._pace.copied(kind, report, seconds)
+        self._on_settled()
+        return seconds
+
+    async def flush(self, device: Device) -> float:
+        """Make stable what was copied to `device`; returns the seconds it took. Raises what the mover raises."""
+        began = self._clock.now()
+        await self._mover.flush(device.name)
+        return self._clock.now() - began
+
+
+def _check(device: Device, extents: Sequence[Extent], kind: CopyKind, report: CopyReport) -> None:
+    asked = sum(extent.length for extent in extents)
+    settled = report.copied + report.zeroed + report.skipped
+    if settled != asked:
+        raise MigrationError(f"the mover accounts for {settled} of {asked} bytes", disk=device.name)
+    if kind is CopyKind.DIRTY and report.skipped:
+        raise MigrationError(f"the mover skipped {report.skipped} bytes that the guest wrote", disk=device.name)

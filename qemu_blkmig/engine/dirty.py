@@ -1,0 +1,161 @@
+"""The dirty phase: rounds that take what the guest wrote out of the recording and bring it to the destination."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from qemu_blkmig.engine.carrier import Carrier
+from qemu_blkmig.engine.convergence import Pace
+from qemu_blkmig.engine.device import Device
+from qemu_blkmig.engine.extents import Batcher, Extent, clip
+from qemu_blkmig.engine.outlast import outlast, undo
+from qemu_blkmig.engine.ports import Clock, CopyKind, DirtyLog, Round
+from qemu_blkmig.errors import MigrationError
+
+
+class DirtyRounds:
+    """Runs rounds: harvest, copy, flush, retire, in this order, each the condition of the next.
+
+    A harvested round is owed until it is retired. Whatever goes wrong before that, a cancellation included, merges
+    it back into the recording. `unrestored` tells that this failed: then what is owed is known to nobody but the
+    log, and the migration must not go on. `begun` counts rounds; `on_change` is called as figures change.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        log: DirtyLog,
+        carrier: Carrier,
+        clock: Clock,
+        pace: Pace,
+        *,
+        batch: int,
+        volume: int,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._devices = devices
+        self._log = log
+        self._carrier = carrier
+        self._clock = clock
+        self._pace = pace
+        self._batch = batch
+        self._volume = volume
+        self._on_change = on_change
+        self._looked_at = clock.now()
+        self.begun = 0
+        self.unrestored = False
+
+    async def start(self) -> None:
+        """Start the recording; if that fails, or the caller is cancelled, stop it again and raise what went wrong."""
+        try:
+            started = await outlast(self._log.start())
+            started.result()
+            started.raise_cancellation()
+        except BaseException as error:
+            await undo(self._log.stop(), error, "stopping the recording")
+            raise
+        self._looked_at = self._clock.now()
+
+    async def look(self) -> None:
+        """Ask the log what is dirty now; may be called while a round is under way. Raises what the log raises."""
+        rounds = self.begun
+        pending = await self._log.pending()
+        if rounds != self.begun:
+            return  # a harvest came in between: this is what was dirty before it
+        self._measure_dirtying(pending)
+        for device in self._devices:
+            device.recorded = pending[device.name]
+        self._on_change()
+
+    async def run(self) -> int:
+        """One round over all disks; returns the bytes harvested.
+
+        Raises what the log and the mover raise, with a note if the round could not be restored.
+        """
+        began = self._clock.now()
+        harvest = await outlast(self._log.harvest())
+        round_ = harvest.result()
+        try:
+            self._take(round_)
+            harvest.raise_cancellation()
+            carrying = await self._carry(round_)
+            retirement = await outlast(round_.retire())
+            retirement.result()
+        except BaseException as error:
+            await self._give_back(round_, error)
+            raise
+        harvested = sum(device.owed for device in self._devices)
+        for device in self._devices:
+            device.retired()
+        self._pace.overhead.add(self._clock.now() - began - carrying)
+        self._on_change()
+        retirement.raise_cancellation()
+        return harvested
+
+    def _take(self, round_: Round) -> None:
+        self.begun += 1
+        self._measure_dirtying(round_.dirty)
+        for device in self._devices:
+            device.harvested(round_.dirty[device.name])
+        self._on_change()
+
+    def _measure_dirtying(self, dirty: Mapping[str, int]) -> None:
+        """What is recorded more than at the last look; the same place written twice counts once, here as in a copy."""
+        growth = sum(dirty[device.name] - device.recorded for device in self._devices)
+        now = self._clock.now()
+        self._pace.dirtying.add(max(0, growth), now - self._looked_at)
+        self._looked_at = now
+
+    async def _carry(self, round_: Round) -> float:
+        """Copy and flush all of the round; returns the seconds that took."""
+        concerned = [device for device in self._devices if device.owed]
+        seconds = 0.0
+        for device in concerned:
+            seconds += await self._copy(device, round_)
+        for device in concerned:
+            cost = await self._carrier.flush(device)
+            self._pace.flush.add(cost)
+            seconds += cost
+        return seconds
+
+    async def _copy(self, device: Device, round_: Round) -> float:
+        """Copy what the round holds of `device`; of its extents only one group and one batch are in memory at a time.
+
+        The extents are held against the bytes that the round counts, so that a stream cut short is no round done.
+        The count may exceed them where the last granule of the bitmap reaches beyond the disk's end.
+        """
+        batcher = Batcher(most=self._batch, volume=self._volume)
+        seconds = 0.0
+        async with _closing(round_.extents(device.name)) as groups:
+            async for group in groups:
+                for batch in batcher.feed(clip(group, device.size)):
+                    seconds += await self._carrier.copy(device, batch, CopyKind.DIRTY)
+        if rest := batcher.rest():
+            seconds += await self._carrier.copy(device, rest, CopyKind.DIRTY)
+        if batcher.fed < device.owed and batcher.end < device.size:
+            raise MigrationError(
+                f"the round holds {device.owed} dirty bytes, but extents of only {batcher.fed}", disk=device.name
+            )
+        return seconds
+
+    async def _give_back(self, round_: Round, error: BaseException) -> None:
+        """Merge the round back into the recording; that failing is noted on `error`."""
+        self.unrestored = True
+        await undo(self._restore(round_), error, "putting the round back into the recording")
+
+    async def _restore(self, round_: Round) -> None:
+        await round_.restore()
+        for device in self._devices:
+            device.restored()
+        self.unrestored = False
+
+
+@asynccontextmanager
+async def _closing(groups: AsyncIterator[Sequence[Extent]]) -> AsyncIterator[AsyncIterator[Sequence[Extent]]]:
+    """Close a generator at once, not when it is collected: it may hold what a restore needs to be free."""
+    try:
+        yield groups
+    finally:
+        if isinstance(groups, AsyncGenerator):
+            await groups.aclose()

@@ -1,0 +1,379 @@
+"""The state machine over the phases of a block migration; what the coordinator calls.
+
+    CREATED --setup--> RECORDING --bulk--> BULK --its end--> DIRTY <--round--+
+                                                               |             |
+                                                               +--complete--> COMPLETING --> COMPLETED --finish-->
+                                                                 <--error--      <--round, if the handover failed--
+
+From any phase `cancel` leads to CANCELLED. FAILED, from which only `cancel` leads, means that a round could not be
+put back into the recording: what is owed is no longer known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from qemu_blkmig.engine.bulk import BulkPass
+from qemu_blkmig.engine.carrier import Carrier
+from qemu_blkmig.engine.completion import Completion
+from qemu_blkmig.engine.convergence import Pace, Policy, Verdict
+from qemu_blkmig.engine.device import SECTOR, Device, DiskSpec
+from qemu_blkmig.engine.dirty import DirtyRounds
+from qemu_blkmig.engine.outlast import outlast
+from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
+from qemu_blkmig.errors import MigrationError
+
+log = logging.getLogger(__name__)
+
+PAUSE_IN_STEP = 0.05
+"""Seconds between two looks at what is dirty while RAM migrates."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """`chunk_size`, `range_size`: bytes; `range_size` is what one copy request holds at most. `batch`: its extents.
+
+    Raises ValueError when a size is not positive, or not a multiple of the unit below it (512 bytes, a chunk).
+    """
+
+    chunk_size: int = 1 << 20
+    range_size: int = 128 << 20
+    batch: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.chunk_size <= 0 or self.chunk_size % SECTOR:
+            raise ValueError(f"chunk size {self.chunk_size} is not a positive multiple of {SECTOR}")
+        if self.range_size <= 0 or self.range_size % self.chunk_size:
+            raise ValueError(f"range size {self.range_size} is not a positive multiple of {self.chunk_size}")
+        if self.batch <= 0:
+            raise ValueError(f"batch of {self.batch} extents")
+
+
+class Phase(enum.Enum):
+    """Where the migration stands; see the module."""
+
+    CREATED = "created"
+    RECORDING = "recording"
+    BULK = "bulk"
+    DIRTY = "dirty"
+    COMPLETING = "completing"
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class DiskFigures:
+    """Bytes, of one disk.
+
+    `copied`, `zeroed`, `skipped`: in all phases; `copied_dirty`: the part of `copied` that dirty rounds had.
+    `bulk_done`: what the bulk pass has settled. `dirty`: what is owed beyond it, harvested or, as last seen,
+    recorded. `rounds`: dirty rounds in which something of this disk was brought over.
+    """
+
+    name: str
+    size: int
+    copied: int
+    zeroed: int
+    skipped: int
+    rounds: int
+    bulk_done: int
+    dirty: int
+    copied_dirty: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The migration at one moment.
+
+    `percent`: of the bytes of all disks, what has *arrived* in the bulk pass, and 100 only when both sides are equal;
+    in the bulk pass it never falls. `total`, `pending`: bytes; pending is what the bulk pass has not settled and what
+    is dirty, each with what of it is in flight. `round`: the dirty round under way or the last one, 0 before the first.
+    `speed`: payload, bytes a second. `dirty_rate`: bytes a second that the guest dirties. `predicted`: seconds that
+    the final round would take now. The last three are None until something tells them.
+    """
+
+    phase: Phase
+    percent: int
+    total: int
+    pending: int
+    disks: tuple[DiskFigures, ...]
+    round: int
+    speed: float | None
+    dirty_rate: float | None
+    predicted: float | None
+
+
+class BlockMigration:
+    """Migrates `disks` in their order. One operation at a time; only `refresh`, `figures`, `request_stop` and
+    `cancel` may be called while another is under way.
+
+    `mover` must fail at least one call for a disk whose writer died before it may work on it again with another
+    writer: only so does the engine learn that what was not flushed may be lost. `on_change` is called in the event
+    loop with every new `Figures`; what it raises is logged.
+
+    Raises ValueError when there is no disk, or two of one name.
+    """
+
+    def __init__(
+        self,
+        disks: Sequence[DiskSpec],
+        log: DirtyLog,
+        mover: Mover,
+        guest: Guest,
+        clock: Clock,
+        tuning: Tuning = Tuning(),
+        on_change: Callable[[Figures], None] | None = None,
+    ) -> None:
+        if not disks or len({disk.name for disk in disks}) < len(disks):
+            raise ValueError(f"disks must be there, and differ in name: {[disk.name for disk in disks]}")
+        self._log = log
+        self._clock = clock
+        self._on_change = on_change
+        self._devices = [Device(disk) for disk in disks]
+        self._total = sum(disk.size for disk in disks)
+        self._pace = Pace()
+        self._carrier = Carrier(mover, clock, self._pace, self._publish)
+        self._bulk = BulkPass(self._carrier, tuning.range_size)
+        self._rounds = DirtyRounds(
+            self._devices,
+            log,
+            self._carrier,
+            clock,
+            self._pace,
+            batch=tuning.batch,
+            volume=tuning.range_size,
+            on_change=self._publish,
+        )
+        self._completion = Completion(self._devices, log, mover, guest, self._carrier, self._rounds)
+        self._busy = asyncio.Lock()
+        self._under_way = ""
+        self._stop_requested = False
+        self._recording = False
+        self._phase = Phase.CREATED
+        self._percent = 0
+        self._figures = self._draw_figures()
+
+    async def setup(self) -> None:
+        """Start recording what the guest writes. After an error nothing is recorded, and it may be called again."""
+        async with self._alone("setup", Phase.CREATED):
+            await self._rounds.start()
+            self._recording = True
+            self._enter(Phase.RECORDING)
+
+    async def bulk(self) -> None:
+        """Copy all disks once, from sector 0, and flush them; called again, it goes on where it failed.
+
+        Raises MigrationError before `setup` and when cancelled, and what the mover raises.
+        """
+        async with self._alone("the bulk pass", Phase.RECORDING, Phase.BULK, Phase.DIRTY):
+            if self._phase is Phase.DIRTY:
+                return
+            self._enter(Phase.BULK)
+            try:
+                for device in self._devices:
+                    await self._bulk.run(device)
+            finally:
+                self._publish()
+            self._enter(Phase.DIRTY)
+
+    async def round(self) -> int:
+        """Bring over what the guest has written since the last round; returns the bytes that this was.
+
+        On any error, and when cancelled, all of it is owed again. Raises MigrationError unless the bulk pass is done,
+        and what the log and the mover raise; with a note, and phase FAILED, if the round could not be put back.
+        """
+        async with self._alone("a dirty round", Phase.DIRTY, Phase.COMPLETED):
+            return await self._round()
+
+    async def refresh(self) -> Figures:
+        """Ask the log what is dirty now, and return the figures that this makes. Raises what the log raises."""
+        if self._recording:
+            await self._rounds.look()
+        return self._figures
+
+    async def converge(self, policy: Policy) -> Verdict:
+        """Run rounds until the final one is predicted to fit, but at most `policy.max_rounds`.
+
+        The first verdict needs a round, for the writes that came during the bulk pass and to have measured one.
+        When nothing is dirty it always fits: no further round could make it cheaper. Raises as `round` does.
+        """
+        async with self._alone("convergence", Phase.DIRTY, Phase.COMPLETED):
+            rounds = 0
+            if not self._rounds.begun:
+                await self._round()
+                rounds = 1
+            while not self._fits(await self.refresh(), policy):
+                if policy.max_rounds is not None and rounds >= policy.max_rounds:
+                    return Verdict.STALLED
+                await self._round()
+                rounds += 1
+            return Verdict.FITS
+
+    async def keep_in_step(self, policy: Policy) -> None:
+        """While RAM migrates: a round whenever copying what is dirty would take more than half of the budget.
+
+        Runs until cancelled (a round under way is then owed again) or until `request_stop`. Only what a round can
+        take away counts here: a flush that alone costs half the budget must not set off round upon round. Raises as
+        `round` does.
+        """
+        async with self._alone("keeping in step", Phase.DIRTY, Phase.COMPLETED):
+            try:
+                while not self._stop_requested and not self._carrier.halted:
+                    figures = await self.refresh()
+                    cost = self._pace.copying(_dirty(figures))
+                    if cost is None or cost > policy.downtime / 2:
+                        await self._round()
+                    else:
+                        await self._clock.sleep(PAUSE_IN_STEP)
+            finally:
+                self._stop_requested = False
+
+    def request_stop(self) -> None:
+        """Let `keep_in_step` return after the round under way; if it does not run yet, its next call at once."""
+        self._stop_requested = True
+
+    async def complete(self) -> None:
+        """With the guest paused: bring over the rest, until both sides are equal and the destination is stable.
+
+        Recording goes on, because the handover may still fail: then rounds may be run again. Raises MigrationError
+        unless the bulk pass is done on every disk, nothing is in flight and the guest is paused; TopologyChanged; and
+        what the ports raise. After an error all is owed that was, and the phase is DIRTY again; the bandwidth limit,
+        which is off now, is the caller's to set anew.
+        """
+        async with self._alone("the switchover", Phase.DIRTY, Phase.COMPLETED):
+            self._stop_requested = False
+            self._enter(Phase.COMPLETING)
+            try:
+                await self._completion.run()
+            except BaseException:
+                self._enter(self._phase_after_error())
+                raise
+            self._enter(Phase.COMPLETED)
+
+    async def finish(self) -> None:
+        """Stop recording, now that the handover is final. May be called again if that raised."""
+        async with self._alone("the end of the recording", Phase.COMPLETED):
+            await self._stop_recording(Phase.COMPLETED)
+
+    async def cancel(self) -> None:
+        """Stop for good: wait for what is in flight, then drop the recording. The guest does not notice.
+
+        May be called in any phase and repeatedly. An operation that another task is in ends with the batch in flight,
+        by MigrationError (`keep_in_step` just returns); who is in a hurry cancels that task first. After `finish`
+        there is nothing to cancel. Raises what the log raises.
+        """
+        self._carrier.halt()
+        async with self._busy:
+            if self._phase is Phase.COMPLETED and not self._recording:
+                return
+            await self._stop_recording(Phase.CANCELLED)
+
+    def figures(self) -> Figures:
+        """The figures as they stand; from any thread, at any time."""
+        return self._figures
+
+    @asynccontextmanager
+    async def _alone(self, what: str, *phases: Phase) -> AsyncIterator[None]:
+        """Guard an operation: nothing else is under way, and the phase is one of `phases`."""
+        if self._busy.locked():
+            raise MigrationError(f"{what} is refused: {self._under_way or 'a cancel'} is under way")
+        async with self._busy:
+            if self._phase not in phases:
+                raise MigrationError(f"{what} is refused: {self._standing()}")
+            self._under_way = what
+            try:
+                yield
+            finally:
+                self._under_way = ""
+
+    def _standing(self) -> str:
+        done = sum(device.stable for device in self._devices)
+        return f"the phase is {self._phase.value!r}, the bulk pass has brought over {done} of {self._total} bytes"
+
+    async def _round(self) -> int:
+        self._enter(Phase.DIRTY)
+        try:
+            return await self._rounds.run()
+        except BaseException:
+            self._enter(self._phase_after_error())
+            raise
+
+    def _phase_after_error(self) -> Phase:
+        return Phase.FAILED if self._rounds.unrestored else Phase.DIRTY
+
+    async def _stop_recording(self, phase: Phase) -> None:
+        stopping = await outlast(self._log.stop())
+        stopping.result()
+        self._recording = False
+        self._enter(phase)
+        stopping.raise_cancellation()
+
+    def _fits(self, figures: Figures, policy: Policy) -> bool:
+        if not _dirty(figures):
+            return True
+        return figures.predicted is not None and figures.predicted <= policy.downtime
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is not self._phase:
+            log.info("%s", phase.value)
+            self._phase = phase
+        self._publish()
+
+    def _publish(self) -> None:
+        figures = self._draw_figures()
+        if figures == self._figures:
+            return
+        self._figures = figures
+        if self._on_change is None:
+            return
+        try:
+            self._on_change(figures)
+        except Exception:
+            log.exception("whoever watches the figures failed")
+
+    def _draw_figures(self) -> Figures:
+        disks = tuple(_draw_disk(device) for device in self._devices)
+        dirty = sum(disk.dirty for disk in disks)
+        done = sum(disk.bulk_done for disk in disks)
+        bulk_over = all(device.bulk_done for device in self._devices)
+        return Figures(
+            phase=self._phase,
+            percent=self._draw_percent(done),
+            total=self._total,
+            pending=self._total - done + dirty,
+            disks=disks,
+            round=self._rounds.begun,
+            speed=self._pace.speed,
+            dirty_rate=self._pace.dirtying.value,
+            predicted=self._pace.final_round(dirty, len(disks)) if bulk_over else None,
+        )
+
+    def _draw_percent(self, done: int) -> int:
+        if self._phase is Phase.COMPLETED:
+            return 100
+        self._percent = max(self._percent, min(99, done * 100 // self._total))
+        return self._percent
+
+
+def _dirty(figures: Figures) -> int:
+    return sum(disk.dirty for disk in figures.disks)
+
+
+def _draw_disk(device: Device) -> DiskFigures:
+    return DiskFigures(
+        name=device.name,
+        size=device.size,
+        copied=device.copied,
+        zeroed=device.zeroed,
+        skipped=device.skipped,
+        rounds=device.rounds,
+        bulk_done=device.cursor,
+        dirty=device.owed + device.recorded,
+        copied_dirty=device.copied_dirty,
+    )
