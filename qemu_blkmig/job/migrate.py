@@ -81,8 +81,8 @@ class _Run:
         agent = await life.start_agent()
         if options.target.qmp is not None:
             await life.attach_target(options.target.qmp)
-        planner = Planner(source, agent, options.selection, options.target.directory)
-        self._plan: Plan = await planner.plan(life.target, self._job.record.prefix)
+        planner = Planner(agent, options.selection, options.target.directory)
+        self._plan: Plan = await planner.plan(source, life.target, self._job.record.prefix)
         self._plan.require()
         for warning in self._plan.warnings:
             self._reporter.note(warning)

@@ -40,39 +40,46 @@ class Plan:
 class Planner:
     """Collects the plan from the source QEMU, the destination's agent and, where there is one, its QEMU."""
 
-    def __init__(self, monitor: Monitor, agent: AgentClient, selection: Selection, directory: Path) -> None:
-        self._monitor = monitor
+    def __init__(self, agent: AgentClient, selection: Selection, directory: Path) -> None:
         self._agent = agent
         self._selection = selection
         self._directory = directory
         self._problems: list[str] = []
         self._warnings: list[str] = []
 
-    async def plan(self, target: TargetQemu | None, prefix: str) -> Plan:
-        """The plan. `target`: a QEMU that waits with images of its own. `prefix`: of the names that are ours."""
-        await self._check_source()
-        found = await inventory(self._monitor)
+    async def plan(self, source: Monitor, target: TargetQemu | None, prefix: str) -> Plan:
+        """The plan for a guest. `target`: a QEMU that waits with images of its own. `prefix`: of what is ours."""
+        await self._check_source(source)
+        found = await inventory(source)
         try:
             disks = tuple(select(found, self._selection.disks))
         except Refused as error:
             disks = ()
             self._problems.append(str(error))
+        if disks:
+            self._problems += await obstacles(source, disks, ours=prefix)
+        self._tell_left_out(found.disks, disks, found.skipped)
         images = await self._target_images(disks, target) if target else self._directory_images(disks)
+        return await self._checked(disks, tuple(found.skipped), images)
+
+    async def plan_image(self, disk: Disk) -> Plan:
+        """The plan for a disk without a guest."""
+        return await self._checked((disk,), (), self._directory_images((disk,)))
+
+    async def _checked(self, disks: tuple[Disk, ...], skipped: tuple[Skipped, ...], images: dict[str, Image]) -> Plan:
         for disk in disks:
             self._check_disk(disk)
-        self._tell_left_out(found.disks, disks, found.skipped)
-        if disks:
-            self._problems += await obstacles(self._monitor, disks, ours=prefix)
+        if images:
             await self._check_destination(disks, images)
-        return Plan(disks, tuple(found.skipped), images, tuple(self._problems), tuple(self._warnings))
+        return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings))
 
-    async def _check_source(self) -> None:
-        features = await probe(self._monitor)
+    async def _check_source(self, source: Monitor) -> None:
+        features = await probe(source)
         self._problems += [f"the source QEMU is too old: it lacks {what}" for what in features.missing]
-        status = (await self._monitor.execute("query-status"))["status"]
+        status = (await source.execute("query-status"))["status"]
         if status not in MIGRATABLE:
             self._problems.append(f"the guest is in run state {status}, which cannot be migrated")
-        migration = (await self._monitor.execute("query-migrate")).get("status")
+        migration = (await source.execute("query-migrate")).get("status")
         if migration in ("setup", "active", "pre-switchover", "device", "cancelling"):
             self._problems.append(f"another migration of this guest is under way (status {migration})")
 

@@ -1,0 +1,224 @@
+"""`copy`: a point-in-time consistent copy of a running guest's disks, or of an image file; the guest stays here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from qemu_blkmig.engine.convergence import Policy, Verdict
+from qemu_blkmig.engine.migration import BlockMigration
+from qemu_blkmig.engine.ports import Clock
+from qemu_blkmig.errors import BlkmigError, MigrationError, Stalled
+from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.imagefile import ImageSource
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.options import CopyOptions
+from qemu_blkmig.job.plan import Planner
+from qemu_blkmig.job.reporting import Reporter, Stopwatch
+from qemu_blkmig.job.result import Downtime, Result
+from qemu_blkmig.qmp.agent import GuestAgent
+from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.units import show_seconds
+
+FREEZE = 5.0
+"""Seconds in which a guest agent must freeze; one that hangs is given up on."""
+THAW_TRIES = 3
+
+
+async def copy(options: CopyOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
+    """Copy disks. Raises a `BlkmigError` that tells the state of things; the guest runs on whatever happens."""
+    async with Lifecycle(reporter, interrupts) as life:
+        if options.image is not None:
+            return await life.conduct(_copy_image(life, options, reporter, clock))
+        return await life.conduct(_GuestCopy(life, options, reporter, clock).whole())
+
+
+async def _copy_image(life: Lifecycle, options: CopyOptions, reporter: Reporter, clock: Clock) -> Result:
+    """The same engine over a disk that nobody writes to."""
+    watch = Stopwatch(clock, reporter)
+    with watch.phase("prepare"):
+        agent = await life.start_agent()
+        source = await ImageSource.serve(str(options.image), options.image_format, life.job.runtime)
+    try:
+        plan = await Planner(agent, options.selection, options.target.directory).plan_image(source.disk)
+        plan.require()
+        carriage = Carriage(life.job, plan, agent, options.transfer, reporter)
+        await carriage.prepare()
+        shared = options.selection.shared_base
+        await carriage.open(str(source.socket), {source.disk.name: ""}, 1 if shared else None)
+        engine = await carriage.engine(source, source, clock)
+        with watch.phase("bulk"):
+            await engine.setup()
+            await engine.bulk()
+        await engine.complete()
+        if options.verify:
+            with watch.phase("verify"):
+                await carriage.compare()
+        await carriage.close()
+        await engine.finish()
+    finally:
+        await source.close()
+    disks = carriage.results(engine)
+    return Result(
+        job=life.job.record.job,
+        outcome="copied",
+        guest="no guest: an image file was copied",
+        disks=disks,
+        total_copied=sum(disk.copied for disk in disks),
+        phases=watch.phases,
+        downtime=None,
+        verified="full" if options.verify else "none",
+        warnings=list(plan.warnings),
+    )
+
+
+class _GuestCopy:
+    """The copy of a running guest's disks: bulk and rounds while it runs, the last round with it frozen and paused."""
+
+    def __init__(self, life: Lifecycle, options: CopyOptions, reporter: Reporter, clock: Clock) -> None:
+        self._life = life
+        self._job = life.job
+        self._options = options
+        self._reporter = reporter
+        self._clock = clock
+        self._watch = Stopwatch(clock, reporter)
+        self._consistency = "crash"
+
+    async def whole(self) -> Result:
+        """All phases."""
+        with self._watch.phase("prepare"):
+            await self._prepare()
+        with self._watch.phase("bulk"):
+            await self._engine.setup()
+            await self._engine.bulk()
+        await self._converge()
+        downtime = await self._last_round()
+        await self._carriage.close()
+        await self._engine.finish()
+        return self._result(downtime)
+
+    async def _prepare(self) -> None:
+        options, life = self._options, self._life
+        source = await life.connect_source(str(options.source))
+        agent = await life.start_agent()
+        planner = Planner(agent, options.selection, options.target.directory)
+        self._plan = await planner.plan(source, None, self._job.record.prefix)
+        self._plan.require()
+        for warning in self._plan.warnings:
+            self._reporter.note(warning)
+        self._guest = QemuGuest(source)
+        self._job.record.was_running = not await self._guest.is_paused()
+        self._carriage = Carriage(self._job, self._plan, agent, options.transfer, self._reporter)
+        await self._carriage.prepare()
+        self._guard = life.guard()
+        shared = options.selection.shared_base
+        recording, exports = await life.open_source(self._plan, options.transfer.granularity, shared)
+        await self._carriage.open(str(life.exports.socket_path), exports, 1 if shared else None)
+        self._engine: BlockMigration = await self._carriage.engine(recording, self._guest, self._clock)
+
+    async def _converge(self) -> None:
+        policy = Policy(downtime=self._options.downtime, max_rounds=self._options.max_rounds)
+        with self._watch.phase("dirty"):
+            verdict = await self._engine.converge(policy)
+        predicted = self._engine.figures().predicted or 0.0
+        if verdict is Verdict.STALLED and predicted > self._options.freeze_limit:
+            raise Stalled(
+                f"the last round is predicted to take {show_seconds(predicted)}, longer than the guest may be paused "
+                f"({show_seconds(self._options.freeze_limit)})",
+                advice="raise --freeze-limit or --bandwidth, or copy when the guest writes less",
+            )
+
+    async def _last_round(self) -> Downtime | None:
+        """With the guest's file systems frozen, where it has an agent, and the guest paused; given back in any case."""
+        self._guard.ignore_pauses()
+        was_running = self._job.record.was_running
+        self._life.watchdog.arm(self._options.freeze_limit + FREEZE)
+        async with self._frozen() if was_running and self._options.agent else contextlib.nullcontext():
+            began = self._clock.now()
+            async with self._paused() if was_running else contextlib.nullcontext():
+                await self._complete()
+            took = self._clock.now() - began
+        self._life.watchdog.disarm()
+        return Downtime(total=took, disk=took, ram=0.0) if was_running else None
+
+    async def _complete(self) -> None:
+        limit = self._options.freeze_limit
+        with self._watch.phase("switchover"):
+            try:
+                async with asyncio.timeout(limit):
+                    await self._engine.complete()
+            except TimeoutError:
+                raise MigrationError(f"the last round did not end within {limit:.0f} s; the guest was given back") from None
+        if self._options.verify:
+            with self._watch.phase("verify"):
+                await self._carriage.compare()
+
+    @contextlib.asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """A pause stops those writers, too, that a frozen file system does not (raw devices, swap)."""
+        record = self._job.record
+        record.run_state_taken = True
+        self._job.save()
+        try:
+            await self._guest.pause()
+            yield
+        finally:
+            await self._guest.resume()
+            record.run_state_taken = False
+            self._job.save()
+
+    @contextlib.asynccontextmanager
+    async def _frozen(self) -> AsyncIterator[None]:
+        path = str(self._options.agent)
+        try:
+            agent = await GuestAgent.connect(path)
+        except BlkmigError as error:
+            self._reporter.note(f"no guest agent, the copy is crash-consistent: {error}")
+            yield
+            return
+        self._job.record.frozen_by = path
+        self._job.save()
+        try:
+            try:
+                count = await agent.freeze(FREEZE)
+                self._consistency = "file systems"
+                self._reporter.note(f"the guest agent froze {count} file systems")
+            except BlkmigError as error:
+                self._reporter.note(f"the guest agent was given up on, the copy is crash-consistent: {error}")
+            yield
+        finally:
+            try:
+                await self._thaw(agent)
+            finally:
+                await agent.close()
+
+    async def _thaw(self, agent: GuestAgent) -> None:
+        for remaining in reversed(range(THAW_TRIES)):
+            try:
+                await agent.thaw(FREEZE)
+                self._job.record.frozen_by = None
+                self._job.save()
+                return
+            except BlkmigError as error:
+                if self._consistency == "crash" or not remaining:
+                    self._reporter.note(f"the guest agent does not answer to thaw: {error}")
+                    return
+
+    def _result(self, downtime: Downtime | None) -> Result:
+        disks = self._carriage.results(self._engine)
+        running = self._job.record.was_running
+        return Result(
+            job=self._job.record.job,
+            outcome="copied",
+            guest="the guest runs at the source" if running else "the guest is at the source, paused as it was",
+            disks=disks,
+            total_copied=sum(disk.copied for disk in disks),
+            phases=self._watch.phases,
+            downtime=downtime,
+            verified="full" if self._options.verify else "none",
+            warnings=list(self._plan.warnings),
+            consistency=self._consistency,
+            serving=self._job.record.source_process.pid if self._job.record.source_process else None,
+        )
