@@ -1,0 +1,1 @@
+"""Reading NBD exports with libnbd."""

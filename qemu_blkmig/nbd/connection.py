@@ -1,0 +1,205 @@
+"""One NBD connection over a unix socket, driven by our own poll; hides libnbd's traps (FACTS.md, "NBD and libnbd").
+
+Callbacks of libnbd only ever append to a list and retire the command; everything else happens in whoever polls.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket as socketlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qemu_blkmig import errors
+from qemu_blkmig.nbd.binding import libnbd
+
+CONNECT_TIMEOUT = 10.0
+ASSUMED_REQUEST_LIMIT = 32 << 20
+STATUS_LIMIT = 2 << 30
+"""Most bytes in one block status query."""
+
+Entries = list[tuple[int, int]]
+"""Consecutive (length, flags) of one meta context."""
+
+
+class Connection:
+    """A handshaken connection; made by `connect`. Used by one thread at a time."""
+
+    def __init__(self, module: Any, handle: Any, where: str, contexts: Sequence[str]) -> None:
+        self._nbd = module
+        self._handle = handle
+        self.where = where
+        self.size: int = handle.get_size()
+        self.contexts = frozenset(name for name in contexts if handle.can_meta_context(name))
+        limit: int = handle.get_block_size(module.SIZE_MAXIMUM)
+        self.request_limit = min(limit or ASSUMED_REQUEST_LIMIT, ASSUMED_REQUEST_LIMIT)
+        self.minimum_block = max(1, int(handle.get_block_size(module.SIZE_MINIMUM)))
+
+    @property
+    def lost(self) -> bool:
+        """Whether the peer is gone."""
+        return bool(self._handle.aio_is_dead() or self._handle.aio_is_closed())
+
+    def loss(self, why: str = "the connection broke") -> errors.ConnectionLost:
+        """The error to raise when the peer is gone."""
+        return errors.ConnectionLost(f"{self.where}: {why}")
+
+    def read(self, into: memoryview, offset: int, completed: list[tuple[Any, int]], token: object) -> None:
+        """Start reading `len(into)` bytes; later `(token, errno or 0)` is appended to `completed`.
+
+        Raises `ConnectionLost`; then nothing was started.
+        """
+        buffer = self._nbd.Buffer.from_buffer(into)
+        self._start(lambda: self._handle.aio_pread(buffer, offset, _retire(completed, token)))
+
+    def write(self, data: memoryview, offset: int, completed: list[tuple[Any, int]], token: object) -> None:
+        """Start writing; see `read`."""
+        buffer = self._nbd.Buffer.from_buffer(data)
+        self._start(lambda: self._handle.aio_pwrite(buffer, offset, _retire(completed, token)))
+
+    def zero(self, offset: int, length: int, completed: list[tuple[Any, int]], token: object) -> None:
+        """Start writing zeroes, by which the server may make holes; see `read`."""
+        self._start(lambda: self._handle.aio_zero(length, offset, _retire(completed, token)))
+
+    def status(self, offset: int, length: int, completed: list[tuple[Any, int]]) -> None:
+        """Start a block status query (at most `STATUS_LIMIT` bytes); see `read`.
+
+        The token is a mapping from meta context to the entries told of it; they may cover less than was asked for.
+        """
+        answer: dict[str, Entries] = {}
+
+        def extents(context: str, _offset: int, entries: list[int], _error: Any) -> int:
+            answer[context] = list(zip(entries[::2], entries[1::2], strict=True))
+            return 0
+
+        self._start(lambda: self._handle.aio_block_status(length, offset, extents, _retire(completed, answer)))
+
+    def flush(self) -> int:
+        """Make all completed writes stable; 0 or an errno. Raises `ConnectionLost`."""
+        if not self._handle.can_flush():
+            return 0
+        completed: list[tuple[Any, int]] = []
+        self._start(lambda: self._handle.aio_flush(_retire(completed, None)))
+        return self.wait(completed)
+
+    def read_now(self, into: memoryview, offset: int) -> int:
+        """Read and wait; 0 or an errno. Raises `ConnectionLost`."""
+        completed: list[tuple[Any, int]] = []
+        self.read(into, offset, completed, None)
+        return self.wait(completed)
+
+    def wait(self, completed: list[tuple[Any, int]]) -> int:
+        """Drive the connection until something was appended to `completed`; the first errno in it, or 0."""
+        while not completed:
+            poller = select.poll()
+            if self.register(poller):
+                poller.poll()
+            self.drive()
+        _token, error = completed[0]
+        if error and self.lost:
+            raise self.loss()
+        return error
+
+    def register(self, poller: select.poll) -> bool:
+        """Have `poller` watch for what the connection waits for; False if it is lost and waits for nothing."""
+        if self.lost:
+            return False
+        direction = self._handle.aio_get_direction()
+        events = 0
+        if direction & self._nbd.AIO_DIRECTION_READ:
+            events |= select.POLLIN
+        if direction & self._nbd.AIO_DIRECTION_WRITE:
+            events |= select.POLLOUT
+        poller.register(self.descriptor, events)
+        return True
+
+    @property
+    def descriptor(self) -> int:
+        """The socket's file descriptor, -1 once the connection is lost."""
+        return -1 if self.lost else int(self._handle.aio_get_fd())
+
+    def drive(self) -> None:
+        """Do what the socket is ready for, without waiting. A loss shows in `lost` and in the completions."""
+        if self.lost:
+            return
+        probe = select.poll()
+        self.register(probe)
+        for _descriptor, events in probe.poll(0):
+            try:
+                if events & (select.POLLIN | select.POLLERR | select.POLLHUP):
+                    self._handle.aio_notify_read()
+                elif events & select.POLLOUT:
+                    self._handle.aio_notify_write()
+            except self._nbd.Error as error:
+                if not self.lost:
+                    raise self.loss(str(error)) from error
+
+    def close(self) -> None:
+        """Disconnect; writes are only safe if they were flushed before. What is still under way is abandoned."""
+        if not self.lost:
+            try:
+                self._handle.shutdown(self._nbd.SHUTDOWN_ABANDON_PENDING)
+            except self._nbd.Error:
+                return
+
+    def drop(self) -> None:
+        """Break the connection at once, as if the peer had gone: every request under way ends with ENOTCONN."""
+        if not self.lost:
+            with socketlib.socket(fileno=os.dup(self.descriptor)) as shared:
+                shared.shutdown(socketlib.SHUT_RDWR)
+
+    def _start(self, command: Callable[[], object]) -> None:
+        try:
+            command()
+        except self._nbd.Error as error:
+            raise self.loss(str(error)) from error
+
+
+def connect(
+    socket: str | Path, export: str, *, contexts: Sequence[str] = (), timeout: float = CONNECT_TIMEOUT
+) -> Connection:
+    """Connect to `export` on a unix socket and negotiate the meta `contexts` that the server has.
+
+    Raises `ConnectionLost` when nobody answers within `timeout` seconds or the export is refused.
+    """
+    module = libnbd()
+    where = f"NBD export {export!r} on {socket}"
+    handle = module.NBD()
+    handle.set_export_name(export)
+    handle.set_pread_initialize(False)
+    for name in contexts:
+        handle.add_meta_context(name)
+    try:
+        handle.aio_connect_unix(str(socket))
+        _handshake(handle, module, time.monotonic() + timeout, where)
+        return Connection(module, handle, where, contexts)
+    except module.Error as error:
+        raise errors.ConnectionLost(f"{where}: {error}") from error
+
+
+def _handshake(handle: Any, module: Any, deadline: float, where: str) -> None:
+    while not handle.aio_is_ready():
+        if handle.aio_is_dead() or handle.aio_is_closed():
+            raise errors.ConnectionLost(f"{where}: the server refused the connection")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise errors.ConnectionLost(f"{where}: no answer in time")
+        reading = handle.aio_get_direction() & module.AIO_DIRECTION_READ
+        poller = select.poll()
+        poller.register(handle.aio_get_fd(), select.POLLIN if reading else select.POLLOUT)
+        if poller.poll(left * 1000):
+            if reading:
+                handle.aio_notify_read()
+            else:
+                handle.aio_notify_write()
+
+
+def _retire(completed: list[tuple[Any, int]], token: object) -> Callable[[Any], int]:
+    def callback(error: Any) -> int:
+        completed.append((token, int(error.value)))
+        return 1
+
+    return callback

@@ -1,0 +1,67 @@
+"""What a dirty bitmap holds, read from the block status of a QEMU export that shows it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qemu_blkmig import errors
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.nbd.connection import STATUS_LIMIT, Connection, Entries, connect
+
+BATCH = 4096
+_DIRTY = 1
+
+
+def dirty_extents(socket: str | Path, export: str, bitmap: str, size: int) -> Iterator[list[Extent]]:
+    """The dirty extents of `bitmap`, blocking, in batches of at most `BATCH`.
+
+    They are ascending, disjoint, joined where they touch, and clipped to `size` bytes. Raises `ConnectionLost` when
+    the export cannot be reached, does not show the bitmap, or goes away; `RequestError` when it refuses a query.
+    """
+    context = f"qemu:dirty-bitmap:{bitmap}"
+    connection = connect(socket, export, contexts=[context])
+    try:
+        if context not in connection.contexts:
+            raise errors.ConnectionLost(f"{connection.where} does not show the dirty bitmap {bitmap!r}")
+        joined = _joined(_walk(connection, context, size))
+        while batch := list(itertools.islice(joined, BATCH)):
+            yield batch
+    finally:
+        connection.close()
+
+
+def _walk(connection: Connection, context: str, size: int) -> Iterator[Extent]:
+    offset = 0
+    while offset < size:
+        for length, flags in _ask(connection, context, offset, min(STATUS_LIMIT, size - offset)):
+            length = min(length, size - offset)
+            if flags & _DIRTY and length:
+                yield Extent(offset, length)
+            offset += length
+
+
+def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:
+    held: Extent | None = None
+    for extent in extents:
+        if held is not None and held.end == extent.offset:
+            held = Extent(held.offset, held.length + extent.length)
+            continue
+        if held is not None:
+            yield held
+        held = extent
+    if held is not None:
+        yield held
+
+
+def _ask(connection: Connection, context: str, offset: int, length: int) -> Entries:
+    completed: list[tuple[Any, int]] = []
+    connection.status(offset, length, completed)
+    error = connection.wait(completed)
+    answer: dict[str, Entries] = completed[0][0]
+    entries = answer.get(context, [])
+    if error or not any(covered for covered, _flags in entries):
+        raise errors.RequestError(f"{connection.where}: no dirty block status at offset {offset} (errno {error})")
+    return entries

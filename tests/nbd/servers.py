@@ -1,0 +1,81 @@
+"""Real NBD servers for the tests: qemu-storage-daemon with bitmaps, nbdkit with filters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def running(command: list[str], listening: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The server, from when it accepts connections on `listening` until the block ends."""
+    server = subprocess.Popen(command)
+    try:
+        _until_accepting(server, listening)
+        yield server
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _until_accepting(server: subprocess.Popen[bytes], listening: Path) -> None:
+    for _ in range(1000):
+        if server.poll() is not None:
+            raise RuntimeError(f"{server.args!r} exited with {server.returncode}")
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.connect(str(listening))
+            return
+        time.sleep(0.01)
+    raise RuntimeError(f"{server.args!r} does not listen")
+
+
+@contextlib.contextmanager
+def nbdkit(directory: Path, *arguments: str, name: str = "nbdkit.sock") -> Iterator[Path]:
+    """An nbdkit on the socket that is given; it exits with the block."""
+    listening = directory / name
+    with running(["nbdkit", "-f", "--unix", str(listening), *arguments], listening):
+        yield listening
+
+
+@contextlib.contextmanager
+def qemu_export(
+    directory: Path, image: Path, *, driver: str = "raw", name: str = "qsd.sock"
+) -> Iterator[tuple[Path, Monitor]]:
+    """A qemu-storage-daemon that exports `image` read-only as `disk`, its allocation depth shown."""
+    listening, control = directory / name, directory / f"{name}.qmp"
+    command = ["qemu-storage-daemon", "--chardev", f"socket,path={control},server=on,wait=off,id=c"]
+    command += ["--monitor", "chardev=c", "--nbd-server", f"addr.type=unix,addr.path={listening},max-connections=0"]
+    command += ["--blockdev", f"driver=file,filename={image},node-name=file,discard=unmap"]
+    command += ["--blockdev", f"driver={driver},file=file,node-name=node,discard=unmap"]
+    command += ["--export", "type=nbd,id=disk,node-name=node,name=disk,allocation-depth=on"]
+    with running(command, control), contextlib.closing(Monitor(control)) as monitor:
+        yield listening, monitor
+
+
+class Monitor:
+    """Just enough QMP to prepare a test."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(path))
+        self._lines = self._socket.makefile("r")
+        self._lines.readline()
+        self("qmp_capabilities")
+
+    def __call__(self, command: str, **arguments: Any) -> Any:
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while "event" in (answer := json.loads(self._lines.readline())):
+            continue
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["return"]
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
