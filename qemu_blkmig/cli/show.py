@@ -1,0 +1,61 @@
+"""Results as text for people."""
+
+from __future__ import annotations
+
+from qemu_blkmig.demo.run import DemoResult
+from qemu_blkmig.job.check import CheckResult
+from qemu_blkmig.job.result import Result
+from qemu_blkmig.units import show_bytes, show_seconds
+
+
+def result(outcome: Result) -> str:
+    """A migration's or a copy's result."""
+    lines = [f"{outcome.outcome}: {outcome.guest}" + (f" (pid {outcome.serving})" if outcome.serving else "")]
+    for disk in outcome.disks:
+        lines.append(f"  disk {disk.name}: {disk.source} -> {disk.destination} ({disk.format})")
+        lines.append(
+            f"    {show_bytes(disk.virtual_size)} virtual, {show_bytes(disk.allocated)} allocated; "
+            f"copied {show_bytes(disk.copied)}, zeroed {show_bytes(disk.zeroed)}, skipped {show_bytes(disk.skipped)}, "
+            f"{disk.rounds} dirty rounds"
+        )
+    phases = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in outcome.phases.items())
+    lines.append(f"  {show_bytes(outcome.total_copied)} copied in all; {phases}")
+    if outcome.downtime is not None:
+        lines.append(
+            f"  downtime {show_seconds(outcome.downtime.total)} (disks {show_seconds(outcome.downtime.disk)}, "
+            f"RAM and devices {show_seconds(outcome.downtime.ram)})"
+        )
+    if outcome.consistency is not None:
+        lines.append(f"  consistency: {outcome.consistency}")
+    lines.append("  both sides compared in full: equal" if outcome.verified == "full" else "  not compared (--verify full)")
+    lines += [f"  note: {warning}" for warning in outcome.warnings]
+    return "\n".join(lines)
+
+
+def checked(outcome: CheckResult) -> str:
+    """What `check` found."""
+    lines = [
+        f"disk {disk.name}: {disk.source} -> {disk.destination or '?'} ({disk.format}, "
+        f"{show_bytes(disk.virtual_size)} virtual)"
+        for disk in outcome.disks
+    ]
+    lines += [f"problem: {problem}" for problem in outcome.problems]
+    lines += [f"note: {warning}" for warning in outcome.warnings]
+    lines.append("ready" if outcome.ready else "not ready: nothing was touched")
+    return "\n".join(lines)
+
+
+def demo(outcome: DemoResult) -> str:
+    """What the demo did, and the proof."""
+    mark = {True: "yes", False: "NO"}
+    lines = [
+        result(outcome.migration),
+        "",
+        f"proof: both disks equal at the switchover: {mark[outcome.equal]}",
+        f"       records written by the guest: {outcome.records}, lost: {outcome.lost}, torn: {outcome.torn}",
+        f"       {outcome.records_after} of them after the switchover, at the destination",
+        f"       the guest's own longest gap between two writes: {show_seconds(outcome.longest_gap)}",
+    ]
+    if outcome.kept is not None:
+        lines.append(f"       everything is in {outcome.kept}")
+    return "\n".join(lines)

@@ -1,0 +1,87 @@
+"""`check`: everything that would fail, all at once, before anything is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import msgspec
+
+from qemu_blkmig.errors import BlkmigError
+from qemu_blkmig.job.options import Selection, Target
+from qemu_blkmig.job.plan import Plan, Planner
+from qemu_blkmig.job.record import state_directory
+from qemu_blkmig.job.target import TargetQemu, program_missing
+from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.transport.local import start_local
+
+
+class CheckedDisk(msgspec.Struct, frozen=True):
+    """A disk that would be migrated, and onto what; sizes in bytes."""
+
+    name: str
+    source: str
+    destination: str
+    format: str
+    virtual_size: int
+    allocated: int | None
+
+
+class CheckResult(msgspec.Struct, frozen=True):
+    """`ready`: a migration would start. `problems`: why not; `warnings`: what should be known."""
+
+    ready: bool
+    disks: list[CheckedDisk]
+    problems: list[str]
+    warnings: list[str]
+
+
+async def check(source: str, target: Target, selection: Selection) -> CheckResult:
+    """Look at both sides and touch nothing. Problems are collected, not raised."""
+    problems: list[str] = []
+    plan: Plan | None = None
+    try:
+        libnbd()
+        plan = await _plan(source, target, selection)
+        problems += plan.problems
+    except BlkmigError as error:
+        problems.append(str(error))
+    if target.launch is not None and program_missing(target.launch_arguments()):
+        problems.append(f"the --launch command's program {target.launch_arguments()[0]} is not there")
+    if (trouble := _state_directory_trouble()) is not None:
+        problems.append(trouble)
+    disks = [
+        CheckedDisk(
+            name=disk.name,
+            source=disk.filename,
+            destination=plan.images[disk.name].path if disk.name in plan.images else "",
+            format=disk.format,
+            virtual_size=disk.size,
+            allocated=disk.allocated,
+        )
+        for disk in (plan.disks if plan else ())
+    ]
+    return CheckResult(not problems, disks, problems, list(plan.warnings) if plan else [])
+
+
+async def _plan(source: str, target: Target, selection: Selection) -> Plan:
+    async with contextlib.AsyncExitStack() as stack:
+        monitor = await Monitor.connect(source, who="source QEMU")
+        stack.push_async_callback(monitor.close)
+        agent = await start_local()
+        stack.push_async_callback(agent.close)
+        qemu = None
+        if target.qmp is not None:
+            qemu = await TargetQemu.attach(target.qmp)
+            stack.push_async_callback(qemu.close)
+        return await Planner(agent, selection, target.directory).plan(monitor, qemu, "blkmig-(none)")
+
+
+def _state_directory_trouble() -> str | None:
+    directory = state_directory()
+    for place in (directory, *directory.parents):
+        if place.exists():
+            writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+            return None if writable else f"the state directory {directory} cannot be made or written"
+    return f"the state directory {directory} cannot be made"
