@@ -54,8 +54,12 @@ def _add_migrate(commands: Commands) -> None:
     parser = commands.add_parser("migrate", help="move a running guest with its disks")
     _add_ends(parser)
     _add_target(parser)
-    parser.add_argument("--pause-only", action="store_true", help="disks only: complete with the guest paused, leave it paused")
-    parser.add_argument("--source-after", choices=["quit", "keep"], default="quit", help="what becomes of the source QEMU")
+    parser.add_argument(
+        "--pause-only", action="store_true", help="disks only: complete with the guest paused, leave it paused"
+    )
+    parser.add_argument(
+        "--source-after", choices=["quit", "keep"], default="quit", help="what becomes of the source QEMU"
+    )
     parser.add_argument("--on-stall", choices=[choice.value for choice in OnStall], default="abort",
                         help="when the last round does not come to fit --downtime (default: abort)")  # fmt: skip
     _add_selection(parser)
@@ -86,7 +90,9 @@ def _migrate(arguments: argparse.Namespace) -> int:
 def _add_copy(commands: Commands) -> None:
     parser = commands.add_parser("copy", help="copy a running guest's disks, or an image file; the guest stays")
     _add_ends(parser)
-    parser.add_argument("--agent", metavar="SOCK", help="the guest agent's unix socket: file systems are frozen for the copy")
+    parser.add_argument(
+        "--agent", metavar="SOCK", help="the guest agent's unix socket: file systems are frozen for the copy"
+    )
     parser.add_argument("--source-format", metavar="FMT", help="format of an image: source (default: as recognized)")
     parser.add_argument("--freeze-limit", type=float, default=10.0, metavar="SECONDS",
                         help="longest time that the guest may be frozen or paused (default 10)")  # fmt: skip
@@ -197,14 +203,21 @@ def _add_ends(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target-qmp", metavar="SOCK", help="QMP socket of a destination QEMU waiting with -incoming defer")
-    parser.add_argument("--launch", metavar="CMD",
-                        help="command of the destination QEMU, run in DEST; we append -S -incoming defer -qmp ...")  # fmt: skip
+    parser.add_argument(
+        "--target-qmp", metavar="SOCK", help="QMP socket of a destination QEMU waiting with -incoming defer"
+    )
+    parser.add_argument(
+        "--launch",
+        metavar="CMD",
+        help="command of the destination QEMU, run in DEST; we append -S -incoming defer -qmp ...",
+    )
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--migrate-disks", metavar="LIST", help="only these disks, by drive id, device id or node name")
-    parser.add_argument("--shared-base", action="store_true", help="the destination has the backing files: send the overlays only")
+    parser.add_argument(
+        "--shared-base", action="store_true", help="the destination has the backing files: send the overlays only"
+    )
     parser.add_argument("--target-is-zero", action="store_true", help="existing destination images read as zeroes")
     parser.add_argument("--allow-plaintext", action="store_true", help="an encrypted disk may be written in plain text")
 
@@ -222,8 +235,12 @@ def _add_transfer(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_convergence(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--downtime", type=int, default=300, metavar="MS", help="longest pause of the guest (default 300)")
-    parser.add_argument("--max-rounds", type=int, default=30, metavar="N", help="dirty rounds before it is a stall (default 30)")
+    parser.add_argument(
+        "--downtime", type=int, default=300, metavar="MS", help="longest pause of the guest (default 300)"
+    )
+    parser.add_argument(
+        "--max-rounds", type=int, default=30, metavar="N", help="dirty rounds before it is a stall (default 30)"
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -286,5 +303,3 @@ def _print(outcome: msgspec.Struct, form: str, render: Any) -> int:
     except BrokenPipeError as error:
         raise BlkmigError("the result could not be written to stdout, but it is done") from error
     return 0
-
-

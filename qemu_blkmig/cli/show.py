@@ -27,7 +27,9 @@ def result(outcome: Result) -> str:
         )
     if outcome.consistency is not None:
         lines.append(f"  consistency: {outcome.consistency}")
-    lines.append("  both sides compared in full: equal" if outcome.verified == "full" else "  not compared (--verify full)")
+    lines.append(
+        "  both sides compared in full: equal" if outcome.verified == "full" else "  not compared (--verify full)"
+    )
     lines += [f"  note: {warning}" for warning in outcome.warnings]
     return "\n".join(lines)
 

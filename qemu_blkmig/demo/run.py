@@ -141,8 +141,9 @@ class _Demo:
 
     def _command(self, kernel: Kernel, side: Path) -> list[str]:
         return [
-            QEMU, "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", str(MEMORY), "-nodefaults", "-no-user-config",
-            "-display", "none", "-serial", f"file:{side / 'console'}", "-qmp", f"unix:{side / 'qmp'},server=on,wait=off",
+            QEMU, "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", str(MEMORY), "-nodefaults",
+            "-no-user-config", "-display", "none", "-serial", f"file:{side / 'console'}",
+            "-qmp", f"unix:{side / 'qmp'},server=on,wait=off",
             "-blockdev", f"driver={self._options.format},node-name=disk0,file.driver=file,"
             f"file.filename={side / self._image}",
             "-device", "virtio-blk-pci,id=vda,drive=disk0",
@@ -155,7 +156,9 @@ class _Demo:
             if guest.returncode is not None:
                 raise Refused(f"the demo's guest ended with status {guest.returncode} before it wrote")
             if self._clock.now() > deadline:
-                raise Refused(f"the demo's guest did not boot within {BOOT:.0f} s", advice="see `console` with --keep DIR")
+                raise Refused(
+                    f"the demo's guest did not boot within {BOOT:.0f} s", advice="see `console` with --keep DIR"
+                )
             await self._clock.sleep(0.1)
 
     async def _migrate(self, kernel: Kernel) -> Result:

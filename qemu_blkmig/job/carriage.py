@@ -1,4 +1,4 @@
-"""Everything that carries a guest's disks across: exports and bitmaps at the source, the mover, the engine between them.
+"""What carries a guest's disks across: the mover, connected to the source's exports, and the engine that drives it.
 
 Shared by `migrate` and `copy`; owns nothing of the guest's run state.
 """
@@ -73,7 +73,7 @@ class Carriage:
             reply = await self._agent.request(Compare(disk.name))
             if isinstance(reply, CompareReply) and reply.first is not None:
                 raise ContentsDiffer(
-                    f"source and destination differ, first at byte {reply.first}, in chunks of {reply.differ} bytes in all",
+                    f"the two sides differ, first at byte {reply.first}, in chunks of {reply.differ} bytes in all",
                     disk=disk.name,
                     offset=reply.first,
                 )

@@ -150,7 +150,9 @@ class _GuestCopy:
                 async with asyncio.timeout(limit):
                     await self._engine.complete()
             except TimeoutError:
-                raise MigrationError(f"the last round did not end within {limit:.0f} s; the guest was given back") from None
+                raise MigrationError(
+                    f"the last round did not end within {limit:.0f} s; the guest was given back"
+                ) from None
         if self._options.verify:
             with self._watch.phase("verify"):
                 await self._carriage.compare()

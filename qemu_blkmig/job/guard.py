@@ -1,4 +1,4 @@
-"""Watches the guest and the destination QEMU while disks are copied: what ends the migration, what only has to be known."""
+"""Watches the guest and the destination QEMU while disks are copied: what ends the job, what only has to be known."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from qemu_blkmig.job.settle import Settlement, settle
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.watchdog import Watchdog
 from qemu_blkmig.qmp.dirtylog import BitmapLog
-from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.topology import Topology
@@ -128,7 +127,9 @@ class Lifecycle:
         names = {}
         for number, disk in enumerate(plan.disks):
             names[disk.name] = f"{prefix}-data{number}"
-            await self._exports.add(names[disk.name], disk.node, allocation_depth=shared_base and disk.backing is not None)
+            await self._exports.add(
+                names[disk.name], disk.node, allocation_depth=shared_base and disk.backing is not None
+            )
         log_ = BitmapLog(
             self.source, plan.disks, prefix=prefix, granularity=granularity, exports=self._exports, topology=topology
         )

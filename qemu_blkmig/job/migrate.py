@@ -268,7 +268,9 @@ class _Run:
             outcome, guest, serving = "copied", "the guest is paused at the source", self._job.record.source_process
         else:
             outcome, serving = "migrated", target.process if target else None
-            guest = "the guest runs at the destination" if running else "the guest is paused at the destination, as it was"
+            guest = (
+                "the guest runs at the destination" if running else "the guest is paused at the destination, as it was"
+            )
         return Result(
             job=self._job.record.job,
             outcome=outcome,

@@ -35,7 +35,9 @@ class Transfer:
         if not _power_of_two(self.chunk_size) or not 64 << 10 <= self.chunk_size <= 32 << 20:
             raise UsageError("--chunk-size must be a power of two from 64k to 32M")
         if not _power_of_two(self.request_size) or not 64 << 10 <= self.request_size <= 32 << 20:
-            raise UsageError("--request-size must be a power of two from 64k to 32M (the largest an NBD server must take)")
+            raise UsageError(
+                "--request-size must be a power of two from 64k to 32M (the largest an NBD server must take)"
+            )
         for name, count in (("--connections", self.connections), ("--requests", self.requests)):
             if not 1 <= count <= 64:
                 raise UsageError(f"{name} must be from 1 to 64")

@@ -1,4 +1,4 @@
-"""The plan of a job: which disks, onto which images, and everything that would fail, found before anything is touched."""
+"""The plan of a job: which disks, onto which images, and all that would fail, found before anything is touched."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ class Planner:
         names = {disk.name for disk in chosen}
         for disk in known:
             if disk.name not in names:
-                self._warnings.append(f"disk {disk.name} is not migrated, as asked: the destination must have it already")
+                self._warnings.append(
+                    f"disk {disk.name} is not migrated, as asked: the destination must have it already"
+                )
         self._warnings += [f"{other.name} is not migrated: {other.reason}" for other in skipped]
 
     def _directory_images(self, disks: Sequence[Disk]) -> dict[str, Image]:
@@ -171,7 +173,8 @@ def verify_launched(plan: Plan, found: Sequence[Disk]) -> None:
         image = plan.images[disk.name]
         if other is None:
             raise Refused(
-                f"the --launch command gives the guest no such disk (it has: {', '.join(d.name for d in found) or 'none'})",
+                "the --launch command gives the guest no such disk "
+                f"(it has: {', '.join(candidate.name for candidate in found) or 'none'})",
                 disk=disk.name,
                 advice="its devices must be the same as the source's",
             )

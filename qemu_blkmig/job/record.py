@@ -107,7 +107,9 @@ class Job:
         try:
             lock = _lock(directory)
         except BlockingIOError:
-            raise Refused(f"job {name} is still being worked on by its own processes", advice="cancel it there") from None
+            raise Refused(
+                f"job {name} is still being worked on by its own processes", advice="cancel it there"
+            ) from None
         return cls(directory, read_record(directory), lock)
 
     @property

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.engine.migration import Figures
+from qemu_blkmig.engine.ports import Clock
 
 
 class Reporter(Protocol):

@@ -1,4 +1,4 @@
-"""Brings both sides to rest after a failure: exactly one side owns the guest, it does not hang, nothing of ours is left.
+"""Brings both sides to rest after a failure: exactly one side owns the guest, nothing hangs, nothing of ours is left.
 
 Used alike by the coordinator when something fails, by the watchdog when the coordinator is no more, and by `cleanup`.
 It goes by the job's record and by what both QEMUs say of themselves; it never guesses (DESIGN.md, invariant 5).

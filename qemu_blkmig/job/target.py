@@ -82,7 +82,7 @@ class TargetQemu:
             await asyncio.sleep(0.02)
         raise Refused(
             f"the --launch command did not open a QMP socket within {START:.0f} s: {_tail(output)}",
-            advice="a wrapper script must pass the arguments on that we append: exec qemu-system-... \"$@\"",
+            advice='a wrapper script must pass the arguments on that we append: exec qemu-system-... "$@"',
         )
 
     @classmethod
@@ -135,6 +135,7 @@ def _tail(output: IO[bytes]) -> str:
 
 def program_missing(arguments: Sequence[str]) -> bool:
     """Whether the launch command's program cannot be found."""
-    return subprocess.run(
-        ["/bin/sh", "-c", 'command -v -- "$1" >/dev/null', "sh", arguments[0]], check=False
-    ).returncode != 0
+    return (
+        subprocess.run(["/bin/sh", "-c", 'command -v -- "$1" >/dev/null', "sh", arguments[0]], check=False).returncode
+        != 0
+    )
