@@ -115,8 +115,8 @@ async def _describe(path: str, image_format: str | None) -> Disk:
     if name := info.get("backing-filename"):
         backing = Backing(
             filename=name,
-            full_filename=info.get("full-backing-filename", name),
-            format=info.get("backing-filename-format") or "raw",
+            full=info.get("full-backing-filename", name),
+            format=info.get("backing-filename-format"),
         )
     with contextlib.suppress(KeyError):
         image_format = str(info["format"])
@@ -133,4 +133,5 @@ async def _describe(path: str, image_format: str | None) -> Disk:
         cluster_size=info.get("cluster-size"),
         encrypted=bool(info.get("encrypted")) or info["format"] == "luks",
         allocated=info.get("actual-size"),
+        data_file=None,
     )

@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,13 @@ class Monitor:
         finally:
             stream.close()
             self._client.remove_listener(stream)
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process that made the QMP socket, QEMU (unix(7), SO_PEERCRED); None where it lies in another namespace."""
+        credentials = self._rights.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid: int = struct.unpack("3i", credentials)[0]
+        return pid or None
 
     @property
     def lost(self) -> bool:
