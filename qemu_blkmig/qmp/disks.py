@@ -1,0 +1,256 @@
+"""Which disks a guest has, what lies under each of them, and what would stand in the way of migrating them.
+
+Everything is found by QMP (QEMU's block-core.json: query-block, query-blockstats, query-named-block-nodes), for disks
+made by -drive and by -blockdev alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.qmp.monitor import CommandFailed, Monitor
+
+OUR_NAMES = "blkmig-"
+"""What the names of all that this project makes in a QEMU begin with."""
+
+CD_ROM = "it is a CD-ROM"
+
+_FILTERS = {"blkdebug", "blklogwrites", "blkreplay", "blkverify", "compress", "copy-before-write", "copy-on-read"}
+_FILTERS |= {"preallocate", "snapshot-access", "throttle", "backup-top", "commit_top", "mirror_top"}
+_FORMATS = {"bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qcow2", "qed", "raw", "vdi", "vhdx", "vmdk", "vpc"}
+_PASSIVE_JOBS = {"create"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One node of a disk's chain. `filter`: it only passes requests on (throttle, ...), and has no image of its own."""
+
+    node: str
+    driver: str
+    filename: str
+    filter: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """A backing file: `filename` as the image names it, `full` as QEMU resolved it, its `format`, if the image says."""
+
+    filename: str
+    full: str
+    format: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk that can be migrated.
+
+    `name`: what the user calls it, unique: the -drive id, else the device's id, else the node's name. `device`: the
+    -drive id or "". `qdev`: the device's id or QOM path. `node`: the topmost node, which all the guest's writes pass.
+    `format`: the image's ("raw" where there is none). `size`: virtual, bytes. `layers`: the whole chain, topmost
+    first, filters too; they count in qemu:allocation-depth, so depth n is layers[n - 1]. `allocated`: what the image
+    occupies, bytes, where QEMU knows. `encrypted`: by LUKS or qcow2, in any layer.
+    """
+
+    name: str
+    device: str
+    qdev: str
+    node: str
+    format: str
+    size: int
+    filename: str
+    backing: Backing | None
+    layers: tuple[Layer, ...]
+    cluster_size: int | None
+    encrypted: bool
+    allocated: int | None
+    data_file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A drive that does not take part, and why, in words. `device` and `qdev` as in `Disk`."""
+
+    name: str
+    reason: str
+    device: str
+    qdev: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """All drives of a guest."""
+
+    disks: tuple[Disk, ...]
+    skipped: tuple[Skipped, ...]
+
+
+async def inventory(monitor: Monitor) -> Inventory:
+    """Find all drives of the guest. Raises what `Monitor.execute` raises."""
+    drives, statistics, nodes = await asyncio.gather(
+        monitor.execute("query-block"),
+        monitor.execute("query-blockstats"),
+        monitor.execute("query-named-block-nodes", {"flat": True}),
+    )
+    # query-blockstats walks the same list as query-block, and it alone tells the node names of a chain.
+    chains = {identity(entry): _chain(entry) for entry in statistics}
+    by_node = {node["node-name"]: node for node in nodes}
+    disks: list[Disk] = []
+    skipped: list[Skipped] = []
+    taken: set[str] = set()
+    for drive in drives:
+        name = _unique_name(drive, taken)
+        reason = await _why_skipped(monitor, drive, disks)
+        if reason:
+            skipped.append(Skipped(name, reason, drive["device"], drive.get("qdev", "")))
+        else:
+            disks.append(_disk(name, drive, chains[identity(drive)], by_node))
+    return Inventory(tuple(disks), tuple(skipped))
+
+
+def identity(drive: Mapping[str, Any]) -> tuple[str, str]:
+    """What tells a drive from the others in query-block and query-blockstats."""
+    return drive.get("device", ""), drive.get("qdev", "")
+
+
+def select(inventory: Inventory, names: Sequence[str] | None) -> tuple[Disk, ...]:
+    """Return the disks of these names, in the guest's order; None: all that can be migrated.
+
+    Raises `Refused`: a name is unknown, or the drive cannot be migrated, or there is nothing to migrate.
+    """
+    known = {disk.name for disk in inventory.disks}
+    reasons = {drive.name: drive.reason for drive in inventory.skipped}
+    for name in names or ():
+        if name in reasons:
+            raise Refused(f"cannot be migrated: {reasons[name]}", disk=name, advice="leave it out of the list")
+        if name not in known:
+            raise Refused(f"the guest has no disk {name!r}; its disks are: {', '.join(sorted(known)) or 'none'}")
+    chosen = tuple(disk for disk in inventory.disks if names is None or disk.name in names)
+    if not chosen:
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise Refused(f"there is no disk to migrate ({told or 'the guest has no drives, or none was named'})")
+    return chosen
+
+
+async def obstacles(monitor: Monitor, disks: Sequence[Disk], *, ours: str) -> list[str]:
+    """Tell in words what stands in the way of migrating `disks`; names that begin with `ours` are this migration's."""
+    jobs, exports, nodes = await asyncio.gather(
+        monitor.execute("query-jobs"),
+        monitor.execute("query-block-exports"),
+        monitor.execute("query-named-block-nodes", {"flat": True}),
+    )
+    found = [f"the block job {job['id']} ({job['type']}) is {job['status']}" for job in active_jobs(jobs)]
+    owner = {layer.node: disk.name for disk in disks for layer in disk.layers}
+    for export in exports:
+        disk = owner.get(export["node-name"])
+        if disk and not export["id"].startswith(ours):
+            found.append(f"disk {disk}: somebody exports it ({export['type']} export {export['id']})")
+    for node in nodes:
+        for bitmap in node.get("dirty-bitmaps", []):
+            name = bitmap.get("name", "")
+            disk = owner.get(node["node-name"])
+            if disk and name.startswith(OUR_NAMES) and not name.startswith(ours):
+                found.append(f"disk {disk}: another migration records its writes, or left its bitmap {name} behind")
+    return found
+
+
+def active_jobs(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return those of query-jobs that may still change what a disk's chain looks like."""
+    return [job for job in jobs if job["status"] != "concluded" and job["type"] not in _PASSIVE_JOBS]
+
+
+def _chain(entry: Mapping[str, Any]) -> list[str]:
+    """The node names of a query-blockstats entry, topmost first; filters count their child as backing."""
+    chain: list[str] = []
+    layer: Mapping[str, Any] | None = entry
+    while layer and "node-name" in layer:
+        chain.append(layer["node-name"])
+        layer = layer.get("backing")
+    return chain
+
+
+def _unique_name(drive: Mapping[str, Any], taken: set[str]) -> str:
+    wanted = drive["device"] or _device_name(drive) or "drive"
+    name, number = wanted, 2
+    while name in taken:
+        name, number = f"{wanted}-{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def _device_name(drive: Mapping[str, Any]) -> str:
+    path = drive.get("qdev", "").removesuffix("/virtio-backend")
+    if "-anon/" not in path and "/unattached/" not in path:
+        return str(path).rpartition("/")[2]
+    return str(drive.get("inserted", {}).get("node-name", "") or path.rpartition("/")[2])
+
+
+async def _why_skipped(monitor: Monitor, drive: Mapping[str, Any], disks: Sequence[Disk]) -> str | None:
+    inserted = drive.get("inserted")
+    if drive["removable"] and await _is_cd_rom(monitor, drive):
+        return CD_ROM if inserted else "it is an empty CD-ROM drive"
+    if not inserted:
+        return "the drive is empty"
+    if "qdev" not in drive:
+        return "no device of the guest uses it"
+    if inserted["ro"]:
+        return "it is read-only"
+    if inserted["image"]["virtual-size"] == 0:
+        return "its size is 0"
+    for disk in disks:
+        if disk.node == inserted["node-name"]:
+            return f"it is the same image as disk {disk.name}"
+    return None
+
+
+async def _is_cd_rom(monitor: Monitor, drive: Mapping[str, Any]) -> bool:
+    if "qdev" not in drive:
+        return False
+    try:
+        kind = await monitor.execute("qom-get", {"path": drive["qdev"], "property": "type"})
+    except CommandFailed:
+        # The device was unplugged meanwhile.
+        return False
+    return str(kind).endswith("-cd")
+
+
+def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapping[str, Any]) -> Disk:
+    top = drive["inserted"]
+    # A node that query-block shows and the list of named nodes does not is an implicit filter of a block job.
+    layers = tuple(_layer(nodes[node]) for node in chain if node in nodes)
+    image_layer = next((layer for layer in layers if not layer.filter), layers[-1])
+    image = nodes[image_layer.node]["image"]
+    details = image.get("format-specific", {}).get("data", {})
+    return Disk(
+        name=name,
+        device=drive["device"],
+        qdev=drive["qdev"],
+        node=top["node-name"],
+        format=image_layer.driver if image_layer.driver in _FORMATS else "raw",
+        size=top["image"]["virtual-size"],
+        filename=image_layer.filename,
+        backing=_backing(image),
+        layers=layers,
+        cluster_size=image.get("cluster-size"),
+        encrypted=any(_encrypted(nodes[layer.node]) for layer in layers),
+        allocated=image.get("actual-size"),
+        data_file=details.get("data-file"),
+    )
+
+
+def _layer(node: Mapping[str, Any]) -> Layer:
+    return Layer(node["node-name"], node["drv"], node["file"], node["drv"] in _FILTERS)
+
+
+def _backing(image: Mapping[str, Any]) -> Backing | None:
+    if "backing-filename" not in image:
+        return None
+    filename = image["backing-filename"]
+    return Backing(filename, image.get("full-backing-filename", filename), image.get("backing-filename-format"))
+
+
+def _encrypted(node: Mapping[str, Any]) -> bool:
+    return bool(node["encrypted"] or node["image"].get("encrypted"))

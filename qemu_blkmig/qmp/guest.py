@@ -1,0 +1,55 @@
+"""The guest's run state: asking for it, pausing and resuming (QEMU's run-state.json)."""
+
+from __future__ import annotations
+
+from qemu_blkmig.errors import GuestStateError
+from qemu_blkmig.qmp.monitor import CommandFailed, Monitor
+
+RUNNING = "running"
+_CANNOT_RESUME = {
+    "shutdown": "it has shut down",
+    "guest-panicked": "it has crashed (guest-panicked)",
+    "internal-error": "QEMU met an internal error",
+    "inmigrate": "it waits for an incoming migration",
+    "finish-migrate": "the last part of its migration is under way",
+}
+
+
+async def run_state(monitor: Monitor) -> str:
+    """Return the guest's run state by QEMU's name of it ("running", "paused", "io-error", "postmigrate", ...)."""
+    return str((await monitor.execute("query-status"))["status"])
+
+
+class QemuGuest:
+    """The guest of one QEMU."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        """Speak for the guest of the QEMU at `monitor`."""
+        self._monitor = monitor
+
+    async def is_paused(self) -> bool:
+        """Whether no vCPU runs and the guest's requests are drained: so in every run state that is not running."""
+        return not (await self._monitor.execute("query-status"))["running"]
+
+    async def pause(self) -> None:
+        """Stop the guest, drain its requests; no matter if it is stopped already. Raises `GuestStateError`."""
+        try:
+            await self._monitor.execute("stop")
+        except CommandFailed as error:
+            state = await run_state(self._monitor)
+            raise GuestStateError(f"the guest ({state}) could not be paused: {error.description}") from error
+        if not await self.is_paused():
+            raise GuestStateError("the guest runs on although QEMU accepted the request to pause it")
+
+    async def resume(self) -> None:
+        """Let the guest run on. Raises `GuestStateError`, with what keeps it from that."""
+        before = await run_state(self._monitor)
+        if before in _CANNOT_RESUME:
+            raise GuestStateError(f"the guest cannot be resumed: {_CANNOT_RESUME[before]}")
+        try:
+            await self._monitor.execute("cont")
+        except CommandFailed as error:
+            raise GuestStateError(f"the guest ({before}) could not be resumed: {error.description}") from error
+        now = await run_state(self._monitor)
+        if now != RUNNING:
+            raise GuestStateError(f"the guest was resumed and is {now} again")
