@@ -25,14 +25,14 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all messages."""
 
 
-class Backing(Message):
+class Backing(Message, frozen=True):
     """The shared base that an image is created upon; `path` as it is to stand in the image."""
 
     path: str
     format: str
 
 
-class Image(Message):
+class Image(Message, frozen=True):
     """What the destination is to hold for one disk; `size` is the virtual size.
 
     `create`: make it; it must not exist yet. Otherwise it must exist, in this format and of this size.
@@ -49,24 +49,24 @@ class Image(Message):
     cluster_size: int | None = None
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     version: str
     protocol: int
 
 
-class Inspect(Message, tag="inspect"):
+class Inspect(Message, frozen=True, tag="inspect"):
     """Find everything that `Prepare` would fail on, and touch nothing."""
 
     images: list[Image]
 
 
-class Prepare(Message, tag="prepare"):
+class Prepare(Message, frozen=True, tag="prepare"):
     """Check, lock and create the images; all or none."""
 
     images: list[Image]
 
 
-class Open(Message, tag="open"):
+class Open(Message, frozen=True, tag="open"):
     """Connect to the source's export of a prepared disk and start its writer.
 
     `socket`: path of the unix socket that the export is reached by. `private_layers`: with a shared base, how many
@@ -84,49 +84,49 @@ class Open(Message, tag="open"):
     private_layers: int | None = None
 
 
-class Copy(Message, tag="copy"):
+class Copy(Message, frozen=True, tag="copy"):
     disk: str
     kind: Literal["bulk", "dirty"]
     extents: list[tuple[int, int]]
 
 
-class Flush(Message, tag="flush"):
+class Flush(Message, frozen=True, tag="flush"):
     disk: str
 
 
-class Compare(Message, tag="compare"):
+class Compare(Message, frozen=True, tag="compare"):
     """Compare the whole of both sides, byte by byte; the guest must be paused."""
 
     disk: str
 
 
-class Bandwidth(Message, tag="bandwidth"):
+class Bandwidth(Message, frozen=True, tag="bandwidth"):
     """Limit the payload of all disks together to `rate` bytes a second; None: no limit."""
 
     rate: int | None
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, frozen=True, tag="cancel"):
     """End the copy or comparison under way; that one's reply is an error of kind "cancelled"."""
 
 
-class Close(Message, tag="close"):
+class Close(Message, frozen=True, tag="close"):
     """End the disk's writer: flushed, NBD server exited, lock dropped."""
 
     disk: str
 
 
-class Discard(Message, tag="discard"):
+class Discard(Message, frozen=True, tag="discard"):
     """Remove images that an agent created, told by the identity in `Created`; others and those in use are left."""
 
     images: list[Created]
 
 
-class Bye(Message, tag="bye"):
+class Bye(Message, frozen=True, tag="bye"):
     """All is well; leave what is there and exit."""
 
 
-class Created(Message):
+class Created(Message, frozen=True):
     """An image that the agent made: removable only while it still is this very file."""
 
     path: str
@@ -137,66 +137,66 @@ class Created(Message):
 Operation = Hello | Inspect | Prepare | Open | Copy | Flush | Compare | Bandwidth | Cancel | Close | Discard | Bye
 
 
-class Request(Message):
+class Request(Message, frozen=True):
     id: int
     op: Operation
 
 
-class HelloReply(Message, tag="hello"):
+class HelloReply(Message, frozen=True, tag="hello"):
     version: str
     protocol: int
 
 
-class Problem(Message):
+class Problem(Message, frozen=True):
     """Something that would fail; `disk` is None where it concerns all."""
 
     disk: str | None
     what: str
 
 
-class InspectReply(Message, tag="inspect"):
+class InspectReply(Message, frozen=True, tag="inspect"):
     """`free`: bytes free on the file system of the first image to be created; None where none is to be."""
 
     problems: list[Problem]
     free: int | None
 
 
-class PrepareReply(Message, tag="prepare"):
+class PrepareReply(Message, frozen=True, tag="prepare"):
     created: list[Created]
 
 
-class CopyReply(Message, tag="copy"):
+class CopyReply(Message, frozen=True, tag="copy"):
     copied: int
     zeroed: int
     skipped: int
     seconds: float
 
 
-class CompareReply(Message, tag="compare"):
+class CompareReply(Message, frozen=True, tag="compare"):
     """`differ`: bytes of chunks that differ; `first`: offset of the first differing byte, None if equal."""
 
     differ: int
     first: int | None
 
 
-class CloseReply(Message, tag="close"):
+class CloseReply(Message, frozen=True, tag="close"):
     """`allocated`: bytes that the image occupies at the destination."""
 
     allocated: int
 
 
-class DiscardReply(Message, tag="discard"):
+class DiscardReply(Message, frozen=True, tag="discard"):
     """Paths removed, and those left with the reason."""
 
     removed: list[str]
     left: list[str]
 
 
-class Done(Message, tag="done"):
+class Done(Message, frozen=True, tag="done"):
     """Done, with nothing to tell (open, flush, bandwidth, cancel, bye)."""
 
 
-class Failure(Message, tag="failure"):
+class Failure(Message, frozen=True, tag="failure"):
     """Why a request failed.
 
     source-read: the source's export gave an error at `offset`. source-lost: the connection to it broke.
@@ -216,12 +216,12 @@ Outcome = (
 )
 
 
-class Reply(Message, tag="reply"):
+class Reply(Message, frozen=True, tag="reply"):
     id: int
     outcome: Outcome
 
 
-class Progress(Message, tag="progress"):
+class Progress(Message, frozen=True, tag="progress"):
     """Bytes settled so far in the copy or comparison under way on `disk`; at most some ten a second."""
 
     disk: str

@@ -11,7 +11,7 @@ from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
 from qemu_blkmig.errors import ContentsDiffer
 from qemu_blkmig.job.options import Transfer
-from qemu_blkmig.job.plan import Plan
+from qemu_blkmig.job.plan import Plan, private_layers
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
@@ -40,7 +40,7 @@ class Carriage:
         self._job.record.created = reply.created
         self._job.save()
 
-    async def open(self, socket: str, exports: dict[str, str], private_layers: int | None) -> None:
+    async def open(self, socket: str, exports: dict[str, str]) -> None:
         """Connect the mover to the source's exports (by disk name), reached through the unix socket `socket`."""
         for disk in self._plan.disks:
             await self._agent.request(
@@ -52,7 +52,7 @@ class Carriage:
                     requests=self._transfer.requests,
                     request_size=self._transfer.request_size,
                     zero_unit=self._transfer.granularity,
-                    private_layers=private_layers if self._plan.images[disk.name].backing else None,
+                    private_layers=private_layers(disk) if self._plan.images[disk.name].backing else None,
                 )
             )
 

@@ -51,11 +51,12 @@ async def check(source: str, target: Target, selection: Selection) -> CheckResul
         problems.append(f"the --launch command's program {target.launch_arguments()[0]} is not there")
     if (trouble := _state_directory_trouble()) is not None:
         problems.append(trouble)
+    images = plan.images if plan else {}
     disks = [
         CheckedDisk(
             name=disk.name,
             source=disk.filename,
-            destination=plan.images[disk.name].path if disk.name in plan.images else "",
+            destination=images[disk.name].path if disk.name in images else "",
             format=disk.format,
             virtual_size=disk.size,
             allocated=disk.allocated,

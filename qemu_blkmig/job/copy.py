@@ -46,8 +46,7 @@ async def _copy_image(life: Lifecycle, options: CopyOptions, reporter: Reporter,
         plan.require()
         carriage = Carriage(life.job, plan, agent, options.transfer, reporter)
         await carriage.prepare()
-        shared = options.selection.shared_base
-        await carriage.open(str(source.socket), {source.disk.name: ""}, 1 if shared else None)
+        await carriage.open(str(source.socket), {source.disk.name: ""})
         engine = await carriage.engine(source, source, clock)
         with watch.phase("bulk"):
             await engine.setup()
@@ -115,7 +114,7 @@ class _GuestCopy:
         self._guard = life.guard()
         shared = options.selection.shared_base
         recording, exports = await life.open_source(self._plan, options.transfer.granularity, shared)
-        await self._carriage.open(str(life.exports.socket_path), exports, 1 if shared else None)
+        await self._carriage.open(str(life.exports.socket_path), exports)
         self._engine: BlockMigration = await self._carriage.engine(recording, self._guest, self._clock)
 
     async def _converge(self) -> None:

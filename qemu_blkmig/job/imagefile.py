@@ -87,7 +87,8 @@ class _NothingDirty:
 
     async def extents(self, disk: str) -> AsyncIterator[Sequence[Extent]]:
         """None."""
-        for batch in ():
+        none: tuple[Sequence[Extent], ...] = ()
+        for batch in none:
             yield batch
 
     async def retire(self) -> None:

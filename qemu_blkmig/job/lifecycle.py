@@ -119,7 +119,7 @@ class Lifecycle:
         Returns the record of what the guest writes, and the exports' names by disk.
         """
         prefix = self.job.record.prefix
-        self._exports = ExportServer(self.source, self.job.runtime / "source.nbd")
+        self._exports = ExportServer(self.source, str(self.job.runtime / "source.nbd"))
         topology = await Topology.snapshot(self.source, plan.disks)
         await self._exports.start()
         self.job.record.nbd_server = True

@@ -69,11 +69,8 @@ class _Run:
             await self._engine.setup()
             await self._engine.bulk()
         await self._converge()
-        if self._options.pause_only:
-            downtime = await self._pause_here()
-        else:
-            downtime = await self._switch_over()
-        return self._result(downtime)
+        finish = self._pause_here if self._options.pause_only else self._switch_over
+        return self._result(await finish())
 
     async def _prepare(self) -> None:
         options, life = self._options, self._life
@@ -96,7 +93,7 @@ class _Run:
         self._guard = life.guard()
         shared = options.selection.shared_base
         recording, exports = await life.open_source(self._plan, options.transfer.granularity, shared)
-        await self._carriage.open(str(life.exports.socket_path), exports, 1 if shared else None)
+        await self._carriage.open(str(life.exports.socket_path), exports)
         self._engine: BlockMigration = await self._carriage.engine(recording, self._guest, self._clock)
 
     async def _launch(self) -> None:
@@ -121,7 +118,7 @@ class _Run:
             raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
 
-    async def _pause_here(self) -> Downtime:
+    async def _pause_here(self) -> Downtime | None:
         self._take_run_state()
         self._guard.ignore_pauses()
         with self._watch.phase("switchover"):

@@ -37,6 +37,12 @@ class Plan:
             raise Refused("; ".join(self.problems), state="nothing was touched")
 
 
+def private_layers(disk: Disk) -> int:
+    """How many layers of the disk's chain lie above its shared base, filters included (see `Disk.layers`)."""
+    images = [number for number, layer in enumerate(disk.layers) if not layer.filter]
+    return images[1] if len(images) > 1 else max(1, len(disk.layers))
+
+
 class Planner:
     """Collects the plan from the source QEMU, the destination's agent and, where there is one, its QEMU."""
 
@@ -114,8 +120,9 @@ class Planner:
         return images
 
     def _image(self, disk: Disk, path: Path) -> Image:
-        keeps_base = self._selection.shared_base and disk.backing is not None
-        backing = Backing(disk.backing.filename, disk.backing.format) if keeps_base and disk.backing else None
+        backing = None
+        if self._selection.shared_base and disk.backing is not None:
+            backing = Backing(disk.backing.filename, disk.backing.format or "raw")
         return Image(
             disk=disk.name,
             path=str(path),
