@@ -120,7 +120,7 @@ class Lifecycle:
         """
         prefix = self.job.record.prefix
         self._exports = ExportServer(self.source, str(self.job.runtime / "source.nbd"))
-        topology = await Topology.snapshot(self.source, plan.disks)
+        topology = await Topology.snapshot(self.source, plan.disks, ours=prefix)
         await self._exports.start()
         self.job.record.nbd_server = True
         self.job.save()

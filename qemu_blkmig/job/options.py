@@ -10,6 +10,10 @@ from pathlib import Path
 from qemu_blkmig.errors import UsageError
 
 
+def _power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
 class OnStall(enum.Enum):
     """What to do when the last round does not come to fit the downtime."""
 
@@ -120,7 +124,3 @@ class CopyOptions:
     max_rounds: int | None = 30
     freeze_limit: float = 10.0
     verify: bool = False
-
-
-def _power_of_two(number: int) -> bool:
-    return number > 0 and number & (number - 1) == 0

@@ -1,0 +1,76 @@
+"""The job's record and lock."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.process import ProcessId
+from qemu_blkmig.job.record import STATE_VARIABLE, Job, Owner, left_behind, read_record
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory of the test's own."""
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def test_what_is_saved_is_what_is_read(state: Path) -> None:
+    job = Job.create()
+    job.record.owner = Owner.UNDECIDED
+    job.record.source_process = ProcessId(1, 2)
+    job.save()
+    assert read_record(job.directory) == job.record
+    assert [record.job for record in left_behind()] == [job.record.job]
+    job.remove()
+
+
+def test_nothing_is_left_of_a_removed_job(state: Path) -> None:
+    job = Job.create()
+    runtime = job.runtime
+    assert runtime.is_dir()
+    job.remove()
+    assert not runtime.exists()
+    assert list(state.iterdir()) == []
+
+
+def test_a_job_that_is_being_worked_on_cannot_be_loaded(state: Path) -> None:
+    job = Job.create()
+    with pytest.raises(Refused, match="still being worked on"):
+        Job.load(job.record.job)
+    job.release()
+    loaded = Job.load(job.record.job)
+    assert loaded.record == job.record
+    loaded.remove()
+
+
+def test_an_unknown_job_is_refused(state: Path) -> None:
+    with pytest.raises(Refused, match="no job nonesuch"):
+        Job.load("nonesuch")
+
+
+def test_a_state_directory_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "file" / "state"))
+    with pytest.raises(Refused, match="cannot make the job's directory"):
+        Job.create()
+
+
+def test_a_pid_that_was_given_anew_is_another_process() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        found = ProcessId.of(process.pid)
+        assert found is not None
+        assert found.alive
+        assert not ProcessId(found.pid, found.start - 1).alive
+        assert ProcessId(found.pid, found.start - 1).kill(1)
+        assert process.poll() is None
+        assert found.kill(5)
+        assert not found.alive
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,76 @@
+"""The watchdog's judgement: when to stand in for the coordinator, and when not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from qemu_blkmig.job.watchdog import watch
+
+
+class Coordinator:
+    """A process in the coordinator's place, and the pipe that it would hold."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(["sleep", "60"])
+        self.pidfd = os.pidfd_open(self.process.pid)
+        self.reading, self.writing = os.pipe()
+        self.verdict: list[bool] = []
+        self._thread = threading.Thread(target=lambda: self.verdict.append(watch(self.reading, self.pidfd)))
+        self._thread.start()
+
+    def say(self, text: str) -> None:
+        os.write(self.writing, text.encode())
+
+    def hang_up(self) -> None:
+        os.close(self.writing)
+        self.writing = -1
+
+    def judged(self) -> bool:
+        self._thread.join(timeout=20)
+        return self.verdict[0]
+
+    def end(self) -> None:
+        if self.writing >= 0:
+            self.hang_up()
+        self._thread.join(timeout=20)
+        self.process.kill()
+        self.process.wait()
+        os.close(self.reading)
+        os.close(self.pidfd)
+
+
+@pytest.fixture
+def coordinator() -> Iterator[Coordinator]:
+    coordinator = Coordinator()
+    yield coordinator
+    coordinator.end()
+
+
+def test_end_of_file_without_a_word_means_to_stand_in(coordinator: Coordinator) -> None:
+    coordinator.say("alive\n")
+    coordinator.hang_up()
+    assert coordinator.judged() is True
+
+
+def test_done_means_to_leave(coordinator: Coordinator) -> None:
+    coordinator.say("arm 30\nalive\ndo")
+    coordinator.say("ne\n")
+    assert coordinator.judged() is False
+
+
+def test_an_armed_coordinator_that_is_silent_is_ended_first(coordinator: Coordinator) -> None:
+    coordinator.say("arm 0.2\n")
+    assert coordinator.judged() is True
+    assert coordinator.process.wait(timeout=5) < 0
+
+
+def test_a_silent_coordinator_that_is_not_armed_is_left_alone(coordinator: Coordinator) -> None:
+    coordinator.say("arm 0.3\ndisarm\n")
+    threading.Event().wait(1.0)
+    assert coordinator.verdict == []
+    assert coordinator.process.poll() is None
