@@ -120,11 +120,7 @@ class DirtyRounds:
         return seconds
 
     async def _copy(self, device: Device, round_: Round) -> float:
-        """Copy what the round holds of `device`; of its extents only one group and one batch are in memory at a time.
-
-        The extents are held against the bytes that the round counts, so that a stream cut short is no round done.
-        The count may exceed them where the last granule of the bitmap reaches beyond the disk's end.
-        """
+        """Copy what the round holds of `device`, with one group and one batch of its extents in memory at a time."""
         batcher = Batcher(most=self._batch, volume=self._volume)
         seconds = 0.0
         async with _closing(round_.extents(device.name)) as groups:
@@ -133,10 +129,7 @@ class DirtyRounds:
                     seconds += await self._carrier.copy(device, batch, CopyKind.DIRTY)
         if rest := batcher.rest():
             seconds += await self._carrier.copy(device, rest, CopyKind.DIRTY)
-        if batcher.fed < device.owed and batcher.end < device.size:
-            raise MigrationError(
-                f"the round holds {device.owed} dirty bytes, but extents of only {batcher.fed}", disk=device.name
-            )
+        _check_whole(device, batcher)
         return seconds
 
     async def _give_back(self, round_: Round, error: BaseException) -> None:
@@ -149,6 +142,17 @@ class DirtyRounds:
         for device in self._devices:
             device.restored()
         self.unrestored = False
+
+
+def _check_whole(device: Device, batcher: Batcher) -> None:
+    """Hold the extents against the bytes that the round counts: a stream cut short is no round done.
+
+    The count may exceed them where the last granule of the bitmap reaches beyond the disk's end.
+    """
+    if batcher.fed < device.owed and batcher.end < device.size:
+        raise MigrationError(
+            f"the round holds {device.owed} dirty bytes, but extents of only {batcher.fed}", disk=device.name
+        )
 
 
 @asynccontextmanager

@@ -1,0 +1,249 @@
+"""The classic bugs, put in on purpose: the model test must find every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import Phase as Stage
+from hypothesis.stateful import run_state_machine_as_test
+
+from qemu_blkmig.engine import carrier
+from qemu_blkmig.engine.bulk import BulkPass
+from qemu_blkmig.engine.carrier import Carrier
+from qemu_blkmig.engine.completion import Completion
+from qemu_blkmig.engine.device import Device
+from qemu_blkmig.engine.dirty import DirtyRounds
+from qemu_blkmig.engine.extents import Batcher, Extent, clip
+from qemu_blkmig.engine.migration import BlockMigration, Phase
+from qemu_blkmig.engine.outlast import Outlasted
+from qemu_blkmig.engine.ports import CopyKind, Round
+from tests.engine import world
+from tests.engine.machine import Machine
+from tests.engine.world import FakeLog, FakeRound, Violation
+
+Patch = pytest.MonkeyPatch
+
+
+def find_it(maximum: int = 300) -> None:
+    """Run the state machine until it finds a violation; it ends without an exception if it finds none."""
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=maximum,
+            stateful_step_count=14,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Stage.generate],
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def clear_bits_after_the_read(patch: Patch) -> None:
+    """The bits of a round are cleared in the recording only once its data has been read."""
+
+    class LateLog(FakeLog):
+        def take(self) -> FakeRound:
+            round_ = LateRound(self._world, [set(granules) for granules in self.recording])
+            self.rounds.append(round_)
+            return round_
+
+    class LateRound(FakeRound):
+        def forget(self) -> None:
+            super().forget()
+            for recording, granules in zip(self._world.log.recording, self.granules, strict=True):
+                recording -= granules
+
+    patch.setattr(world, "FakeLog", LateLog)
+
+
+def skip_zeroed_ranges_in_dirty_rounds(patch: Patch) -> None:
+    """Dirty ranges are treated as those of the bulk pass: unallocated ones skipped, zeroes not written to zeroes."""
+
+    class SkippingMover(world.FakeMover):
+        async def copy_piece(self, index: int, sectors: range, kind: CopyKind, tally: dict[str, int]) -> None:
+            await super().copy_piece(index, sectors, CopyKind.BULK, tally)
+
+    patch.setattr(carrier, "_check", lambda *_: None)
+    patch.setattr(world, "FakeMover", SkippingMover)
+
+
+def switch_over_during_bulk(patch: Patch) -> None:
+    """The switchover is not refused while the bulk pass is not done."""
+    guarded = BlockMigration._alone
+
+    @asynccontextmanager
+    async def unguarded(self: BlockMigration, what: str, *phases: Phase) -> AsyncIterator[None]:
+        early = (Phase.RECORDING, Phase.BULK) if what == "the switchover" else ()
+        async with guarded(self, what, *phases, *early):
+            yield
+
+    patch.setattr(BlockMigration, "_alone", unguarded)
+
+
+def switch_over_while_the_guest_runs(patch: Patch) -> None:
+    """The switchover does not look whether the guest is paused."""
+
+    async def check_topology_only(self: Completion) -> None:
+        await self._log.verify_topology()
+
+    patch.setattr(Completion, "_check_guest_and_topology", check_topology_only)
+
+
+def start_recording_after_the_first_read(patch: Patch) -> None:
+    """Recording starts when the first range has been copied."""
+    begin = DirtyRounds.start
+    run = BulkPass.run
+
+    async def pretend(self: DirtyRounds) -> None:
+        rounds.append(self)
+
+    async def run_then_start(self: BulkPass, device: Device) -> None:
+        if rounds:
+            await self._carrier.copy(device, [device.next_range(self._range_size)], CopyKind.BULK)
+            await begin(rounds.pop())
+        await run(self, device)
+
+    rounds: list[DirtyRounds] = []
+    patch.setattr(DirtyRounds, "start", pretend)
+    patch.setattr(BulkPass, "run", run_then_start)
+
+
+def retire_before_the_flush(patch: Patch) -> None:
+    """A round is forgotten as soon as it is copied; the flush comes after."""
+    flush = Carrier.flush
+    take = DirtyRounds._take
+
+    def remember(self: DirtyRounds, round_: Round) -> None:
+        rounds.append(round_)
+        take(self, round_)
+
+    async def retire_first(self: Carrier, device: Device) -> float:
+        while rounds:
+            await rounds.pop().retire()
+        return await flush(self, device)
+
+    rounds: list[Round] = []
+    patch.setattr(DirtyRounds, "_take", remember)
+    patch.setattr(Carrier, "flush", retire_first)
+
+
+def forget_a_failed_round(patch: Patch) -> None:
+    """What a failed round had harvested is given up, as if it had arrived."""
+
+    async def forget(self: DirtyRounds, round_: Round, error: BaseException) -> None:
+        await round_.retire()
+
+    patch.setattr(DirtyRounds, "_give_back", forget)
+
+
+def leave_a_failed_round_lying(patch: Patch) -> None:
+    """What a failed round had harvested stays harvested, and nobody asks for it again."""
+
+    async def leave(self: DirtyRounds, round_: Round, error: BaseException) -> None:
+        return None
+
+    patch.setattr(DirtyRounds, "_give_back", leave)
+
+
+def lose_the_round_of_a_cancelled_harvest(patch: Patch) -> None:
+    """A cancellation that comes while the log harvests is raised before anybody holds the round."""
+    result = Outlasted.result
+
+    def raise_at_once(self: Outlasted[object]) -> object:
+        self.raise_cancellation()
+        return result(self)
+
+    patch.setattr(Outlasted, "result", raise_at_once)
+
+
+def drop_the_tail_of_an_odd_disk_in_rounds(patch: Patch) -> None:
+    """Dirty extents are clipped to whole chunks of the disk."""
+
+    def too_short(extents: Iterable[Extent], size: int) -> Iterator[Extent]:
+        return clip(extents, size - size % 1024)
+
+    patch.setattr("qemu_blkmig.engine.dirty.clip", too_short)
+    patch.setattr("qemu_blkmig.engine.dirty._check_whole", lambda *_: None)
+
+
+def drop_the_tail_of_an_odd_disk_in_bulk(patch: Patch) -> None:
+    """The bulk pass copies whole pairs of sectors only, and takes the rest for done."""
+    copy = Carrier.copy
+
+    async def copy_less(self: Carrier, device: Device, extents: Sequence[Extent], kind: CopyKind) -> float:
+        last = extents[-1]
+        if kind is CopyKind.BULK and last.length % 1024:
+            device.cursor = last.end
+            return 0.0
+        return await copy(self, device, extents, kind)
+
+    patch.setattr(Carrier, "copy", copy_less)
+
+
+def move_the_cursor_before_the_report(patch: Patch) -> None:
+    """The bulk cursor counts what was submitted, not what arrived."""
+    copy = Carrier.copy
+
+    async def count_first(self: Carrier, device: Device, extents: Sequence[Extent], kind: CopyKind) -> float:
+        if kind is CopyKind.BULK:
+            device.cursor = extents[-1].end
+        return await copy(self, device, extents, kind)
+
+    patch.setattr(Carrier, "copy", count_first)
+
+
+def take_unflushed_bulk_for_done(patch: Patch) -> None:
+    """The bulk pass goes on where it was, whatever the flush said."""
+    patch.setattr(Device, "unsecured", lambda self: None)
+
+
+def stop_recording_at_the_last_round(patch: Patch) -> None:
+    """Recording ends with the last round rather than with the handover, which may still fail."""
+    run = Completion.run
+
+    async def run_and_stop(self: Completion) -> None:
+        await run(self)
+        await self._log.stop()
+
+    patch.setattr(Completion, "run", run_and_stop)
+
+
+def send_all_extents_at_once(patch: Patch) -> None:
+    """A round's extents are gathered into one request."""
+    patch.setattr(Batcher, "_has_no_room_for", lambda self, piece: False)
+
+
+MUTANTS: Sequence[Callable[[Patch], None]] = (
+    clear_bits_after_the_read,
+    skip_zeroed_ranges_in_dirty_rounds,
+    switch_over_during_bulk,
+    switch_over_while_the_guest_runs,
+    start_recording_after_the_first_read,
+    retire_before_the_flush,
+    forget_a_failed_round,
+    leave_a_failed_round_lying,
+    lose_the_round_of_a_cancelled_harvest,
+    drop_the_tail_of_an_odd_disk_in_rounds,
+    drop_the_tail_of_an_odd_disk_in_bulk,
+    move_the_cursor_before_the_report,
+    take_unflushed_bulk_for_done,
+    stop_recording_at_the_last_round,
+    send_all_extents_at_once,
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_the_model_finds_the_bug(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutant(monkeypatch)
+    with pytest.raises(Violation):
+        find_it()
+
+
+def test_the_model_finds_nothing_in_the_engine_as_it_is() -> None:
+    find_it(maximum=20)

@@ -1,0 +1,456 @@
+"""A model world for the engine: disks, a guest that acts between any two steps, a recording, a mover, a clock.
+
+A byte of the model stands for a sector, so a disk of eleven sectors is eleven bytes at each side. Every await of a
+fake is a `step`: the next action of the drawn script happens there, and what must always hold is checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NoReturn
+
+from qemu_blkmig.engine.device import SECTOR, DiskSpec
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.engine.migration import BlockMigration, Phase, Tuning
+from qemu_blkmig.engine.ports import CopyKind, CopyReport
+from qemu_blkmig.errors import ConnectionLost, MigrationError, TopologyChanged
+
+PIECE = 3
+"""Sectors that the mover looks up, reads and writes at a time."""
+GROUP = 2
+"""Extents that a round gives at a time."""
+
+
+class Violation(AssertionError):
+    """Something that must always hold does not."""
+
+
+class Injected(MigrationError):
+    """A failure that the script put in."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """The guest writes `value`; zero is a write of zeroes."""
+
+    disk: int
+    start: int
+    length: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Discard:
+    """The guest discards: what is read then is the base's content, or zeroes where there is none."""
+
+    disk: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The call that is under way fails, if it can."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """The task that is in the engine is cancelled."""
+
+
+@dataclass(frozen=True)
+class Crash:
+    """The disk's writer dies, and what it has not flushed is lost."""
+
+    disk: int
+
+
+@dataclass(frozen=True)
+class WritebackError:
+    """The next flush fails, once, and what it should have made stable is lost: as a failed fsync does."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The guest goes on to write on a new layer, where nobody records it."""
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A step in which nothing happens."""
+
+
+Action = Write | Discard | Fault | Cancel | Crash | WritebackError | Snapshot | Nothing
+
+
+@dataclass
+class Disk:
+    """Both sides of one disk. `base` is what both have beneath; `known_zero`: the destination began as zeroes."""
+
+    name: str
+    source: bytearray
+    base: bytes | None
+    known_zero: bool
+    destination: bytearray
+    allocated: list[bool]
+    flushed: bytearray = field(init=False)
+    dead: bool = False
+    death_noticed: bool = False
+
+    def __post_init__(self) -> None:
+        self.flushed = bytearray(self.destination)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def spec(self) -> DiskSpec:
+        return DiskSpec(self.name, len(self) * SECTOR)
+
+    def lose_unflushed(self) -> None:
+        self.destination[:] = self.flushed
+
+
+class World:
+    """Everything around the engine, and the engine itself."""
+
+    def __init__(self, disks: Sequence[Disk], granularity: int, tuning: Tuning) -> None:
+        self.disks = list(disks)
+        self.tuning = tuning
+        self.paused = False
+        self.topology_changed = False
+        self.writeback_error = False
+        self.restore_failed = False
+        self.stop_failed = False
+        self.may_stop_recording = False
+        self.violation: Violation | None = None
+        self.script: deque[Action] = deque()
+        self.operation: asyncio.Task[object] | None = None
+        self.unfinished: list[tuple[int, range]] = []
+        self.log = FakeLog(self, granularity)
+        self.mover = FakeMover(self)
+        self.clock = FakeClock(self)
+        self.engine = BlockMigration(
+            [disk.spec for disk in disks], self.log, self.mover, FakeGuest(self), self.clock, tuning
+        )
+
+    def index(self, name: str) -> int:
+        return next(index for index, disk in enumerate(self.disks) if disk.name == name)
+
+    def fail(self, what: str) -> NoReturn:
+        """Remember the violation as well as raise it: the engine may take it for an error of a port."""
+        self.violation = self.violation or Violation(what)
+        raise self.violation
+
+    async def step(self, fault: Exception | None = None) -> None:
+        """One point between two steps of the engine. Raises `fault` if the script says so."""
+        self.check()
+        self.finish_writes()
+        action = self.script.popleft() if self.script else Nothing()
+        self.act(action)
+        self.check()
+        await asyncio.sleep(0)
+        if fault is not None and isinstance(action, Fault):
+            raise fault
+
+    def act(self, action: Action) -> None:
+        match action:
+            case Write(index, start, length, value):
+                self._write(index, start, length, value)
+            case Discard(index, start, length):
+                self._write(index, start, length, None)
+            case Cancel() if self.operation is not None:
+                self.operation.cancel()
+            case Crash(index):
+                disk = self.disks[index % len(self.disks)]
+                disk.lose_unflushed()
+                disk.dead, disk.death_noticed = True, False
+            case WritebackError():
+                self.writeback_error = True
+            case Snapshot():
+                self.topology_changed = True
+
+    def _write(self, index: int, start: int, length: int, value: int | None) -> None:
+        if self.paused:
+            return
+        index %= len(self.disks)
+        disk = self.disks[index]
+        start %= len(disk)
+        sectors = range(start, min(len(disk), start + length))
+        for sector in sectors:
+            below = disk.base[sector] if disk.base is not None else 0
+            disk.source[sector] = below if value is None else value
+            disk.allocated[sector] = value is not None
+        self.unfinished.append((index, sectors))
+
+    def finish_writes(self) -> None:
+        """Writes complete, and only then become dirty, a step after their data has reached the disk."""
+        for index, sectors in self.unfinished:
+            self.log.mark(index, sectors)
+        self.unfinished.clear()
+
+    def pause(self) -> None:
+        """As `stop` does: requests under way are drained first."""
+        self.finish_writes()
+        self.paused = True
+
+    def check(self) -> None:
+        """No write is lost (DESIGN.md, invariant 1)."""
+        figures = self.engine.figures()
+        if self.topology_changed or figures.phase is Phase.CANCELLED or self.log.stopped:
+            return
+        for index, disk in enumerate(self.disks):
+            if disk.source == disk.destination or disk.dead:
+                continue
+            safe = set(range(figures.disks[index].bulk_done // SECTOR, len(disk)))
+            safe |= self.mover.in_flight(index) | self.log.owed(index)
+            safe.update(sector for at, sectors in self.unfinished if at == index for sector in sectors)
+            for sector in range(len(disk)):
+                if disk.source[sector] != disk.destination[sector] and sector not in safe:
+                    self.fail(f"sector {sector} of {disk.name} differs, and nobody will copy it")
+
+    def check_equal(self) -> None:
+        """What a switchover stands on."""
+        for disk in self.disks:
+            if disk.source != disk.destination or disk.source != disk.flushed:
+                self.fail(f"{disk.name} switched over: {disk.source!r}, {disk.destination!r}, {disk.flushed!r}")
+
+
+class FakeLog:
+    """The recording: a set of granules for each disk, and the rounds that are owed."""
+
+    def __init__(self, world: World, granularity: int) -> None:
+        self._world = world
+        self.granularity = granularity
+        self.started = False
+        self.stopped = False
+        self.recording: list[set[int]] = [set() for _ in world.disks]
+        self.rounds: list[FakeRound] = []
+
+    def mark(self, index: int, sectors: Iterable[int]) -> None:
+        if self.started and not self._world.topology_changed:
+            self.recording[index].update(sector // self.granularity for sector in sectors)
+
+    def owed(self, index: int) -> set[int]:
+        granules = set(self.recording[index])
+        for round_ in self.rounds:
+            granules |= round_.granules[index]
+        return {
+            sector
+            for granule in granules
+            for sector in range(granule * self.granularity, (granule + 1) * self.granularity)
+        }
+
+    def count(self, granules: Sequence[set[int]]) -> dict[str, int]:
+        """As QEMU counts: whole granules, even beyond the disk's end."""
+        unit = self.granularity * SECTOR
+        return {disk.name: len(granules[index]) * unit for index, disk in enumerate(self._world.disks)}
+
+    async def start(self) -> None:
+        await self._world.step(Injected("start"))
+        self.started, self.stopped = True, False
+        await self._world.step(Injected("start, too late"))
+
+    async def pending(self) -> Mapping[str, int]:
+        await self._world.step(Injected("pending"))
+        return self.count(self.recording)
+
+    async def harvest(self) -> FakeRound:
+        await self._world.step(Injected("harvest"))
+        if self._world.topology_changed:
+            raise TopologyChanged("a snapshot was taken")
+        round_ = self.take()
+        await self._world.step()
+        return round_
+
+    def take(self) -> FakeRound:
+        if not self.started:
+            self._world.fail("harvest of what is not recorded")
+        round_ = FakeRound(self._world, self.recording)
+        self.recording = [set() for _ in self._world.disks]
+        self.rounds.append(round_)
+        return round_
+
+    async def verify_topology(self) -> None:
+        await self._world.step(Injected("verify_topology"))
+        if self._world.topology_changed:
+            raise TopologyChanged("a snapshot was taken")
+
+    async def stop(self) -> None:
+        if not self._world.may_stop_recording:
+            self._world.fail("the recording is stopped before the switchover is final")
+        try:
+            await self._world.step(Injected("stop"))
+        except Injected:
+            self._world.stop_failed = True
+            raise
+        self.started, self.stopped = False, True
+        self.recording = [set() for _ in self._world.disks]
+        self.rounds.clear()
+
+
+class FakeRound:
+    """A round that has been harvested, owed until it is retired or restored."""
+
+    def __init__(self, world: World, granules: list[set[int]]) -> None:
+        self._world = world
+        self.granules = granules
+
+    @property
+    def dirty(self) -> Mapping[str, int]:
+        return self._world.log.count(self.granules)
+
+    async def extents(self, disk: str) -> AsyncIterator[Sequence[Extent]]:
+        unit = self._world.log.granularity * SECTOR
+        granules = sorted(self.granules[self._world.index(disk)])
+        for at in range(0, len(granules), GROUP):
+            await self._world.step(Injected("extents"))
+            yield [Extent(granule * unit, unit) for granule in granules[at : at + GROUP]]
+
+    async def retire(self) -> None:
+        await self._world.step(Injected("retire"))
+        self.forget()
+        await self._world.step()
+
+    async def restore(self) -> None:
+        try:
+            await self._world.step(Injected("restore"))
+        except Injected:
+            self._world.restore_failed = True
+            raise
+        if self in self._world.log.rounds:
+            for recording, granules in zip(self._world.log.recording, self.granules, strict=True):
+                recording |= granules
+            self.forget()
+        await self._world.step()
+
+    def forget(self) -> None:
+        if self in self._world.log.rounds:
+            self._world.log.rounds.remove(self)
+
+
+class FakeMover:
+    """Moves bytes in pieces, each looked up, read in two halves, and written in two halves."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._flying: list[tuple[int, set[int]]] = []
+        self.bandwidth: int | None = 1
+
+    def in_flight(self, index: int) -> set[int]:
+        return {sector for at, sectors in self._flying if at == index for sector in sectors}
+
+    @property
+    def idle(self) -> bool:
+        return not self._flying
+
+    async def copy(self, disk: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
+        index = self._world.index(disk)
+        self._check_request(index, extents)
+        flight = (index, {s for e in extents for s in range(e.offset // SECTOR, e.end // SECTOR)})
+        self._flying.append(flight)
+        began = self._world.clock.now()
+        tally = {"copied": 0, "zeroed": 0, "skipped": 0}
+        try:
+            for extent in extents:
+                for start in range(extent.offset // SECTOR, extent.end // SECTOR, PIECE):
+                    await self.copy_piece(index, range(start, min(start + PIECE, extent.end // SECTOR)), kind, tally)
+        finally:
+            self._flying.remove(flight)
+        return CopyReport(**tally, seconds=self._world.clock.now() - began)
+
+    def _check_request(self, index: int, extents: Sequence[Extent]) -> None:
+        """Invariants 2, 3 and 6, and what the port promises."""
+        world, tuning = self._world, self._world.tuning
+        if not world.log.started:
+            world.fail("a read before the recording has started")
+        if len(extents) > tuning.batch or sum(extent.length for extent in extents) > tuning.range_size:
+            world.fail(f"a request of {len(extents)} extents")
+        if any(before.end >= after.offset for before, after in pairwise(extents)):
+            world.fail(f"not coalesced, ascending and disjoint: {extents}")
+        if not extents or extents[-1].end > world.disks[index].spec.size:
+            world.fail(f"empty or beyond the end: {extents}")
+        chunks = {offset // tuning.chunk_size for e in extents for offset in range(e.offset, e.end, SECTOR)}
+        if chunks & {sector * SECTOR // tuning.chunk_size for sector in self.in_flight(index)}:
+            world.fail("two copies of one chunk in flight")
+
+    async def copy_piece(self, index: int, sectors: range, kind: CopyKind, tally: dict[str, int]) -> None:
+        disk = self._world.disks[index]
+        await self.step(disk)
+        fates = [self.fate(disk, sector, kind) for sector in sectors]
+        await self.step(disk)
+        self._world.clock.time += 0.001 * len(sectors)
+        half = len(sectors) // 2
+        data = disk.source[sectors.start : sectors.start + half]
+        await self.step(disk)
+        data += disk.source[sectors.start + half : sectors.stop]
+        await self.step(disk)
+        for at, (sector, fate) in enumerate(zip(sectors, fates, strict=True)):
+            if at == half:
+                await self.step(disk)
+            if fate == "copied":
+                disk.destination[sector] = data[at]
+            elif fate == "zeroed" and not (disk.known_zero and kind is CopyKind.BULK):
+                disk.destination[sector] = 0
+            tally[fate] += SECTOR
+        await self.step(disk)
+
+    def fate(self, disk: Disk, sector: int, kind: CopyKind) -> str:
+        if kind is CopyKind.BULK and disk.base is not None and not disk.allocated[sector]:
+            return "skipped"
+        return "copied" if disk.source[sector] else "zeroed"
+
+    async def flush(self, disk: str) -> None:
+        model = self._world.disks[self._world.index(disk)]
+        await self.step(model, may_fail=False)
+        if self._world.writeback_error:
+            self._world.writeback_error = False
+            model.lose_unflushed()
+            raise Injected("flush")
+        await self.step(model, may_fail=False)
+        model.flushed[:] = model.destination
+
+    async def set_bandwidth(self, rate: int | None) -> None:
+        await self._world.step(Injected("set_bandwidth"))
+        self.bandwidth = rate
+
+    async def close(self, disk: str) -> None:
+        self._world.fail(f"the engine closes {disk}, which is the switchover's to do")
+
+    async def step(self, disk: Disk, may_fail: bool = True) -> None:
+        await self._world.step(Injected("mover") if may_fail else None)
+        if disk.dead:
+            disk.death_noticed = True
+            raise ConnectionLost("the writer died", disk=disk.name)
+
+
+class FakeGuest:
+    """Knows whether the guest is paused."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    async def is_paused(self) -> bool:
+        await self._world.step(Injected("is_paused"))
+        return self._world.paused
+
+
+class FakeClock:
+    """Time that passes while pieces are copied, and in a sleep. At the script's end it asks the engine to stop."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.time += seconds
+        await self._world.step()
+        if not self._world.script:
+            self._world.engine.request_stop()
