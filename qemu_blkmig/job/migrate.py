@@ -150,6 +150,7 @@ class _Run:
         with self._watch.phase("ram"):
             self._take_run_state()
             predicted = self._engine.figures().predicted or 0.0
+            await target.claim()
             ram = RamMigration(self._life.source, target.monitor)
             stepping = asyncio.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
             try:

@@ -23,7 +23,7 @@ OUTPUT = 4000
 
 
 class TargetQemu:
-    """A QEMU that waits for a migration. It never starts the guest by itself: it was told `stop`, see `settle`."""
+    """A QEMU that waits for a migration; once claimed, it never starts the guest by itself (see `settle`)."""
 
     def __init__(self, monitor: Monitor, process: ProcessId | None, output: IO[bytes] | None) -> None:
         self.monitor = monitor
@@ -93,13 +93,16 @@ class TargetQemu:
                 f"the {WHO} does not wait for a migration (run state {status['status']})",
                 advice="start it with -incoming defer",
             )
-        await monitor.execute("stop")  # clears autostart: it is ours to say when it starts
         pid = monitor.peer_pid
         return cls(monitor, ProcessId.of(pid) if pid else None, output)
 
     async def inventory(self) -> Inventory:
         """The disks that it waits with."""
         return await inventory(self.monitor)
+
+    async def claim(self) -> None:
+        """From now on the guest starts here only when we say so: `stop` clears a waiting QEMU's autostart."""
+        await self.monitor.execute("stop")
 
     async def start_guest(self) -> None:
         """Let the guest run here. Its return is the proof that the disks could be activated (FACTS.md)."""
