@@ -15,12 +15,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.errors import ConnectionLost, RequestError, SourceReadError, TopologyChanged
-from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.errors import ConnectionLost, RequestError, TopologyChanged
+from qemu_blkmig.nbd.dirty import dirty_extents
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.monitor import CommandFailed, Monitor
@@ -28,12 +28,6 @@ from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.topology import Topology, bitmaps_by_node
 
 log = logging.getLogger(__name__)
-
-_PIECE = 2 << 30
-"""Bytes asked for in one block status query; NBD's limit is 4 GiB - 1."""
-_BATCH = 4096
-"""Most extents in one batch."""
-_DIRTY = 1
 
 
 class BitmapLog:
@@ -128,12 +122,11 @@ class BitmapLog:
         self._round_exports.add(export)
         try:
             await self._exports.add(export, self._disks[disk].node, bitmaps=[bitmap])
-            reader = _BitmapReader(self._exports.socket_path, export, bitmap, self._disks[disk])
-            while batch := await asyncio.to_thread(reader.next_batch):
+            reader = dirty_extents(self._exports.socket_path, export, bitmap, self._disks[disk].size)
+            # A cancelled call goes on in its thread until the export is gone.
+            while batch := await asyncio.to_thread(next, reader, None):
                 yield batch
         finally:
-            # The export goes before the client does: QEMU 7.2 aborts when a client leaves an export whose node is
-            # on an iothread.
             await self._exports.remove(export)
             self._round_exports.discard(export)
 
@@ -249,7 +242,7 @@ class BitmapRound:
     async def extents(self, disk: str) -> AsyncGenerator[Sequence[Extent], None]:
         """The harvested extents of `disk` in ascending order, in batches; a disk without any costs nothing.
 
-        Raises `SourceReadError` when the block status cannot be read, `ConnectionLost`, `CommandFailed`.
+        Raises `RequestError` and `ConnectionLost`, of QEMU or of its export.
         """
         if self._dirty[disk] == 0:
             return
@@ -265,69 +258,3 @@ class BitmapRound:
     async def restore(self) -> None:
         """Merge the round back into the recording."""
         await self._log.restore(self._bitmap)
-
-
-class _BitmapReader:
-    """Reads one bitmap's dirty extents over NBD; blocking, to be used from one thread at a time."""
-
-    def __init__(self, socket_path: str, export: str, bitmap: str, disk: Disk) -> None:
-        self._context = f"qemu:dirty-bitmap:{bitmap}"
-        self._disk = disk
-        self._socket_path = socket_path
-        self._export = export
-        self._handle: Any = None
-        self._extents = self._coalesced()
-
-    def next_batch(self) -> list[Extent]:
-        """The next extents, at most `_BATCH`; empty at the end. Raises `SourceReadError`."""
-        return list(itertools.islice(self._extents, _BATCH))
-
-    def _coalesced(self) -> Iterator[Extent]:
-        start = end = 0
-        for offset, length in self._runs():
-            if offset > end:
-                if end > start:
-                    yield Extent(start, end - start)
-                start = offset
-            end = offset + length
-        if end > start:
-            yield Extent(start, end - start)
-
-    def _runs(self) -> Iterator[tuple[int, int]]:
-        """Dirty runs, ascending, clipped to the disk; neighbours may touch."""
-        nbd = libnbd()
-        position = 0
-        try:
-            self._connect(nbd)
-            while position < self._disk.size:
-                for length, flags in self._status(position, min(_PIECE, self._disk.size - position)):
-                    run = min(length, self._disk.size - position)
-                    if run and flags & _DIRTY:
-                        yield position, run
-                    position += run
-        except nbd.Error as error:
-            raise SourceReadError(
-                f"what the guest wrote cannot be looked up: {error}", disk=self._disk.name, offset=position
-            ) from error
-
-    def _connect(self, nbd: Any) -> None:
-        self._handle = nbd.NBD()
-        self._handle.set_export_name(self._export)
-        self._handle.add_meta_context(self._context)
-        self._handle.connect_unix(self._socket_path)
-        if not self._handle.can_meta_context(self._context):
-            raise SourceReadError(f"the export does not show {self._context}", disk=self._disk.name, offset=0)
-
-    def _status(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """(length, flags) pairs from `offset`; they may end before `length`, and the last may overrun it."""
-        entries: list[int] = []
-
-        def collect(context: str, _offset: int, pairs: list[int], _error: Any) -> int:
-            if context == self._context:
-                entries.extend(pairs)
-            return 0
-
-        self._handle.block_status(length, offset, collect)
-        if not sum(entries[::2]):
-            raise SourceReadError("the export tells nothing of its bitmap", disk=self._disk.name, offset=offset)
-        return list(zip(entries[::2], entries[1::2], strict=True))

@@ -25,9 +25,9 @@ _SOCKET_NAME = "blkmig-nbd"
 class ExportServer:
     """The NBD server of one QEMU, on a unix socket that we make, and our exports on it."""
 
-    def __init__(self, monitor: Monitor, socket_path: str) -> None:
+    def __init__(self, monitor: Monitor, socket_path: str | Path) -> None:
         """`socket_path` is where clients connect; it must not exist, and its directory must be private (mode 0700)."""
-        self.socket_path = socket_path
+        self.socket_path = Path(socket_path)
         self._monitor = monitor
         self._started = False
         self._allow_inactive = False
@@ -46,13 +46,13 @@ class ExportServer:
                 await self._start_server()
                 self._started = True
             except BaseException:
-                Path(self.socket_path).unlink(missing_ok=True)
+                self.socket_path.unlink(missing_ok=True)
                 raise
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            listener.bind(self.socket_path)
+            listener.bind(str(self.socket_path))
             listener.listen(_BACKLOG)
         except OSError as error:
             listener.close()
@@ -106,7 +106,7 @@ class ExportServer:
         if self._started:
             await stop_unused_server(self._monitor)
             self._started = False
-            Path(self.socket_path).unlink(missing_ok=True)
+            self.socket_path.unlink(missing_ok=True)
 
 
 async def remove_export(monitor: Monitor, name: str) -> bool:

@@ -207,7 +207,7 @@ class Monitor:
 
     @property
     def peer_pid(self) -> int | None:
-        """The process that made the QMP socket, QEMU (unix(7), SO_PEERCRED); None where it lies in another namespace."""
+        """QEMU's process, which made the QMP socket (unix(7), SO_PEERCRED); None if it is in another namespace."""
         credentials = self._rights.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid: int = struct.unpack("3i", credentials)[0]
         return pid or None

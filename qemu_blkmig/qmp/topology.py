@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qemu_blkmig.errors import TopologyChanged
-from qemu_blkmig.qmp.disks import Disk, active_jobs, identity, inventory
+from qemu_blkmig.qmp.disks import OUR_NAMES, Disk, active_jobs, identity, inventory
 from qemu_blkmig.qmp.monitor import Monitor
 
 
@@ -40,8 +40,8 @@ class Topology:
         self._chains = {disk.name: _filenames(view.drives.get((disk.device, disk.qdev), {})) for disk in disks}
 
     @classmethod
-    async def snapshot(cls, monitor: Monitor, disks: Sequence[Disk], *, ours: str) -> Topology:
-        """Remember `disks`; exports whose id begins with `ours` are this migration's own.
+    async def snapshot(cls, monitor: Monitor, disks: Sequence[Disk], *, ours: str = OUR_NAMES) -> Topology:
+        """Remember `disks`; exports whose id begins with `ours` are no change.
 
         Raises `TopologyChanged` when they already differ from what QEMU tells now.
         """

@@ -1,0 +1,193 @@
+"""The migration of RAM and device state, which QEMU does itself; ours is when it may switch over.
+
+With pause-before-switchover QEMU stops in `pre-switchover`, the guest paused and its disks still active, until
+`migrate-continue` (FACTS.md, "Plain QEMU"). Both QEMUs get one end of a socket pair, so no port and no path is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from typing import Any
+
+from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, MigrationError, RequestError
+from qemu_blkmig.qmp.guest import run_state
+from qemu_blkmig.qmp.monitor import Event, EventStream, Monitor
+
+log = logging.getLogger(__name__)
+
+_CAPABILITIES = {"pause-before-switchover": True, "events": True, "return-path": True}
+_PARAMETERS = ("downtime-limit", "max-bandwidth")
+_UNLIMITED = 1 << 40
+"""Bytes a second; QEMU's own default of 128 MiB/s is a limit, and it knows no value for none."""
+_CHANNEL = "blkmig-ram"
+_POLL = 0.01
+_CANCEL_LIMIT = 30.0
+_ENDED = {"none", "completed", "failed", "cancelled"}
+
+
+class RamMigration:
+    """One migration of RAM from one QEMU to another that waits with `-incoming defer`.
+
+    In order: start, wait_paused, then proceed and wait_completed, or cancel, which is possible until proceed.
+    """
+
+    def __init__(self, source: Monitor, destination: Monitor) -> None:
+        """Nothing happens before `start`."""
+        self._source = source
+        self._destination = destination
+        self._subscriptions = contextlib.ExitStack()
+        self._before: dict[Monitor, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
+        self.paused_at: float | None = None
+        """When QEMU stopped the guest, by the source's wall clock, seconds; None if it has not, or it was paused."""
+
+    async def start(self, *, downtime: float, bandwidth: int | None) -> None:
+        """Start, with QEMU's downtime limit in seconds, and bytes a second at most; None: no limit.
+
+        Raises `RequestError` when one of the QEMUs refuses, `ConnectionLost`.
+        """
+        self._from_source = self._subscribe(self._source, "MIGRATION", "STOP")
+        self._from_destination = self._subscribe(self._destination, "MIGRATION")
+        try:
+            await self._configure(downtime, bandwidth)
+            await self._connect()
+        except BaseException:
+            self._subscriptions.close()
+            raise
+
+    async def wait_paused(self) -> None:
+        """Return when the guest is paused and the switchover waits for `proceed`.
+
+        Raises `MigrationError` when the migration failed or was cancelled, `DestinationFailed`, `ConnectionLost`.
+        """
+        await self._wait_source("pre-switchover")
+
+    async def set_downtime(self, downtime: float) -> None:
+        """Set QEMU's downtime limit, in seconds, also while the migration runs."""
+        await self._set_parameters(self._source, {"downtime-limit": _milliseconds(downtime)})
+
+    async def proceed(self) -> None:
+        """Let the switchover go on from where `wait_paused` saw it; it cannot be cancelled any more."""
+        await self._source.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def wait_completed(self) -> None:
+        """Return when both QEMUs say that the migration is complete.
+
+        That does not prove that the destination could activate its disks (FACTS.md, "Telling success from failure").
+        Raises what `wait_paused` raises.
+        """
+        await self._wait_source("completed")
+        status = await self._migration(self._destination)
+        while status.get("status") != "completed":
+            if status.get("status") == "failed":
+                raise DestinationFailed(f"the destination QEMU could not load the guest: {_reason(status)}")
+            await self._next(self._from_destination)
+            status = await self._migration(self._destination)
+        await self._restore_settings()
+
+    async def cancel(self) -> None:
+        """Cancel, and return when the source guest is in its own hands again: running, if it was before.
+
+        Safe to call when nothing runs. Raises `RequestError` when it is too late: the migration has completed.
+        """
+        await self._source.execute("migrate_cancel")
+        try:
+            async with asyncio.timeout(_CANCEL_LIMIT):
+                while not await self._ended():
+                    await asyncio.sleep(_POLL)
+        except TimeoutError:
+            raise RequestError(f"the source QEMU did not cancel the migration within {_CANCEL_LIMIT:g} s") from None
+        await self._restore_settings()
+        if await self.status() == "completed":
+            raise RequestError("the migration could not be cancelled: it has completed")
+
+    async def status(self) -> str:
+        """QEMU's word for where the migration stands ("none", "active", "pre-switchover", ...), at the source."""
+        return str((await self._migration(self._source)).get("status", "none"))
+
+    def _subscribe(self, monitor: Monitor, *names: str) -> EventStream:
+        return self._subscriptions.enter_context(monitor.events(*names))
+
+    async def _configure(self, downtime: float, bandwidth: int | None) -> None:
+        for monitor in (self._source, self._destination):
+            self._before[monitor] = (
+                await monitor.execute("query-migrate-capabilities"),
+                await monitor.execute("query-migrate-parameters"),
+            )
+            await monitor.execute("migrate-set-capabilities", {"capabilities": _switches(_CAPABILITIES)})
+        limits = {"downtime-limit": _milliseconds(downtime), "max-bandwidth": bandwidth or _UNLIMITED}
+        await self._set_parameters(self._source, limits)
+
+    async def _connect(self) -> None:
+        here, there = socket.socketpair()
+        with here, there:
+            await self._destination.pass_fd(there.fileno(), _CHANNEL)
+            await self._destination.execute("migrate-incoming", {"uri": f"fd:{_CHANNEL}"})
+            await self._source.pass_fd(here.fileno(), _CHANNEL)
+            await self._source.execute("migrate", {"uri": f"fd:{_CHANNEL}"})
+
+    async def _wait_source(self, wanted: str) -> None:
+        while True:
+            event = await self._next(self._from_source)
+            if event.name == "STOP":
+                self.paused_at = event.seconds
+                continue
+            status = event.data["status"]
+            if status == wanted:
+                return
+            if status in _ENDED:
+                raise await self._failure(status)
+
+    async def _next(self, stream: EventStream) -> Event:
+        """The stream's next event, unless a QEMU is gone before it comes."""
+        arrival = asyncio.ensure_future(stream.get())
+        loss = asyncio.ensure_future(self._destination.wait_lost())
+        try:
+            await asyncio.wait((arrival, loss), return_when=asyncio.FIRST_COMPLETED)
+            if arrival.done():
+                return arrival.result()
+        finally:
+            arrival.cancel()
+            loss.cancel()
+        raise DestinationFailed("the destination QEMU is gone: it exited, or its QMP connection broke")
+
+    async def _failure(self, status: str) -> BlkmigError:
+        if self._destination.lost:
+            return DestinationFailed("the destination QEMU is gone: it exited, or its QMP connection broke")
+        reason = _reason(await self._migration(self._source))
+        return MigrationError(f"the migration of RAM was ended by the source QEMU ({status}): {reason}")
+
+    async def _ended(self) -> bool:
+        return await self.status() in _ENDED and await run_state(self._source) != "finish-migrate"
+
+    async def _migration(self, monitor: Monitor) -> dict[str, Any]:
+        return dict(await monitor.execute("query-migrate"))
+
+    async def _set_parameters(self, monitor: Monitor, parameters: dict[str, object]) -> None:
+        await monitor.execute("migrate-set-parameters", parameters)
+
+    async def _restore_settings(self) -> None:
+        """Put back what users of these QEMUs had set, where that still can be done."""
+        self._subscriptions.close()
+        for monitor, (capabilities, parameters) in self._before.items():
+            before = {c["capability"]: c["state"] for c in capabilities if c["capability"] in _CAPABILITIES}
+            try:
+                await monitor.execute("migrate-set-capabilities", {"capabilities": _switches(before)})
+                await self._set_parameters(monitor, {name: parameters[name] for name in _PARAMETERS})
+            except (RequestError, ConnectionLost) as error:
+                log.debug("settings not restored: %s", error)
+        self._before.clear()
+
+
+def _switches(states: dict[str, bool]) -> list[dict[str, object]]:
+    return [{"capability": name, "state": state} for name, state in states.items()]
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, int(seconds * 1000))
+
+
+def _reason(migration: dict[str, Any]) -> str:
+    return str(migration.get("error-desc", "it gave no reason"))
