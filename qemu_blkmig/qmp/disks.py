@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.monitor import CommandFailed, Monitor
 
 OUR_NAMES = "blkmig-"
@@ -143,6 +144,7 @@ async def obstacles(monitor: Monitor, disks: Sequence[Disk], *, ours: str) -> li
         monitor.execute("query-named-block-nodes", {"flat": True}),
     )
     found = [f"the block job {job['id']} ({job['type']}) is {job['status']}" for job in active_jobs(jobs)]
+    found += await _unsafe_iothreads(monitor, disks)
     owner = {layer.node: disk.name for disk in disks for layer in disk.layers}
     for export in exports:
         disk = owner.get(export["node-name"])
@@ -155,6 +157,37 @@ async def obstacles(monitor: Monitor, disks: Sequence[Disk], *, ours: str) -> li
             if disk and name.startswith(OUR_NAMES) and not name.startswith(ours):
                 found.append(f"disk {disk}: another migration records its writes, or left its bitmap {name} behind")
     return found
+
+
+async def _unsafe_iothreads(monitor: Monitor, disks: Sequence[Disk]) -> list[str]:
+    """Disks on an iothread of a QEMU that would abort when an NBD client leaves (see `Features`)."""
+    if not await monitor.execute("query-iothreads") or (await probe(monitor)).iothread_exports:
+        return []
+    return [
+        f"disk {disk.name} is on an iothread, and this QEMU aborts, and the guest with it, when an NBD client leaves "
+        "the export of such a disk (seen on 7.2.22; QEMUs from 8.2 on have that mended): restart the guest without "
+        "iothread=, or with a newer QEMU"
+        for disk in disks
+        if await _on_iothread(monitor, disk.qdev)
+    ]
+
+
+async def _on_iothread(monitor: Monitor, qdev: str) -> bool:
+    """Whether the device, or a controller above it (virtio-scsi), has its `iothread` set."""
+    path = qdev
+    while path:
+        if await _property(monitor, path, "iothread"):
+            return True
+        bus = await _property(monitor, path, "parent_bus")
+        path = bus.rpartition("/")[0]
+    return False
+
+
+async def _property(monitor: Monitor, path: str, name: str) -> str:
+    try:
+        return str(await monitor.execute("qom-get", {"path": path, "property": name}))
+    except CommandFailed:
+        return ""
 
 
 def active_jobs(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -209,12 +242,7 @@ async def _why_skipped(monitor: Monitor, drive: Mapping[str, Any], disks: Sequen
 async def _is_cd_rom(monitor: Monitor, drive: Mapping[str, Any]) -> bool:
     if "qdev" not in drive:
         return False
-    try:
-        kind = await monitor.execute("qom-get", {"path": drive["qdev"], "property": "type"})
-    except CommandFailed:
-        # The device was unplugged meanwhile.
-        return False
-    return str(kind).endswith("-cd")
+    return (await _property(monitor, drive["qdev"], "type")).endswith("-cd")
 
 
 def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapping[str, Any]) -> Disk:

@@ -54,7 +54,7 @@ class RamMigration:
             await self._configure(downtime, bandwidth)
             await self._connect()
         except BaseException:
-            self._subscriptions.close()
+            await self._restore_settings()
             raise
 
     async def wait_paused(self) -> None:
@@ -95,7 +95,8 @@ class RamMigration:
         await self._source.execute("migrate_cancel")
         try:
             async with asyncio.timeout(_CANCEL_LIMIT):
-                while not await self._ended():
+                # No event tells when the guest is its own again.
+                while not await self._ended():  # noqa: ASYNC110
                     await asyncio.sleep(_POLL)
         except TimeoutError:
             raise RequestError(f"the source QEMU did not cancel the migration within {_CANCEL_LIMIT:g} s") from None
@@ -117,7 +118,10 @@ class RamMigration:
                 await monitor.execute("query-migrate-parameters"),
             )
             await monitor.execute("migrate-set-capabilities", {"capabilities": _switches(_CAPABILITIES)})
-        limits = {"downtime-limit": _milliseconds(downtime), "max-bandwidth": bandwidth or _UNLIMITED}
+        limits: dict[str, object] = {
+            "downtime-limit": _milliseconds(downtime),
+            "max-bandwidth": bandwidth or _UNLIMITED,
+        }
         await self._set_parameters(self._source, limits)
 
     async def _connect(self) -> None:
