@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import AsyncIterator
 
 from qemu_blkmig.destination import locks
 from qemu_blkmig.engine.convergence import Policy, Verdict
@@ -44,6 +45,17 @@ async def migrate(options: MigrateOptions, reporter: Reporter, interrupts: Inter
     async with Lifecycle(reporter, interrupts) as life:
         run = _Run(life, options, reporter, interrupts, clock)
         return await life.conduct(run.whole())
+
+
+@contextlib.asynccontextmanager
+async def _called_off_on_error(ram: RamMigration) -> AsyncIterator[None]:
+    """Call the migration of RAM off on any error: the guest and the QEMUs' settings are given back."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(BlkmigError):
+            await ram.cancel()
+        raise
 
 
 class _Run:
@@ -133,45 +145,36 @@ class _Run:
 
     async def _switch_over(self) -> Downtime | None:
         for attempt in itertools.count(1):
-            ram = await self._migrate_ram()
-            if await self._fits_now():
-                break
-            await ram.cancel()
+            ram = RamMigration(self._life.source, self._target().monitor)
+            async with _called_off_on_error(ram):
+                with self._watch.phase("ram"):
+                    await self._migrate_ram(ram)
+                paused = self._clock.now()
+                if await self._fits_now():
+                    with self._watch.phase("switchover"):
+                        await self._complete()
+                    await self._verify()
+                    break
+                await ram.cancel()
             await self._too_dirty(attempt)
-        paused = self._clock.now()
-        with self._watch.phase("switchover"):
-            await self._complete()
-        await self._verify()
         return await self._hand_over(ram, paused)
 
-    async def _migrate_ram(self) -> RamMigration:
+    async def _migrate_ram(self, ram: RamMigration) -> None:
         """QEMU's own migration up to the pause, while the disks are kept in step."""
-        target = self._target()
-        with self._watch.phase("ram"):
-            self._take_run_state()
-            predicted = self._engine.figures().predicted or 0.0
-            await target.claim()
-            ram = RamMigration(self._life.source, target.monitor)
-            stepping = asyncio.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
-            try:
-                await ram.start(
-                    downtime=max(LEAST_FOR_RAM, self._options.downtime - predicted),
-                    bandwidth=self._options.transfer.bandwidth,
-                )
-                waiting = asyncio.create_task(ram.wait_paused())
-                try:
-                    await asyncio.wait({waiting, stepping}, return_when=asyncio.FIRST_COMPLETED)
-                    if waiting.done():
-                        waiting.result()
-                        self._engine.request_stop()
-                    await stepping
-                    await waiting
-                finally:
-                    waiting.cancel()
-            finally:
-                stepping.cancel()
-                await asyncio.gather(stepping, return_exceptions=True)
-        return ram
+        self._take_run_state()
+        await self._target().claim()
+        predicted = self._engine.figures().predicted or 0.0
+        await ram.start(
+            downtime=max(LEAST_FOR_RAM, self._options.downtime - predicted),
+            bandwidth=self._options.transfer.bandwidth,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
+                await ram.wait_paused()
+                self._engine.request_stop()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
 
     async def _fits_now(self) -> bool:
         """With the guest paused: whether what is dirty fits the downtime that was asked for."""
