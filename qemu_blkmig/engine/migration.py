@@ -266,7 +266,7 @@ class BlockMigration:
 
         May be called in any phase and repeatedly. An operation that another task is in ends with the batch in flight,
         by MigrationError (`keep_in_step` just returns); who is in a hurry cancels that task first. After `finish`
-        there is nothing to cancel. Raises what the log raises.
+        there is nothing to cancel. Raises what the log raises; all that is left to do then is to cancel again.
         """
         self._carrier.halt()
         async with self._busy:
@@ -280,10 +280,12 @@ class BlockMigration:
 
     @asynccontextmanager
     async def _alone(self, what: str, *phases: Phase) -> AsyncIterator[None]:
-        """Guard an operation: nothing else is under way, and the phase is one of `phases`."""
+        """Guard an operation: nothing else is under way, no cancel was asked for, and the phase is one of `phases`."""
         if self._busy.locked():
             raise MigrationError(f"{what} is refused: {self._under_way or 'a cancel'} is under way")
         async with self._busy:
+            if self._carrier.halted:
+                raise MigrationError(f"{what} is refused: the migration is cancelled")
             if self._phase not in phases:
                 raise MigrationError(f"{what} is refused: {self._standing()}")
             self._under_way = what
