@@ -1,0 +1,339 @@
+"""The state machine by its sentences: what is refused, what an error leaves behind, how it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+import pytest
+
+from qemu_blkmig.engine.convergence import Policy
+from qemu_blkmig.engine.device import SECTOR, DiskSpec
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.engine.migration import BlockMigration, Figures, Phase, Tuning
+from qemu_blkmig.engine.ports import CopyKind, CopyReport
+from qemu_blkmig.errors import MigrationError, TopologyChanged
+from tests.engine.world import Cancel, Disk, FakeLog, Fault, Injected, Nothing, Snapshot, World, Write
+
+TUNING = Tuning(chunk_size=4 * SECTOR, range_size=4 * SECTOR, batch=2)
+
+
+def disk(name: str = "vda", content: bytes = bytes(range(1, 12))) -> Disk:
+    size = len(content)
+    return Disk(name, bytearray(content), None, False, bytearray([99] * size), [True] * size)
+
+
+def make(*disks: Disk) -> World:
+    return World(disks or [disk()], granularity=2, tuning=TUNING)
+
+
+async def dirty(*disks: Disk) -> World:
+    """A world whose bulk pass is done."""
+    world = make(*disks)
+    await world.engine.setup()
+    await world.engine.bulk()
+    return world
+
+
+async def reach(condition: Callable[[], bool]) -> None:
+    """Let the other tasks go on, step by step, until the condition holds."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("never reached")
+
+
+async def test_a_migration_ends_with_both_sides_equal_and_the_recording_stopped() -> None:
+    world = await dirty(disk("vda"), disk("vdb", b"\1"))
+    world.act(Write(0, 9, 2, 5))
+    await world.engine.round()
+    world.act(Write(1, 0, 1, 0))
+    world.pause()
+    await world.engine.complete()
+    world.check_equal()
+    assert world.engine.figures().percent == 100
+    assert world.log.started
+    world.may_stop_recording = True
+    await world.engine.finish()
+    assert not world.log.started
+
+
+async def test_a_switchover_during_bulk_is_refused_with_what_has_arrived() -> None:
+    world = make()
+    await world.engine.setup()
+    world.script.extend([Nothing()] * 13 + [Fault()])
+    with pytest.raises(Injected):
+        await world.engine.bulk()
+    world.pause()
+    with pytest.raises(MigrationError, match=rf"'bulk'.* {4 * SECTOR} of {11 * SECTOR} bytes"):
+        await world.engine.complete()
+
+
+async def test_a_switchover_of_a_running_guest_is_refused() -> None:
+    world = await dirty()
+    with pytest.raises(MigrationError, match="not paused"):
+        await world.engine.complete()
+    assert world.engine.figures().phase is Phase.DIRTY
+
+
+async def test_a_switchover_while_something_is_in_flight_is_refused() -> None:
+    world = await dirty()
+    world.pause()
+    world.log.mark(0, range(4))
+    round_ = asyncio.create_task(world.engine.round())
+    await reach(lambda: bool(world.mover.in_flight(0)))
+    with pytest.raises(MigrationError, match="a dirty round is under way"):
+        await world.engine.complete()
+    await round_
+
+
+async def test_a_disk_that_is_written_to_though_the_guest_is_paused_is_not_switched_over() -> None:
+    world = await dirty()
+    world.pause()
+    take = world.log.take
+
+    def take_and_write() -> object:
+        round_ = take()
+        world.log.mark(0, range(1))
+        return round_
+
+    world.log.mark(0, range(1))
+    world.log.take = take_and_write  # type: ignore[method-assign, assignment]
+    with pytest.raises(MigrationError, match="written to though the guest is paused"):
+        await world.engine.complete()
+
+
+async def test_the_bulk_pass_goes_on_at_the_range_that_failed() -> None:
+    world = make()
+    await world.engine.setup()
+    world.script.extend([Nothing()] * 13 + [Fault()])
+    with pytest.raises(Injected):
+        await world.engine.bulk()
+    assert world.engine.figures().disks[0].bulk_done == 4 * SECTOR
+    copied = world.engine.figures().disks[0].copied
+    await world.engine.bulk()
+    assert copied == 4 * SECTOR
+    assert world.engine.figures().disks[0].copied == 11 * SECTOR
+
+
+async def test_a_range_is_copied_again_if_the_writer_died_before_it_was_flushed() -> None:
+    world = make()
+    await world.engine.setup()
+    world.script.extend([Nothing()] * 13)
+    vda = world.disks[0]
+    bulk = asyncio.create_task(world.engine.bulk())
+    await reach(lambda: world.engine.figures().disks[0].bulk_done > 0)
+    vda.lose_unflushed()
+    vda.dead = True
+    with pytest.raises(Exception, match="the writer died") as caught:
+        await bulk
+    assert "goes on at byte 0" in caught.value.__notes__[0]
+    assert world.engine.figures().disks[0].bulk_done == 0
+
+
+async def test_a_failed_round_is_owed_again() -> None:
+    world = await dirty()
+    world.log.mark(0, range(4))
+    world.script.extend([Nothing()] * 3 + [Fault()])
+    with pytest.raises(Injected, match="mover"):
+        await world.engine.round()
+    assert world.log.recording[0] == {0, 1}
+    assert world.engine.figures().disks[0].dirty == 4 * SECTOR
+
+
+async def test_a_changed_topology_owes_nothing_anew() -> None:
+    world = await dirty()
+    world.act(Snapshot())
+    with pytest.raises(TopologyChanged):
+        await world.engine.round()
+    assert world.engine.figures().phase is Phase.DIRTY
+    assert world.engine.figures().pending == 0
+
+
+async def test_a_round_that_cannot_be_restored_ends_the_migration_with_the_first_error() -> None:
+    world = await dirty()
+    world.log.mark(0, range(4))
+    world.script.extend([Nothing()] * 3 + [Fault(), Fault()])
+    with pytest.raises(Injected, match="mover") as caught:
+        await world.engine.round()
+    assert "back into the recording failed as well: Injected('restore')" in caught.value.__notes__[0]
+    assert world.engine.figures().phase is Phase.FAILED
+    with pytest.raises(MigrationError, match="'failed'"):
+        await world.engine.round()
+
+
+@pytest.mark.parametrize("steps", range(30))
+async def test_a_cancellation_at_any_step_of_a_round_leaves_everything_owed_or_done(steps: int) -> None:
+    world = await dirty()
+    world.act(Write(0, 0, 11, 5))
+    world.finish_writes()
+    world.operation = asyncio.create_task(world.engine.round())
+    world.script.extend([Nothing()] * steps + [Cancel()])
+    with pytest.raises(asyncio.CancelledError):
+        await world.operation
+    world.check()
+    assert not world.log.rounds
+    assert world.mover.idle
+
+
+async def test_a_gentle_stop_lets_the_round_under_way_end() -> None:
+    world = await dirty()
+    world.log.mark(0, range(4))
+    stepping = asyncio.create_task(world.engine.keep_in_step(Policy(downtime=0.001, max_rounds=None)))
+    await reach(lambda: bool(world.mover.in_flight(0)))
+    world.engine.request_stop()
+    await stepping
+    assert world.engine.figures().disks[0].rounds == 1
+    assert world.engine.figures().pending == 0
+
+
+async def test_a_stop_asked_for_before_keeping_in_step_began_holds() -> None:
+    world = await dirty()
+    world.log.mark(0, range(4))
+    world.engine.request_stop()
+    await world.engine.keep_in_step(Policy(downtime=0, max_rounds=None))
+    assert world.engine.figures().round == 0
+
+
+async def test_a_cancel_waits_for_the_batch_in_flight_and_lets_no_other_begin() -> None:
+    world = make()
+    await world.engine.setup()
+    bulk = asyncio.create_task(world.engine.bulk())
+    await reach(lambda: bool(world.mover.in_flight(0)))
+    world.may_stop_recording = True
+    await world.engine.cancel()
+    assert world.mover.idle
+    with pytest.raises(MigrationError, match="being cancelled"):
+        await bulk
+    assert world.engine.figures().disks[0].copied == 4 * SECTOR
+    assert world.engine.figures().phase is Phase.CANCELLED
+    await world.engine.cancel()
+
+
+async def test_a_cancel_after_the_end_changes_nothing() -> None:
+    world = await dirty()
+    world.pause()
+    await world.engine.complete()
+    world.may_stop_recording = True
+    await world.engine.finish()
+    await world.engine.cancel()
+    assert world.engine.figures().phase is Phase.COMPLETED
+
+
+async def test_a_setup_that_fails_records_nothing_and_may_be_repeated() -> None:
+    world = make()
+    world.may_stop_recording = True
+    world.script.extend([Nothing(), Fault()])
+    with pytest.raises(Injected, match="start"):
+        await world.engine.setup()
+    assert not world.log.started
+    await world.engine.setup()
+    assert world.engine.figures().phase is Phase.RECORDING
+
+
+async def test_rounds_may_be_run_again_when_the_handover_failed_after_the_completion() -> None:
+    world = await dirty()
+    world.pause()
+    await world.engine.complete()
+    world.paused = False
+    world.act(Write(0, 0, 1, 77))
+    world.finish_writes()
+    assert await world.engine.round() == 2 * SECTOR
+    assert world.engine.figures().phase is Phase.DIRTY
+    assert world.engine.figures().percent == 99
+
+
+async def test_extents_that_are_fewer_than_the_round_counts_are_an_error() -> None:
+    class CutShort(FakeLog):
+        def count(self, granules: Sequence[set[int]]) -> dict[str, int]:
+            return {name: 2 * length for name, length in super().count(granules).items()}
+
+    world = await dirty()
+    world.log.mark(0, range(2))
+    world.log.__class__ = CutShort
+    with pytest.raises(MigrationError, match=rf"{4 * SECTOR} dirty bytes, but extents of only {2 * SECTOR}"):
+        await world.engine.round()
+    assert world.log.recording[0] == {0}
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (CopyReport(SECTOR, 0, 0, 0.1), f"accounts for {SECTOR} of {2 * SECTOR} bytes"),
+        (CopyReport(SECTOR, 0, SECTOR, 0.1), f"skipped {SECTOR} bytes that the guest wrote"),
+    ],
+)
+async def test_a_report_that_does_not_account_for_every_byte_is_an_error(report: CopyReport, message: str) -> None:
+    world = await dirty()
+    world.log.mark(0, range(2))
+
+    async def copy(disk: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
+        return report
+
+    world.mover.copy = copy  # type: ignore[method-assign]
+    with pytest.raises(MigrationError, match=message):
+        await world.engine.round()
+    assert world.log.recording[0] == {0}
+
+
+async def test_the_extents_are_closed_before_a_failed_round_is_restored() -> None:
+    order: list[str] = []
+
+    class Watched:
+        dirty: Mapping[str, int] = {"vda": SECTOR}
+
+        async def extents(self, disk: str) -> AsyncIterator[Sequence[Extent]]:
+            try:
+                yield [Extent(0, SECTOR), Extent(2 * SECTOR, SECTOR), Extent(4 * SECTOR, SECTOR)]
+            finally:
+                order.append("closed")
+
+        async def retire(self) -> None:
+            order.append("retired")
+
+        async def restore(self) -> None:
+            order.append("restored")
+
+    world = await dirty()
+    world.log.take = Watched  # type: ignore[assignment, method-assign]
+    world.script.extend([Nothing()] * 2 + [Fault()])
+    with pytest.raises(Injected):
+        await world.engine.round()
+    assert order == ["closed", "restored"]
+
+
+async def test_figures_are_told_when_they_change_and_who_watches_them_cannot_break_the_migration() -> None:
+    told: list[Figures] = []
+
+    def watch(figures: Figures) -> None:
+        told.append(figures)
+        raise RuntimeError("broken bar")
+
+    world = make()
+    specs = [disk.spec for disk in world.disks]
+    engine = BlockMigration(specs, world.log, world.mover, FakeGuest(world), world.clock, TUNING, watch)
+    await engine.setup()
+    await engine.bulk()
+    assert [figures.percent for figures in told] == sorted(figures.percent for figures in told)
+    assert len(set(told)) == len(told)
+    assert told[-1] == engine.figures()
+    assert told[-1].phase is Phase.DIRTY
+
+
+@pytest.mark.parametrize("size", [0, -512, 513])
+def test_a_disk_that_is_no_whole_sectors_long_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"{size} bytes"):
+        DiskSpec("vda", size)
+
+
+def test_tuning_that_makes_no_sense_is_refused() -> None:
+    for values in ({"chunk_size": 100}, {"range_size": (1 << 20) + 512}, {"range_size": 0}, {"batch": 0}):
+        with pytest.raises(ValueError, match=r"size|batch"):
+            Tuning(**values)
+
+
+def test_no_disk_and_two_of_one_name_are_refused() -> None:
+    for disks in ([], [disk(), disk()]):
+        with pytest.raises(ValueError, match="differ in name"):
+            World(disks, granularity=1, tuning=TUNING)

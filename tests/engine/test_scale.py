@@ -1,0 +1,30 @@
+"""What the engine holds does not grow with the disk, nor with what is dirty (DESIGN.md, invariant 6)."""
+
+from __future__ import annotations
+
+from qemu_blkmig.engine.migration import Tuning
+from tests.engine.link import GRANULE, Link
+
+
+async def test_a_16_tib_disk_with_a_million_dirty_extents_is_streamed() -> None:
+    link = Link(size=16 << 40, speed=float(10 << 30), writer=0)
+    migration = link.migration(Tuning(range_size=4 << 30))
+    await migration.setup()
+    await migration.bulk()
+    link.recorded = 1_000_000 * GRANULE
+    assert await migration.round() == 1_000_000 * GRANULE
+    assert link.bulk_bytes == 16 << 40
+    assert link.dirty_bytes == 1_000_000 * GRANULE
+    assert link.most_extents == Tuning().batch
+    assert link.most_groups <= 2
+
+
+async def test_no_request_is_larger_than_a_range_however_long_an_extent_is() -> None:
+    link = Link(size=1 << 30, speed=float(1 << 30), writer=0)
+    migration = link.migration(Tuning(range_size=1 << 20))
+    await migration.setup()
+    await migration.bulk()
+    assert link.requests == 1 << 10
+    link.recorded = 64 * GRANULE
+    await migration.round()
+    assert link.requests == (1 << 10) + 64 * GRANULE // (1 << 20)
