@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from integration.lab import MARK_VARIABLE, Lab
+from integration.lab import Lab, laboratory
 from qemu_blkmig.demo.guest import Kernel, build_initramfs, find_kernel
 
 
@@ -35,14 +33,7 @@ def initramfs(kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.fixture
-def lab(kernel: Kernel, initramfs: Callable[[bool], Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory in a folder of its own; all that was started in it ends with the test."""
-    mark = uuid.uuid4().hex
-    laboratory = Lab(Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp")), kernel, initramfs, mark)
-    monkeypatch.setenv(MARK_VARIABLE, mark)
-    monkeypatch.setenv("TMPDIR", str(laboratory.temporary))
-    monkeypatch.setenv("QEMU_BLKMIG_STATE_DIR", str(laboratory.state))
-    # tempfile remembers the folder that it found first.
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    yield laboratory
-    laboratory.close()
+def lab(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[Lab]:
+    """A laboratory for one test."""
+    with laboratory(kernel, initramfs) as laid_out:
+        yield laid_out

@@ -15,16 +15,22 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import pytest
+
 from qemu_blkmig.demo.guest import Kernel, Orders, boot_arguments
 from qemu_blkmig.demo.records import RecordsReport, check
 
 Format = Literal["raw", "qcow2"]
+Machine = Literal["q35", "pc"]
+Style = Literal["drive", "blockdev"]
 
 QEMU_VARIABLE = "QEMU_BLKMIG_TEST_QEMU"
 MARK_VARIABLE = "QEMU_BLKMIG_TEST_MARK"
@@ -59,8 +65,8 @@ class Hardware:
     `cdrom`: an image in a CD-ROM drive; `empty_drive`: a CD-ROM drive with nothing in it.
     """
 
-    machine: Literal["q35", "pc"] = "q35"
-    style: Literal["drive", "blockdev"] = "blockdev"
+    machine: Machine = "q35"
+    style: Style = "blockdev"
     memory: int = 160
     cdrom: Path | None = None
     empty_drive: bool = False
@@ -421,6 +427,26 @@ class Lab:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def laboratory(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[Lab]:
+    """A laboratory in a folder of its own; all that was started in it ends with it.
+
+    `initramfs(agent)`: where the guest's initramfs without or with the guest agent is.
+    """
+    mark = uuid.uuid4().hex
+    lab = Lab(Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp")), kernel, initramfs, mark)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK_VARIABLE, mark)
+        patch.setenv("TMPDIR", str(lab.temporary))
+        patch.setenv("QEMU_BLKMIG_STATE_DIR", str(lab.state))
+        # tempfile remembers the folder that it found first.
+        patch.setattr(tempfile, "tempdir", None)
+        try:
+            yield lab
+        finally:
+            lab.close()
+
+
 def leftovers_in_qemu(guest: Guest) -> list[str]:
     """What of ours is in a QEMU: bitmaps, exports, nodes, jobs and objects named blkmig-, an NBD server, a throttle.
 
@@ -505,6 +531,7 @@ def assert_files_sound(disk: Disk, acked: int) -> int:
     Returns the largest file number in it.
     """
     with raw_view(disk) as path:
+        assert "needs_recovery" not in _run(["dumpe2fs", "-h", str(path)]), f"{disk.path}: the ext4 was not frozen"
         checked = subprocess.run(["e2fsck", "-fn", path], capture_output=True, text=True)
         assert checked.returncode == 0, f"e2fsck of {disk.path}: {checked.stdout}{checked.stderr}"
         folder = path.with_name(path.name + ".files")
@@ -557,7 +584,7 @@ def wait_until(
         time.sleep(0.05)
 
 
-def _disk_arguments(disk: Disk, number: int, style: Literal["drive", "blockdev"]) -> list[str]:
+def _disk_arguments(disk: Disk, number: int, style: Style) -> list[str]:
     arguments: list[str] = []
     name = f"disk{number}"
     read_only = "on" if disk.read_only else "off"
