@@ -70,8 +70,9 @@ class Open(Message, frozen=True, tag="open"):
     """Connect to the source's export of a prepared disk and start its writer.
 
     `socket`: path of the unix socket that the export is reached by. `private_layers`: with a shared base, how many
-    layers of the source's chain are above it; None without one. `requests`: most requests in flight on a connection.
-    `request_size`: bytes of the largest request. `zero_unit`: data is tested for zeroes in units of this many bytes.
+    layers of the source's chain are above it; None without one. `requests`: most requests in flight on a connection;
+    small ones may be more, their bytes are bounded too. `request_size`: bytes of the largest request. `zero_unit`:
+    data is tested for zeroes in units of this many bytes.
     """
 
     disk: str
@@ -107,7 +108,9 @@ class Bandwidth(Message, frozen=True, tag="bandwidth"):
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """End the copy or comparison under way; that one's reply is an error of kind "cancelled"."""
+    """End the copy or comparison under way on `disk` (None: on all); its reply is an error of kind "cancelled"."""
+
+    disk: str | None = None
 
 
 class Close(Message, frozen=True, tag="close"):
@@ -173,7 +176,10 @@ class CopyReply(Message, frozen=True, tag="copy"):
 
 
 class CompareReply(Message, frozen=True, tag="compare"):
-    """`differ`: bytes of chunks that differ; `first`: offset of the first differing byte, None if equal."""
+    """`differ`: bytes of the units (`zero_unit` of `Open`) that differ.
+
+    `first`: offset of the first differing byte, None if equal.
+    """
 
     differ: int
     first: int | None

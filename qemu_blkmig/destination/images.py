@@ -1,0 +1,283 @@
+"""Images at the destination: found fit or not, created, removed; never by name alone, never over what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_blkmig import errors
+from qemu_blkmig.destination import locks
+from qemu_blkmig.destination.protocol import Created, Image, Problem
+
+WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
+
+_QEMU_IMG_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image that is ours to write: `descriptor` is open for it and holds the job lock.
+
+    `created` is None where the image was there before.
+    """
+
+    image: Image
+    descriptor: int
+    created: Created | None
+
+    @property
+    def reads_as_zero(self) -> bool:
+        """Whether every byte that we have not written is zero."""
+        return self.image.known_zero or (self.created is not None and self.image.backing is None)
+
+
+def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
+    """Everything that `prepare` would fail on, and the bytes free where the first image is to be created."""
+    problems = [Problem(image.disk, what) for image in images for what in _faults(image)]
+    seen: dict[str, str] = {}
+    for image in images:
+        place = os.path.realpath(image.path)
+        if place in seen:
+            problems.append(Problem(image.disk, f"{image.path} is the destination of disk {seen[place]} too"))
+        seen[place] = image.disk
+    return problems, next((_free(image) for image in images if image.create), None)
+
+
+def prepare(images: Sequence[Image]) -> list[Prepared]:
+    """Check, create and lock the images, all or none.
+
+    Raises `Refused` naming every fault, or `DestinationWriteError` where creating fails; what was created until then
+    is removed again.
+    """
+    problems, _free_bytes = inspect(images)
+    if problems:
+        disk = problems[0].disk if len({problem.disk for problem in problems}) == 1 else None
+        raise errors.Refused("; ".join(problem.what for problem in problems), disk=disk)
+    prepared: list[Prepared] = []
+    try:
+        for image in images:
+            prepared.append(_create(image) if image.create else _adopt(image))
+    except BaseException:
+        for each in prepared:
+            give_up(each)
+        raise
+    return prepared
+
+
+def give_up(prepared: Prepared) -> None:
+    """Let go of the image, and remove it if it was made here."""
+    if prepared.created is not None and _is_still(prepared.created):
+        Path(prepared.created.path).unlink()
+    with contextlib.suppress(OSError):
+        os.close(prepared.descriptor)
+
+
+def discard(images: Sequence[Created]) -> tuple[list[str], list[str]]:
+    """Remove the images that still are those that were made and that nobody uses; (removed, left with the reason)."""
+    removed, left = [], []
+    for image in images:
+        try:
+            reason = _reason_to_keep(image)
+            if reason is None:
+                Path(image.path).unlink()
+                removed.append(image.path)
+                continue
+        except OSError as error:
+            reason = str(error)
+        left.append(f"{image.path}: {reason}")
+    return removed, left
+
+
+def size_of(path: str, image_format: str) -> int:
+    """The virtual size of an existing image. Raises `Refused` where it is no such image, `OSError`."""
+    if image_format == "raw":
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.lseek(descriptor, 0, os.SEEK_END)
+        finally:
+            os.close(descriptor)
+    told = _qemu_img("info", "--force-share", "--output=json", "-f", image_format, os.path.realpath(path))
+    return int(json.loads(told)["virtual-size"])
+
+
+def allocated(descriptor: int) -> int:
+    """Bytes that the image occupies; a block device occupies all it has."""
+    status = os.fstat(descriptor)
+    return os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512
+
+
+def sync_directory(path: str) -> None:
+    """Make the directory entry of `path` stable. Raises `OSError`."""
+    descriptor = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _faults(image: Image) -> Iterator[str]:
+    if image.format not in WRITABLE_FORMATS:
+        yield f"format {image.format!r} cannot be written; possible are {', '.join(sorted(WRITABLE_FORMATS))}"
+        return
+    if not Path(image.path).is_absolute():
+        yield f"{image.path} is not an absolute path"
+        return
+    if image.size <= 0 or image.size % 512:
+        yield f"a size of {image.size} bytes is not a positive multiple of 512"
+    try:
+        yield from _faults_to_create(image) if image.create else _faults_as_it_is(image)
+    except errors.Refused as error:
+        yield error.what
+    except OSError as error:
+        yield f"{image.path}: {error.strerror}"
+
+
+def _faults_to_create(image: Image) -> Iterator[str]:
+    if os.path.lexists(image.path):
+        yield f"{image.path} is there already"
+    directory = Path(image.path).parent
+    if not directory.is_dir():
+        yield f"{directory} is not a directory"
+    elif not os.access(directory, os.W_OK | os.X_OK):
+        yield f"{directory} cannot be written"
+    if image.backing is not None:
+        yield from _faults_of_backing(image, directory)
+
+
+def _faults_of_backing(image: Image, directory: Path) -> Iterator[str]:
+    backing = image.backing
+    if backing is None:
+        return
+    if image.format not in {"qcow2", "qed", "vmdk"}:
+        yield f"an image of format {image.format} cannot have a backing file"
+    elif backing.format not in WRITABLE_FORMATS:
+        yield f"format {backing.format!r} of the backing file {backing.path} is not known"
+    elif not (directory / backing.path).exists():
+        yield f"the backing file {directory / backing.path} is missing"
+    else:
+        size_of(str(directory / backing.path), backing.format)
+
+
+def _faults_as_it_is(image: Image) -> Iterator[str]:
+    descriptor = _open_for_writing(image.path)
+    try:
+        kind = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+            yield f"{image.path} is neither a file nor a block device"
+            return
+    finally:
+        os.close(descriptor)
+    size = size_of(image.path, image.format)
+    if size != image.size:
+        yield f"{image.path} holds {size} bytes, the disk has {image.size}"
+    if locks.in_use(image.path):
+        yield f"{image.path} is open for writing in a QEMU"
+    if locks.in_use_by_job(image.path):
+        yield f"{image.path} is the destination of another migration"
+
+
+def _free(image: Image) -> int | None:
+    with contextlib.suppress(OSError):
+        space = os.statvfs(Path(image.path).parent)
+        return space.f_bavail * space.f_frsize
+    return None
+
+
+def _adopt(image: Image) -> Prepared:
+    try:
+        descriptor = _open_for_writing(image.path)
+    except OSError as error:
+        raise errors.Refused(f"{image.path}: {error.strerror}", disk=image.disk) from error
+    return Prepared(image, _claimed(descriptor, image), None)
+
+
+def _create(image: Image) -> Prepared:
+    try:
+        descriptor = os.open(image.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _cannot_create(image, error) from error
+    status = os.fstat(descriptor)
+    prepared = Prepared(image, descriptor, Created(image.path, status.st_dev, status.st_ino))
+    try:
+        _claimed(descriptor, image)
+        _lay_out(image, descriptor)
+        os.fsync(descriptor)
+        sync_directory(image.path)
+    except OSError as error:
+        give_up(prepared)
+        raise _cannot_create(image, error) from error
+    except BaseException:
+        give_up(prepared)
+        raise
+    return prepared
+
+
+def _lay_out(image: Image, descriptor: int) -> None:
+    if image.format == "raw":
+        os.ftruncate(descriptor, image.size)
+        return
+    options = [] if image.cluster_size is None else ["-o", f"cluster_size={image.cluster_size}"]
+    if image.backing is not None:
+        options += ["-b", image.backing.path, "-F", image.backing.format]
+    _qemu_img("create", "-q", "-f", image.format, *options, image.path, str(image.size))
+    size = size_of(image.path, image.format)
+    if size != image.size:
+        raise errors.Refused(f"format {image.format} made {size} bytes of {image.size}", disk=image.disk)
+
+
+def _claimed(descriptor: int, image: Image) -> int:
+    try:
+        claimed = locks.lock_job(descriptor)
+        if claimed and (image.format != "raw" or locks.lock_as_writer(descriptor)):
+            return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        raise errors.Refused(f"{image.path} cannot be locked: {error.strerror}", disk=image.disk) from error
+    os.close(descriptor)
+    whose = "open for writing in a QEMU" if claimed else "the destination of another migration"
+    raise errors.Refused(f"{image.path} is {whose}", disk=image.disk)
+
+
+def _open_for_writing(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def _cannot_create(image: Image, error: OSError) -> errors.DestinationWriteError:
+    what = f"{image.path} cannot be created: {error.strerror}"
+    return errors.DestinationWriteError(what, disk=image.disk, offset=None, errno=error.errno or 0)
+
+
+def _reason_to_keep(image: Created) -> str | None:
+    if not _is_still(image):
+        return "is not the file that was made"
+    if locks.in_use(image.path):
+        return "is open for writing in a QEMU"
+    if locks.in_use_by_job(image.path):
+        return "is being written by an agent"
+    return None
+
+
+def _is_still(image: Created) -> bool:
+    try:
+        status = Path(image.path).lstat()
+    except FileNotFoundError:
+        return False
+    return (status.st_dev, status.st_ino) == (image.device, image.inode)
+
+
+def _qemu_img(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["qemu-img", *arguments], capture_output=True, text=True, timeout=_QEMU_IMG_TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise errors.Refused(f"qemu-img {arguments[0]}: {error}") from error
+    if done.returncode:
+        raise errors.Refused(done.stderr.strip() or f"qemu-img {arguments[0]} ended with status {done.returncode}")
+    return done.stdout

@@ -1,0 +1,341 @@
+"""One disk on its way: copies ranges from the source's export into the writer, and compares the two."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_blkmig import errors
+from qemu_blkmig.destination.writers import Writer
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.nbd.connection import Connection, connect
+from qemu_blkmig.nbd.control import Control
+from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
+from qemu_blkmig.nbd.pump import Lease, Limits, Pump
+from qemu_blkmig.nbd.throttle import Throttle
+
+_TOUCH_UNIT = 4 << 20
+_COMPARED_AT_ONCE = 1 << 30
+_LOOK_AT_DIRTY_FROM = 1 << 20
+"""Shorter dirty extents are read without asking for their block status first: a round trip costs more."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a disk is read; see `protocol.Open`."""
+
+    socket: str | Path
+    export: str
+    connections: int
+    requests: int
+    request_size: int
+    zero_unit: int
+    private_layers: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """`differ`: bytes of the units that differ; `first`: offset of the first byte that differs."""
+
+    differ: int
+    first: int | None
+
+
+class DiskMover:
+    """Blocking: every method belongs in a worker thread, one at a time."""
+
+    def __init__(
+        self, disk: str, size: int, settings: Settings, writer: Writer, throttle: Throttle, *, reads_as_zero: bool
+    ) -> None:
+        """Connect to the source.
+
+        Raises `ConnectionLost` when it cannot be reached, `Refused` when its size or what it tells does not fit.
+        """
+        self._disk = disk
+        self._size = size
+        self._writer = writer
+        self._settings = settings
+        self._untouched = bytearray(b"\1" * -(-size // _TOUCH_UNIT)) if reads_as_zero else bytearray()
+        self._sources = _connect_all(disk, size, settings)
+        limits = Limits(settings.requests, settings.request_size)
+        self._pump = Pump(disk, self._sources, limits, throttle)
+
+    def copy(self, extents: Sequence[Extent], control: Control, *, bulk: bool) -> float:
+        """Copy the extents and tell the seconds it took; the figures are in `control.tally`.
+
+        Raises `Refused`, `SourceReadError`, `ConnectionLost`, `DestinationWriteError`, `Cancelled`; nothing is in
+        flight any more then.
+        """
+        self._check(extents)
+        began = time.monotonic()
+        classify = _classifier(self._settings.private_layers) if bulk else _zero_or_data
+        look_from = 0 if bulk else _LOOK_AT_DIRTY_FROM
+        plan = Plan(self._sources[0], extents, classify, look_from=look_from, disk=self._disk)
+        is_zero_already = self._is_zero_already(extents, bulk=bulk)
+        sink = _CopySink(self._disk, self._writer, self._settings.zero_unit, control, is_zero_already)
+        self._touch(extents)
+        self._pump.run(plan, sink, control)
+        tally = control.tally
+        owed = sum(extent.length for extent in extents)
+        if tally.copied + tally.zeroed + tally.skipped != owed:
+            raise RuntimeError(f"disk {self._disk}: {tally} does not account for {owed} bytes")
+        return time.monotonic() - began
+
+    def compare(self, control: Control) -> Difference:
+        """Compare both sides in full, but for what both tell to be zero. Raises as `copy` does."""
+        differ, first = 0, None
+        for offset in range(0, self._size, _COMPARED_AT_ONCE):
+            window = Extent(offset, min(_COMPARED_AT_ONCE, self._size - offset))
+            sink = _CompareSink(self._disk, self._writer, self._settings.zero_unit, control)
+            plan = Plan(self._sources[0], [window], _zero_or_data, look_from=0, disk=self._disk)
+            self._pump.run(plan, sink, control)
+            self._pump.run(_all_data(self._sources[0], sink.only_source_zero, self._disk), sink, control)
+            differ += sink.differ
+            first = sink.first if first is None else first
+        return Difference(differ, first)
+
+    def flush(self) -> None:
+        """Make all that was copied stable. Raises `DestinationWriteError`."""
+        try:
+            self._writer.flush()
+        except OSError as error:
+            raise write_error(self._disk, None, error.errno or 0, "flushed") from error
+        except errors.ConnectionLost as error:
+            what = f"the destination cannot be flushed: {error}"
+            raise errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0) from error
+
+    def disconnect(self) -> None:
+        """Let go of the source."""
+        for connection in self._sources:
+            connection.close()
+
+    def _check(self, extents: Sequence[Extent]) -> None:
+        end = 0
+        for extent in extents:
+            if extent.length <= 0 or extent.offset < end or extent.end > self._size:
+                what = f"extent {extent.offset}+{extent.length} is out of order or beyond the {self._size} bytes"
+                raise errors.Refused(what, disk=self._disk)
+            end = extent.end
+
+    def _is_zero_already(self, extents: Sequence[Extent], *, bulk: bool) -> Callable[[int, int], bool]:
+        """Tells where zeroes need not be written, by what no copy before this one began to write."""
+        if not (bulk and self._untouched and extents):
+            return lambda _offset, _length: False
+        base = extents[0].offset // _TOUCH_UNIT
+        before = bytes(self._untouched[base : (extents[-1].end - 1) // _TOUCH_UNIT + 1])
+
+        def is_zero_already(offset: int, length: int) -> bool:
+            return before.find(0, offset // _TOUCH_UNIT - base, (offset + length - 1) // _TOUCH_UNIT - base + 1) < 0
+
+        return is_zero_already
+
+    def _touch(self, extents: Sequence[Extent]) -> None:
+        if not self._untouched:
+            return
+        for extent in extents:
+            first, last = extent.offset // _TOUCH_UNIT, (extent.end - 1) // _TOUCH_UNIT
+            self._untouched[first : last + 1] = bytes(last + 1 - first)
+
+
+def write_error(disk: str, offset: int | None, number: int, verb: str = "written") -> errors.DestinationWriteError:
+    """The error that tells what the destination did not take, and why."""
+    place = "" if offset is None else f" at offset {offset}"
+    what = f"the destination cannot be {verb}{place}: {os.strerror(number)}"
+    return errors.DestinationWriteError(what, disk=disk, offset=offset, errno=number)
+
+
+def zero_runs(view: memoryview, offset: int, unit: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, is zero) of the runs of `view`, which lies at `offset` of the disk, in aligned units."""
+    buffer = libnbd().Buffer.from_buffer(view)
+    start, was_zero = 0, False
+    at, length = 0, len(view)
+    while at < length:
+        end = min(length, at + unit - (offset + at) % unit)
+        zero = bool(buffer.is_zero(at, end - at))
+        if at and zero is not was_zero:
+            yield start, at, was_zero
+            start = at
+        was_zero, at = zero, end
+    if length:
+        yield start, length, was_zero
+
+
+class _CopySink:
+    """Writes what arrives, zeroes found in it as zeroes."""
+
+    def __init__(
+        self, disk: str, writer: Writer, zero_unit: int, control: Control, is_zero_already: Callable[[int, int], bool]
+    ) -> None:
+        self.failure: Exception | None = None
+        self.under_way = 0
+        self._disk = disk
+        self._writer = writer
+        self._zero_unit = zero_unit
+        self._tally = control.tally
+        self._is_zero_already = is_zero_already
+
+    @property
+    def connections(self) -> Sequence[Connection]:
+        return self._writer.connections
+
+    def settle(self) -> None:
+        self._writer.settle()
+
+    def pass_over(self, piece: Piece) -> None:
+        if piece.action is Action.SKIP:
+            self._tally.skipped += piece.length
+        else:
+            self._zero(piece.offset, piece.length, lambda: None)
+
+    def data(self, lease: Lease) -> None:
+        offset = lease.piece.offset
+        runs = list(zero_runs(lease.view, offset, self._zero_unit))
+        left = len(runs)
+
+        def run_over() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                lease.release()
+
+        for start, end, zero in runs:
+            if zero:
+                self._zero(offset + start, end - start, run_over)
+            else:
+                self._write(lease.view[start:end], offset + start, run_over)
+
+    def _zero(self, offset: int, length: int, then: Callable[[], None]) -> None:
+        if self._is_zero_already(offset, length):
+            self._tally.zeroed += length
+            then()
+            return
+
+        def done(error: int) -> None:
+            self.under_way -= 1
+            self._note(error, offset)
+            self._tally.zeroed += 0 if error else length
+            then()
+
+        self.under_way += 1
+        self._writer.zero(offset, length, done)
+
+    def _write(self, data: memoryview, offset: int, then: Callable[[], None]) -> None:
+        def done(error: int) -> None:
+            self.under_way -= 1
+            self._note(error, offset)
+            self._tally.copied += 0 if error else len(data)
+            then()
+
+        self.under_way += 1
+        self._writer.write(data, offset, done)
+
+    def _note(self, error: int, offset: int) -> None:
+        if error and self.failure is None:
+            self.failure = write_error(self._disk, offset, error)
+
+
+class _CompareSink:
+    """Compares what arrives with what the writer's image holds."""
+
+    connections: Sequence[Connection] = ()
+    under_way = 0
+
+    def __init__(self, disk: str, writer: Writer, unit: int, control: Control) -> None:
+        self.failure: Exception | None = None
+        self.differ = 0
+        self.first: int | None = None
+        self.only_source_zero: list[Extent] = []
+        self._disk = disk
+        self._writer = writer
+        self._unit = unit
+        self._tally = control.tally
+
+    def settle(self) -> None:
+        """Nothing is ever under way."""
+
+    def pass_over(self, piece: Piece) -> None:
+        """Zero at the source by what it tells; so it is here, or the range is read at both sides."""
+        offset = piece.offset
+        try:
+            for extent in self._writer.zeroes(piece.offset, piece.length):
+                if extent.offset > offset:
+                    self._read_both(offset, extent.offset)
+                offset = extent.end
+                self._tally.zeroed += extent.length
+            if offset < piece.end:
+                self._read_both(offset, piece.end)
+        except OSError as error:
+            self._cannot_read(error, offset)
+
+    def data(self, lease: Lease) -> None:
+        offset = lease.piece.offset
+        ours = bytearray(lease.piece.length)
+        try:
+            self._writer.read(memoryview(ours), offset)
+        except OSError as error:
+            self._cannot_read(error, offset)
+        else:
+            if ours != lease.view:
+                self._differs(bytes(ours), bytes(lease.view), offset)
+            self._tally.copied += len(ours)
+        lease.release()
+
+    def _read_both(self, start: int, end: int) -> None:
+        if self.only_source_zero and self.only_source_zero[-1].end == start:
+            start = self.only_source_zero.pop().offset
+        self.only_source_zero.append(Extent(start, end - start))
+
+    def _differs(self, ours: bytes, theirs: bytes, offset: int) -> None:
+        at = 0
+        while at < len(ours):
+            end = min(len(ours), at + self._unit - (offset + at) % self._unit)
+            if ours[at:end] != theirs[at:end]:
+                self.differ += end - at
+                exact = offset + next(n for n in range(at, end) if ours[n] != theirs[n])
+                self.first = exact if self.first is None else min(self.first, exact)
+            at = end
+
+    def _cannot_read(self, error: OSError, offset: int) -> None:
+        if self.failure is None:
+            self.failure = write_error(self._disk, offset, error.errno or 0, "read back")
+
+
+def _connect_all(disk: str, size: int, settings: Settings) -> list[Connection]:
+    contexts = [ALLOCATION] if settings.private_layers is None else [ALLOCATION, DEPTH]
+    made: list[Connection] = []
+    try:
+        for _ in range(settings.connections):
+            made.append(connect(settings.socket, settings.export, contexts=contexts))
+        if made[0].size != size:
+            raise errors.Refused(f"the source has {made[0].size} bytes, the destination {size}", disk=disk)
+        if settings.private_layers is not None and DEPTH not in made[0].contexts:
+            raise errors.Refused("the source's export does not tell allocation depths (shared base)", disk=disk)
+    except BaseException:
+        for connection in made:
+            connection.close()
+        raise
+    return made
+
+
+def _classifier(private_layers: int | None) -> Callable[[bool, int | None], Action]:
+    if private_layers is None:
+        return _zero_or_data
+
+    def classify(zero: bool, depth: int | None) -> Action:
+        if depth is not None and not 1 <= depth <= private_layers:
+            return Action.SKIP
+        return _zero_or_data(zero, depth)
+
+    return classify
+
+
+def _zero_or_data(zero: bool, _depth: int | None) -> Action:
+    return Action.ZERO if zero else Action.DATA
+
+
+def _all_data(connection: Connection, extents: Sequence[Extent], disk: str) -> Plan:
+    return Plan(connection, extents, _zero_or_data, look_from=1 << 63, disk=disk)

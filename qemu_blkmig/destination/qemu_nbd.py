@@ -1,0 +1,110 @@
+"""Our own `qemu-nbd`, which writes the formats that we do not: started, reached, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from qemu_blkmig import errors
+from qemu_blkmig.nbd.connection import Connection, connect
+from qemu_blkmig.nbd.plan import ALLOCATION
+
+_START_TIMEOUT = 20.0
+_EXIT_TIMEOUT = 120.0
+_EXPORT = "image"
+
+
+class QemuNbd:
+    """A running server; made by `start`. It dies with the thread that started it."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], complaints: IO[bytes], connections: Sequence[Connection]
+    ) -> None:
+        self._process = process
+        self._complaints = complaints
+        self.connections = connections
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
+    async def stop(self) -> None:
+        """End the server and wait until it has exited; flush and disconnect before.
+
+        Raises `DestinationFailed` with its last words when it failed, or had to be killed.
+        """
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            status = await asyncio.to_thread(self._process.wait, _EXIT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise errors.DestinationFailed(f"qemu-nbd did not exit within {_EXIT_TIMEOUT:.0f} s") from None
+        finally:
+            words = _last_words(self._complaints)
+        if status:
+            raise errors.DestinationFailed(f"qemu-nbd ended with status {status}: {words}")
+
+    def kill(self) -> None:
+        """End the server at once, whatever it still holds."""
+        self._process.kill()
+        self._process.wait()
+
+
+async def start(path: str, image_format: str, connections: int) -> QemuNbd:
+    """Serve the image to `connections` connections, and to nobody else. Call it from a thread that lives on.
+
+    The socket's directory is gone when this returns, so that not even a killed agent leaves one behind. Raises
+    `DestinationFailed` with what qemu-nbd said.
+    """
+    directory = await asyncio.to_thread(tempfile.mkdtemp, prefix="blkmig-")
+    try:
+        return await _start(path, image_format, connections, Path(directory) / "nbd")
+    finally:
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+
+async def _start(path: str, image_format: str, count: int, listening: Path) -> QemuNbd:
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
+    command = ["setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--socket", str(listening), "--format", image_format]
+    command += ["--export-name", _EXPORT, "--cache", "writeback", "--discard", "unmap", "--detect-zeroes", "off"]
+    command += ["--shared", str(count), "--persistent", os.path.abspath(path)]  # noqa: PTH100 - symlinks stay
+    process = subprocess.Popen(  # noqa: ASYNC220 - the main thread must be its parent (PR_SET_PDEATHSIG)
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints
+    )
+    made: list[Connection] = []
+    try:
+        await _until_listening(process, listening)
+        for _ in range(count):
+            made.append(await asyncio.to_thread(connect, listening, _EXPORT, contexts=[ALLOCATION]))
+    except BaseException as error:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+        if not isinstance(error, (errors.ConnectionLost, TimeoutError)):
+            raise
+        words = _last_words(complaints) or str(error)
+        raise errors.DestinationFailed(f"qemu-nbd cannot serve {path} as {image_format}: {words}") from error
+    return QemuNbd(process, complaints, made)
+
+
+async def _until_listening(process: subprocess.Popen[bytes], listening: Path) -> None:
+    """Return when the socket is there or the server has exited; connecting then tells which."""
+    async with asyncio.timeout(_START_TIMEOUT):
+        while process.poll() is None and not listening.exists():  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.01)
+
+
+def _last_words(complaints: IO[bytes]) -> str:
+    with contextlib.suppress(OSError):
+        complaints.seek(0)
+        return complaints.read(4000).decode(errors="replace").strip()
+    return ""

@@ -1,0 +1,300 @@
+"""What the agent does for each operation of the protocol; knows nothing of stdin and stdout."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import qemu_blkmig
+from qemu_blkmig import errors
+from qemu_blkmig.destination import images, protocol, qemu_nbd
+from qemu_blkmig.destination.mover import DiskMover, Settings, write_error
+from qemu_blkmig.destination.writers import NbdWriter, RawWriter, Writer
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.nbd.control import Cancelled, Control, Tally
+from qemu_blkmig.nbd.throttle import Throttle
+
+_PROGRESS_SECONDS = 0.2
+_TEARDOWN_SECONDS = 20.0
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+Tell = Callable[[protocol.Progress], Awaitable[None]]
+
+
+@dataclass
+class _Disk:
+    """A prepared disk. `thread` does all that blocks for it, one thing at a time."""
+
+    prepared: images.Prepared
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    server: qemu_nbd.QemuNbd | None = None
+    writer: Writer | None = None
+    mover: DiskMover | None = None
+    control: Control | None = None
+
+    @property
+    def name(self) -> str:
+        return self.prepared.image.disk
+
+    async def run(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+
+class Service:
+    """The agent's disks. `tell` is where progress goes."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._throttle = Throttle()
+        self._disks: dict[str, _Disk] = {}
+        self._ended = False
+
+    async def perform(self, op: protocol.Operation) -> protocol.Outcome:
+        """Carry out one operation; every failure is an answer."""
+        try:
+            return await self._dispatch(op)
+        except Exception as error:
+            return failure(error)
+
+    async def end(self, *, remove: bool) -> None:
+        """Stop everything: copies drained, servers gone, locks dropped; what was created and not closed is removed
+        if `remove`."""
+        self._ended = True
+        disks, self._disks = list(self._disks.values()), {}
+        for disk in disks:
+            if disk.control is not None:
+                disk.control.cancel()
+        await asyncio.gather(*(self._end(disk, remove=remove) for disk in disks))
+
+    async def _dispatch(self, op: protocol.Operation) -> protocol.Outcome:
+        match op:
+            case protocol.Hello():
+                return _hello(op)
+            case protocol.Inspect():
+                problems, free = await asyncio.to_thread(images.inspect, op.images)
+                return protocol.InspectReply(problems, free)
+            case protocol.Prepare():
+                return await self._prepare(op)
+            case protocol.Discard():
+                return protocol.DiscardReply(*await asyncio.to_thread(images.discard, op.images))
+            case protocol.Bandwidth():
+                return self._limit(op.rate)
+            case protocol.Open():
+                return await self._open(op)
+            case protocol.Copy() | protocol.Compare():
+                return await self._move(op)
+            case protocol.Flush():
+                return await self._flush(op)
+            case protocol.Cancel():
+                return self._cancel(op)
+            case protocol.Close():
+                return await self._close(op)
+            case protocol.Bye():
+                await self.end(remove=False)
+                return protocol.Done()
+
+    def _limit(self, rate: int | None) -> protocol.Done:
+        if rate is not None and rate <= 0:
+            raise errors.Refused(f"a bandwidth of {rate} bytes a second is no limit")
+        self._throttle.limit(rate)
+        return protocol.Done()
+
+    async def _prepare(self, op: protocol.Prepare) -> protocol.PrepareReply:
+        for image in op.images:
+            if image.disk in self._disks:
+                raise errors.Refused("is prepared already", disk=image.disk)
+        prepared = await asyncio.to_thread(images.prepare, op.images)
+        if self._ended:
+            for each in prepared:
+                images.give_up(each)
+            raise errors.Refused("the agent is ending")
+        self._disks.update((each.image.disk, _Disk(each)) for each in prepared)
+        return protocol.PrepareReply([each.created for each in prepared if each.created is not None])
+
+    async def _open(self, op: protocol.Open) -> protocol.Done:
+        disk = self._disk(op.disk)
+        settings = _settings(op)
+        async with disk.turn:
+            if disk.mover is not None:
+                raise errors.Refused("is open already", disk=op.disk)
+            disk.writer = disk.writer or await self._start_writer(disk, settings.connections)
+            writer, image = disk.writer, disk.prepared.image
+            disk.mover = await disk.run(
+                lambda: DiskMover(
+                    op.disk,
+                    image.size,
+                    settings,
+                    writer,
+                    self._throttle,
+                    reads_as_zero=disk.prepared.reads_as_zero,
+                )
+            )
+        return protocol.Done()
+
+    async def _start_writer(self, disk: _Disk, connections: int) -> Writer:
+        image = disk.prepared.image
+        if image.format == "raw":
+            return RawWriter(disk.prepared.descriptor)
+        try:
+            disk.server = await qemu_nbd.start(image.path, image.format, connections)
+        except errors.DestinationFailed as error:
+            raise errors.DestinationWriteError(error.what, disk=disk.name, offset=None, errno=0) from error
+        return NbdWriter(disk.server.connections)
+
+    async def _move(self, op: protocol.Copy | protocol.Compare) -> protocol.CopyReply | protocol.CompareReply:
+        disk, mover = self._opened(op.disk)
+        if disk.control is not None:
+            raise errors.Refused("a copy or comparison is under way", disk=op.disk)
+        control = disk.control = Control()
+        try:
+            async with disk.turn, _reporting(op.disk, control.tally, self._tell):
+                if isinstance(op, protocol.Compare):
+                    found = await disk.run(lambda: mover.compare(control))
+                    return protocol.CompareReply(found.differ, found.first)
+                extents = _extents(op)
+                seconds = await disk.run(lambda: mover.copy(extents, control, bulk=op.kind == "bulk"))
+                tally = control.tally
+                return protocol.CopyReply(tally.copied, tally.zeroed, tally.skipped, seconds)
+        finally:
+            disk.control = None
+            control.close()
+
+    async def _flush(self, op: protocol.Flush) -> protocol.Done:
+        disk, mover = self._opened(op.disk)
+        async with disk.turn:
+            await disk.run(mover.flush)
+        return protocol.Done()
+
+    def _cancel(self, op: protocol.Cancel) -> protocol.Done:
+        for disk in self._disks.values() if op.disk is None else [self._disk(op.disk)]:
+            if disk.control is not None:
+                disk.control.cancel()
+        return protocol.Done()
+
+    async def _close(self, op: protocol.Close) -> protocol.CloseReply:
+        disk = self._disk(op.disk)
+        async with disk.turn:
+            descriptor = disk.prepared.descriptor
+            try:
+                await self._end_writer(disk)
+                await disk.run(lambda: os.fsync(descriptor))
+                allocated = await disk.run(lambda: images.allocated(descriptor))
+            except OSError as error:
+                raise write_error(disk.name, None, error.errno or 0, "closed") from error
+            os.close(descriptor)
+        disk.thread.shutdown(wait=False)
+        del self._disks[op.disk]
+        return protocol.CloseReply(allocated)
+
+    async def _end_writer(self, disk: _Disk) -> None:
+        if disk.mover is not None:
+            await disk.run(disk.mover.flush)
+            disk.mover.disconnect()
+            disk.mover = None
+        if disk.writer is not None:
+            await disk.run(disk.writer.close)
+            disk.writer = None
+        if disk.server is not None:
+            server, disk.server = disk.server, None
+            try:
+                await server.stop()
+            except errors.DestinationFailed as error:
+                raise errors.DestinationWriteError(error.what, disk=disk.name, offset=None, errno=0) from error
+
+    async def _end(self, disk: _Disk, *, remove: bool) -> None:
+        """Give the disk up. A thread that hangs in its storage is left behind: the process exits over it."""
+        try:
+            async with asyncio.timeout(_TEARDOWN_SECONDS):
+                await asyncio.to_thread(disk.thread.shutdown)
+        except TimeoutError:
+            _log.error("disk %s: still busy after %.0f s, given up", disk.name, _TEARDOWN_SECONDS)
+        if disk.server is not None:
+            for connection in disk.server.connections:
+                connection.close()
+            with contextlib.suppress(errors.DestinationFailed):
+                await disk.server.stop()
+        if remove:
+            images.give_up(disk.prepared)
+
+    def _disk(self, name: str) -> _Disk:
+        if name not in self._disks:
+            raise errors.Refused("is not prepared", disk=name)
+        return self._disks[name]
+
+    def _opened(self, name: str) -> tuple[_Disk, DiskMover]:
+        disk = self._disk(name)
+        if disk.mover is None:
+            raise errors.Refused("is not open", disk=name)
+        return disk, disk.mover
+
+
+def failure(error: Exception) -> protocol.Failure:
+    """The answer that tells the coordinator of `error`."""
+    what = error.what if isinstance(error, errors.BlkmigError) else f"{type(error).__name__}: {error}"
+    disk = error.disk if isinstance(error, errors.BlkmigError) else None
+    match error:
+        case Cancelled():
+            return protocol.Failure("cancelled", "cancelled")
+        case errors.SourceReadError():
+            return protocol.Failure("source-read", what, disk, error.offset)
+        case errors.ConnectionLost():
+            return protocol.Failure("source-lost", what, disk)
+        case errors.DestinationWriteError():
+            return protocol.Failure("destination-write", what, disk, error.offset, error.errno)
+        case errors.Refused():
+            return protocol.Failure("refused", what, disk)
+    _log.error("internal error", exc_info=error)
+    return protocol.Failure("internal", what, disk)
+
+
+def _hello(op: protocol.Hello) -> protocol.HelloReply:
+    if op.protocol != protocol.PROTOCOL:
+        raise errors.Refused(
+            f"the coordinator ({op.version}) speaks protocol {op.protocol}, "
+            f"this agent ({qemu_blkmig.__version__}) speaks {protocol.PROTOCOL}"
+        )
+    return protocol.HelloReply(qemu_blkmig.__version__, protocol.PROTOCOL)
+
+
+def _settings(op: protocol.Open) -> Settings:
+    if min(op.connections, op.requests) < 1 or op.request_size < 4096 or op.zero_unit < 512:
+        raise errors.Refused(
+            f"{op.connections} connections, {op.requests} requests, {op.request_size} bytes a request, "
+            f"zero unit {op.zero_unit}: out of bounds",
+            disk=op.disk,
+        )
+    return Settings(op.socket, op.export, op.connections, op.requests, op.request_size, op.zero_unit, op.private_layers)
+
+
+def _extents(op: protocol.Copy) -> list[Extent]:
+    if len(op.extents) > protocol.BATCH_LIMIT:
+        raise errors.Refused(f"{len(op.extents)} extents are more than {protocol.BATCH_LIMIT}", disk=op.disk)
+    return [Extent(offset, length) for offset, length in op.extents]
+
+
+@contextlib.asynccontextmanager
+async def _reporting(disk: str, tally: Tally, tell: Tell) -> AsyncIterator[None]:
+    async def report() -> None:
+        told = protocol.Progress(disk, 0, 0, 0)
+        while True:
+            await asyncio.sleep(_PROGRESS_SECONDS)
+            now = protocol.Progress(disk, tally.copied, tally.zeroed, tally.skipped)
+            if now != told:
+                await tell(now)
+                told = now
+
+    task = asyncio.create_task(report())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,37 @@
+"""What another thread may do to a copy under way: look at its figures, and cancel it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+
+class Cancelled(Exception):
+    """The copy or comparison was cancelled, and nothing of it is in flight any more."""
+
+
+@dataclass
+class Tally:
+    """Bytes settled so far."""
+
+    copied: int = 0
+    zeroed: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class Control:
+    """Belongs to one copy; `cancel` may be called from any thread, at any time."""
+
+    tally: Tally = field(default_factory=Tally)
+    cancelled: bool = False
+    wake: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+
+    def cancel(self) -> None:
+        """Have the copy stop soon."""
+        self.cancelled = True
+        os.eventfd_write(self.wake, 1)
+
+    def close(self) -> None:
+        """Free the descriptor; nobody may cancel any more."""
+        os.close(self.wake)

@@ -1,0 +1,153 @@
+"""What is to be done with the ranges of one batch, found out just ahead of the copy and never for a whole disk."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qemu_blkmig import errors
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.nbd.connection import Connection, Entries
+
+ALLOCATION = "base:allocation"
+DEPTH = "qemu:allocation-depth"
+WINDOW = 256 << 20
+"""Bytes asked for in one lookup."""
+
+_ZERO = 2
+_AHEAD = 64
+
+
+class Action(enum.Enum):
+    DATA = "data"
+    ZERO = "zero"
+    SKIP = "skip"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`length` bytes from `offset` that share a fate."""
+
+    offset: int
+    length: int
+    action: Action
+
+    @property
+    def end(self) -> int:
+        """The first byte after the piece."""
+        return self.offset + self.length
+
+
+Classify = Callable[[bool, int | None], Action]
+"""From (reads as zeroes, allocation depth or None) to what is to be done."""
+
+
+class Plan:
+    """The pieces of `ranges` in order; ranges shorter than `look_from` are data without a lookup.
+
+    Lookups are asynchronous: `look_ahead` starts one, `take` gives what is known. Both belong in a poll loop that
+    drives `connection`.
+    """
+
+    def __init__(
+        self, connection: Connection, ranges: Sequence[Extent], classify: Classify, *, look_from: int, disk: str
+    ) -> None:
+        self._connection = connection
+        self._unknown = deque(ranges)
+        self._classify = classify
+        self._look_from = look_from if ALLOCATION in connection.contexts or DEPTH in connection.contexts else 1 << 63
+        self._disk = disk
+        self._known: deque[Piece] = deque()
+        self._asked: Extent | None = None
+        self._answers: list[tuple[Any, int]] = []
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a lookup has not been answered yet."""
+        return self._asked is not None and not self._answers
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `take` has given everything."""
+        return not (self._unknown or self._known or self._asked)
+
+    def look_ahead(self) -> None:
+        """Take in an answered lookup, and start the next unless enough is known.
+
+        Raises `ConnectionLost`, and `SourceReadError` where the source gives no block status.
+        """
+        if self._answers:
+            self._take_in()
+        while self._unknown and self._asked is None and len(self._known) < _AHEAD:
+            self._look_at(self._unknown.popleft())
+
+    def take(self, most: Callable[[Piece], int]) -> Piece | None:
+        """The next piece, cut to at most `most(piece)` bytes; None when nothing is known right now."""
+        if not self._known:
+            return None
+        piece = self._known.popleft()
+        while self._known and self._known[0].action is piece.action and self._known[0].offset == piece.end:
+            piece = Piece(piece.offset, piece.length + self._known.popleft().length, piece.action)
+        limit = most(piece)
+        if piece.length > limit:
+            self._known.appendleft(Piece(piece.offset + limit, piece.length - limit, piece.action))
+            piece = Piece(piece.offset, limit, piece.action)
+        return piece
+
+    def put_back(self, piece: Piece) -> None:
+        """Return a piece that cannot be begun now."""
+        self._known.appendleft(piece)
+
+    def _look_at(self, extent: Extent) -> None:
+        if extent.length < self._look_from:
+            self._known.append(Piece(extent.offset, extent.length, Action.DATA))
+            return
+        self._asked = Extent(extent.offset, min(WINDOW, extent.length))
+        if extent.length > WINDOW:
+            self._unknown.appendleft(Extent(extent.offset + WINDOW, extent.length - WINDOW))
+        self._answers = []
+        self._connection.status(self._asked.offset, self._asked.length, self._answers)
+
+    def _take_in(self) -> None:
+        asked = self._asked
+        if asked is None:
+            return
+        answer, error = self._answers.pop()
+        covered = asked.offset
+        if not error:
+            for length, flags in _merged(answer, asked.length, self._connection.contexts):
+                action = self._classify(*flags)
+                self._known.append(Piece(covered, length, action))
+                covered += length
+        if covered == asked.offset:
+            what = f"the source gives no block status at offset {covered} (errno {error})"
+            raise errors.SourceReadError(what, disk=self._disk, offset=covered)
+        self._asked = None
+        if covered < asked.end:
+            self._unknown.appendleft(Extent(covered, asked.end - covered))
+
+
+def _merged(
+    answer: dict[str, Entries], length: int, contexts: frozenset[str]
+) -> Iterator[tuple[int, tuple[bool, int | None]]]:
+    """(length, (zero, depth)) of the runs that every negotiated context tells of, clipped to `length` in all."""
+    sources = [answer.get(name, []) for name in (ALLOCATION, DEPTH)]
+    if DEPTH not in contexts:
+        sources[1] = [(length, -1)]
+    if ALLOCATION not in contexts:
+        sources[0] = [(length, 0)]
+    allocation, depth = (_nonempty(source) for source in sources)
+    a, d = next(allocation, None), next(depth, None)
+    while a and d and length:
+        run = min(a[0], d[0], length)
+        length -= run
+        yield run, (bool(a[1] & _ZERO), None if d[1] < 0 else d[1])
+        a = (a[0] - run, a[1]) if a[0] > run else next(allocation, None)
+        d = (d[0] - run, d[1]) if d[0] > run else next(depth, None)
+
+
+def _nonempty(entries: Entries) -> Iterator[tuple[int, int]]:
+    return (entry for entry in entries if entry[0])

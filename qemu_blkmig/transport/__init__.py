@@ -1,0 +1,1 @@
+"""How the agent beside the destination is reached."""

@@ -1,0 +1,175 @@
+"""The coordinator's end of the control protocol, over the pipes of whatever process leads to the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+import qemu_blkmig
+from qemu_blkmig import errors
+from qemu_blkmig.destination import protocol
+
+_Reply = TypeVar("_Reply", bound=protocol.Message)
+OnProgress = Callable[[protocol.Progress], None]
+
+_EXIT_TIMEOUT = 30.0
+_LAST_LINES = 20
+
+
+class CopyCancelled(errors.RequestError):
+    """The copy or comparison was ended by `Cancel`, and nothing of it is in flight any more."""
+
+
+class AgentClient:
+    """Speaks to the agent behind `process`, whose stdin, stdout and stderr are pipes.
+
+    Stdout's limit has to be `protocol.LINE_LIMIT`.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, on_progress: OnProgress | None = None) -> None:
+        self.on_progress = on_progress
+        self._process = process
+        self._waiting: dict[int, asyncio.Future[protocol.Outcome]] = {}
+        self._next_id = 1
+        self._said: deque[str] = deque(maxlen=_LAST_LINES)
+        self._decoder: msgspec.json.Decoder[protocol.FromAgent] = msgspec.json.Decoder(protocol.FromAgent)
+        self._gone: errors.DestinationFailed | None = None
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._overhear())]
+
+    @property
+    def pid(self) -> int:
+        """The process id of what leads to the agent (the agent itself where it is local)."""
+        return self._process.pid
+
+    async def hello(self) -> protocol.HelloReply:
+        """Check that both sides speak the same protocol. Raises as `request` does."""
+        return await self.expect(protocol.Hello(qemu_blkmig.__version__, protocol.PROTOCOL), protocol.HelloReply)
+
+    async def request(self, op: protocol.Operation) -> protocol.Outcome:
+        """Have the agent carry out `op`; its outcome, never a `Failure`.
+
+        Raises what a `Failure` stands for: `SourceReadError`, `ConnectionLost` (the source's export is gone),
+        `DestinationWriteError`, `Refused`, `CopyCancelled`, `DestinationFailed` (a defect of the agent, or the agent
+        is gone). When the caller is cancelled the agent goes on.
+        """
+        if self._gone is not None:
+            raise self._gone
+        number, self._next_id = self._next_id, self._next_id + 1
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            await self._write(protocol.Request(number, op))
+            outcome: protocol.Outcome = await answer
+        finally:
+            self._waiting.pop(number, None)
+        if isinstance(outcome, protocol.Failure):
+            raise error_of(outcome)
+        return outcome
+
+    async def expect(self, op: protocol.Operation, reply: type[_Reply]) -> _Reply:
+        """`request`, whose outcome has to be a `reply`."""
+        outcome = await self.request(op)
+        if not isinstance(outcome, reply):
+            raise errors.DestinationFailed(f"the agent answered {type(op).__name__} with {type(outcome).__name__}")
+        return outcome
+
+    async def close(self) -> None:
+        """Say bye, so that what is there stays, and wait for the agent to exit. Safe to call twice."""
+        with contextlib.suppress(errors.BlkmigError, TimeoutError):
+            async with asyncio.timeout(_EXIT_TIMEOUT):
+                await self.request(protocol.Bye())
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """Leave without bye: the agent removes the images that it created and that were not closed, and exits.
+
+        One that does not exit is killed.
+        """
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            async with asyncio.timeout(_EXIT_TIMEOUT):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _write(self, request: protocol.Request) -> None:
+        stdin = self._process.stdin
+        try:
+            if stdin is None or stdin.is_closing():
+                raise BrokenPipeError
+            stdin.write(msgspec.json.encode(request) + b"\n")
+            await stdin.drain()
+        except OSError:
+            await asyncio.shield(self._tasks[0])
+
+    async def _listen(self) -> None:
+        stdout = self._process.stdout
+        try:
+            while stdout is not None and (line := await stdout.readline()).endswith(b"\n"):
+                self._heard(self._decoder.decode(line))
+        except (ValueError, msgspec.DecodeError) as error:
+            self._said.append(f"(the agent's answer makes no sense: {error})")
+            self._process.kill()
+        finally:
+            await self._mourn()
+
+    def _heard(self, message: protocol.FromAgent) -> None:
+        if isinstance(message, protocol.Progress):
+            if self.on_progress is not None:
+                self.on_progress(message)
+        elif (answer := self._waiting.get(message.id)) is not None and not answer.done():
+            answer.set_result(message.outcome)
+
+    async def _overhear(self) -> None:
+        stderr = self._process.stderr
+        if stderr is None:
+            return
+        while chunk := await stderr.read(4096):
+            self._said.extend(chunk.decode(errors="replace").splitlines())
+
+    async def _mourn(self) -> None:
+        """The agent's stdout has ended: fail all that waits for it."""
+        status = await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await asyncio.shield(self._tasks[1])
+        said = "".join(f"\n  {line}" for line in self._said)
+        self._gone = errors.DestinationFailed(f"the agent at the destination is gone ({_ending(status)}){said}")
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(self._gone)
+
+
+def error_of(failure: protocol.Failure) -> errors.BlkmigError:
+    """The exception that stands for `failure`."""
+    what, disk = failure.what, failure.disk
+    match failure.kind:
+        case "source-read":
+            return errors.SourceReadError(what, disk=disk or "?", offset=failure.offset or 0)
+        case "source-lost":
+            return errors.ConnectionLost(what, disk=disk)
+        case "destination-write":
+            number = failure.errno or 0
+            return errors.DestinationWriteError(what, disk=disk or "?", offset=failure.offset, errno=number)
+        case "refused":
+            return errors.Refused(what, disk=disk)
+        case "cancelled":
+            return CopyCancelled(what, disk=disk)
+        case "internal":
+            return errors.DestinationFailed(f"defect of the agent: {what}", disk=disk)
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    with contextlib.suppress(ValueError):
+        return f"killed by {signal.Signals(-status).name}"
+    return f"killed by signal {-status}"

@@ -1,0 +1,66 @@
+"""The engine's mover at the other end of the control protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from qemu_blkmig.destination import protocol
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.engine.ports import CopyKind, CopyReport
+from qemu_blkmig.transport.client import AgentClient, OnProgress
+
+
+class RemoteMover:
+    """Implements `engine.ports.Mover` on an agent whose disks are open. Raises as `AgentClient.request` does."""
+
+    def __init__(self, client: AgentClient, on_progress: OnProgress | None = None) -> None:
+        self._client = client
+        if on_progress is not None:
+            client.on_progress = on_progress
+
+    async def copy(self, disk: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
+        """See `Mover`. When cancelled, returns only after the agent has answered that nothing is in flight."""
+        total = CopyReport(0, 0, 0, 0.0)
+        for start in range(0, len(extents), protocol.BATCH_LIMIT):
+            batch = [(each.offset, each.length) for each in extents[start : start + protocol.BATCH_LIMIT]]
+            reply = await self._copy(protocol.Copy(disk, kind.value, batch))
+            total = CopyReport(
+                total.copied + reply.copied,
+                total.zeroed + reply.zeroed,
+                total.skipped + reply.skipped,
+                total.seconds + reply.seconds,
+            )
+        return total
+
+    async def flush(self, disk: str) -> None:
+        """See `Mover`."""
+        await self._client.request(protocol.Flush(disk))
+
+    async def set_bandwidth(self, rate: int | None) -> None:
+        """See `Mover`."""
+        await self._client.request(protocol.Bandwidth(rate))
+
+    async def close(self, disk: str) -> None:
+        """See `Mover`."""
+        await self._client.request(protocol.Close(disk))
+
+    async def _copy(self, op: protocol.Copy) -> protocol.CopyReply:
+        copying = asyncio.ensure_future(self._client.expect(op, protocol.CopyReply))
+        try:
+            return await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            await _finished(
+                asyncio.gather(copying, self._client.request(protocol.Cancel(op.disk)), return_exceptions=True)
+            )
+            raise
+
+
+async def _finished(work: asyncio.Future[Any]) -> None:
+    """Wait for `work` however often the waiting is cancelled."""
+    while not work.done():
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            continue
