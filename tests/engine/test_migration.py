@@ -13,7 +13,7 @@ from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Figures, Phase, Tuning
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
 from qemu_blkmig.errors import MigrationError, TopologyChanged
-from tests.engine.world import Cancel, Disk, FakeLog, Fault, Injected, Nothing, Snapshot, World, Write
+from tests.engine.world import Cancel, Disk, FakeGuest, FakeLog, Fault, Injected, Nothing, Snapshot, World, Write
 
 TUNING = Tuning(chunk_size=4 * SECTOR, range_size=4 * SECTOR, batch=2)
 
