@@ -10,10 +10,11 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import locks
-from qemu_blkmig.destination.protocol import Created, Image, Problem
+from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem
 
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
 
@@ -46,7 +47,7 @@ def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
         if place in seen:
             problems.append(Problem(image.disk, f"{image.path} is the destination of disk {seen[place]} too"))
         seen[place] = image.disk
-    return problems, next((_free(image) for image in images if image.create), None)
+    return problems, next((_free(image) for image in images if _is_to_be_made(image)), None)
 
 
 def prepare(images: Sequence[Image]) -> list[Prepared]:
@@ -62,7 +63,7 @@ def prepare(images: Sequence[Image]) -> list[Prepared]:
     prepared: list[Prepared] = []
     try:
         for image in images:
-            prepared.append(_create(image) if image.create else _adopt(image))
+            prepared.append(_create(image) if _is_to_be_made(image) else _adopt(image))
     except BaseException:
         for each in prepared:
             give_up(each)
@@ -102,8 +103,7 @@ def size_of(path: str, image_format: str) -> int:
             return os.lseek(descriptor, 0, os.SEEK_END)
         finally:
             os.close(descriptor)
-    told = _qemu_img("info", "--force-share", "--output=json", "-f", image_format, os.path.realpath(path))
-    return int(json.loads(told)["virtual-size"])
+    return int(_info(path, image_format)["virtual-size"])
 
 
 def allocated(descriptor: int) -> int:
@@ -131,16 +131,18 @@ def _faults(image: Image) -> Iterator[str]:
     if image.size <= 0 or image.size % 512:
         yield f"a size of {image.size} bytes is not a positive multiple of 512"
     try:
-        yield from _faults_to_create(image) if image.create else _faults_as_it_is(image)
+        yield from _faults_to_create(image) if _is_to_be_made(image) else _faults_as_it_is(image)
     except errors.Refused as error:
         yield error.what
     except OSError as error:
         yield f"{image.path}: {error.strerror}"
 
 
+def _is_to_be_made(image: Image) -> bool:
+    return image.create and not os.path.lexists(image.path)
+
+
 def _faults_to_create(image: Image) -> Iterator[str]:
-    if os.path.lexists(image.path):
-        yield f"{image.path} is there already"
     directory = Path(image.path).parent
     if not directory.is_dir():
         yield f"{directory} is not a directory"
@@ -176,10 +178,18 @@ def _faults_as_it_is(image: Image) -> Iterator[str]:
     size = size_of(image.path, image.format)
     if size != image.size:
         yield f"{image.path} holds {size} bytes, the disk has {image.size}"
+    if image.backing is not None and not _stands_on(image, image.backing):
+        yield f"{image.path} is there already, but not upon the backing file {image.backing.path}"
     if locks.in_use(image.path):
         yield f"{image.path} is open for writing in a QEMU"
     if locks.in_use_by_job(image.path):
         yield f"{image.path} is the destination of another migration"
+
+
+def _stands_on(image: Image, backing: Backing) -> bool:
+    info = _info(image.path, image.format)
+    own = info.get("full-backing-filename", info.get("backing-filename"))
+    return own is not None and os.path.realpath(own) == os.path.realpath(Path(image.path).parent / backing.path)
 
 
 def _free(image: Image) -> int | None:
@@ -269,6 +279,12 @@ def _is_still(image: Created) -> bool:
     except FileNotFoundError:
         return False
     return (status.st_dev, status.st_ino) == (image.device, image.inode)
+
+
+def _info(path: str, image_format: str) -> dict[str, Any]:
+    told = _qemu_img("info", "--force-share", "--output=json", "-f", image_format, os.path.realpath(path))
+    info: dict[str, Any] = json.loads(told)
+    return info
 
 
 def _qemu_img(*arguments: str) -> str:

@@ -18,6 +18,7 @@ from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
 from qemu_blkmig.nbd.pump import Lease, Limits, Pump
 from qemu_blkmig.nbd.throttle import Throttle
 
+_SECTOR = 512
 _TOUCH_UNIT = 4 << 20
 _COMPARED_AT_ONCE = 1 << 30
 _LOOK_AT_DIRTY_FROM = 1 << 20
@@ -39,7 +40,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """`differ`: bytes of the units that differ; `first`: offset of the first byte that differs."""
+    """`differ`: bytes of the sectors that differ; `first`: offset of the first byte that differs."""
 
     differ: int
     first: int | None
@@ -90,7 +91,7 @@ class DiskMover:
         differ, first = 0, None
         for offset in range(0, self._size, _COMPARED_AT_ONCE):
             window = Extent(offset, min(_COMPARED_AT_ONCE, self._size - offset))
-            sink = _CompareSink(self._disk, self._writer, self._settings.zero_unit, control)
+            sink = _CompareSink(self._disk, self._writer, control)
             plan = Plan(self._sources[0], [window], _zero_or_data, look_from=0, disk=self._disk)
             self._pump.run(plan, sink, control)
             self._pump.run(_all_data(self._sources[0], sink.only_source_zero, self._disk), sink, control)
@@ -244,14 +245,13 @@ class _CompareSink:
     connections: Sequence[Connection] = ()
     under_way = 0
 
-    def __init__(self, disk: str, writer: Writer, unit: int, control: Control) -> None:
+    def __init__(self, disk: str, writer: Writer, control: Control) -> None:
         self.failure: Exception | None = None
         self.differ = 0
         self.first: int | None = None
         self.only_source_zero: list[Extent] = []
         self._disk = disk
         self._writer = writer
-        self._unit = unit
         self._tally = control.tally
 
     def settle(self) -> None:
@@ -290,14 +290,12 @@ class _CompareSink:
         self.only_source_zero.append(Extent(start, end - start))
 
     def _differs(self, ours: bytes, theirs: bytes, offset: int) -> None:
-        at = 0
-        while at < len(ours):
-            end = min(len(ours), at + self._unit - (offset + at) % self._unit)
+        for at in range(0, len(ours), _SECTOR):
+            end = min(len(ours), at + _SECTOR)
             if ours[at:end] != theirs[at:end]:
                 self.differ += end - at
                 exact = offset + next(n for n in range(at, end) if ours[n] != theirs[n])
                 self.first = exact if self.first is None else min(self.first, exact)
-            at = end
 
     def _cannot_read(self, error: OSError, offset: int) -> None:
         if self.failure is None:

@@ -35,7 +35,7 @@ class Backing(Message, frozen=True):
 class Image(Message, frozen=True):
     """What the destination is to hold for one disk; `size` is the virtual size.
 
-    `create`: make it; it must not exist yet. Otherwise it must exist, in this format and of this size.
+    `create`: make it if it is not there. What is there must have this format, size and backing file.
     `known_zero`: the user vouches that the existing image reads as zeroes (a created one always does).
     """
 
@@ -176,7 +176,7 @@ class CopyReply(Message, frozen=True, tag="copy"):
 
 
 class CompareReply(Message, frozen=True, tag="compare"):
-    """`differ`: bytes of the units (`zero_unit` of `Open`) that differ.
+    """`differ`: bytes of the 512-byte sectors that differ.
 
     `first`: offset of the first differing byte, None if equal.
     """

@@ -175,6 +175,7 @@ async def test_a_huge_sparse_disk_costs_what_its_data_costs(agent: AgentClient, 
         for n in range(64):
             file.seek(n * GIB + n * 4096)
             file.write(os.urandom(MIB))
+        os.fsync(file.fileno())
     with qemu_export(tmp_path, source) as (listening, _):
         await opened(agent, image(destination, size), opening(listening))
         for offset in range(0, size, 128 * MIB):
@@ -200,7 +201,7 @@ async def test_comparing_names_the_first_byte_that_differs(
         at = 5 * MIB + 1024
         guest_does(qmp, listening, f"write -P 231 {at} 512", f"write -P 232 {9 * MIB} 512")
         compared = await agent.expect(protocol.Compare("d"), protocol.CompareReply)
-    assert compared == protocol.CompareReply(128 * KIB, at)
+    assert compared == protocol.CompareReply(1024, at)
 
 
 async def test_extents_out_of_order_or_beyond_the_end_are_refused(agent: AgentClient, tmp_path: Path) -> None:
