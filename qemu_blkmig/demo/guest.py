@@ -50,8 +50,7 @@ class Orders:
     def command_line(self) -> str:
         """The kernel's command line."""
         rate = self.rate if self.rate is not None else (5 if self.writer == "idle" else 0)
-        # Without tsc=reliable the kernel distrusts the clock under TCG and takes a much slower one.
-        words = ["console=ttyS0", "quiet", "tsc=reliable", f"blkmig.writer={self.writer}", f"blkmig.rate={rate}"]
+        words = ["console=ttyS0", "quiet", f"blkmig.writer={self.writer}", f"blkmig.rate={rate}"]
         words.append(f"blkmig.span={self.span}")
         if self.disks:
             words.append(f"blkmig.disks={','.join(self.disks)}")
