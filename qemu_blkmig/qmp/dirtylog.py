@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import Any
 
 from qemu_blkmig.engine.extents import Extent
@@ -127,7 +127,7 @@ class BitmapLog:
             while batch := await asyncio.to_thread(next, reader, None):
                 yield batch
         finally:
-            await self._exports.remove(export)
+            await _to_the_end(self._exports.remove(export))
             self._round_exports.discard(export)
 
     async def retire(self, bitmap: str) -> None:
@@ -258,3 +258,13 @@ class BitmapRound:
     async def restore(self) -> None:
         """Merge the round back into the recording."""
         await self._log.restore(self._bitmap)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`, which has a time limit of its own; a cancellation is let through only when it is done."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

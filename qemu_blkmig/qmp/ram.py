@@ -14,7 +14,7 @@ from typing import Any
 
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, MigrationError, RequestError
 from qemu_blkmig.qmp.guest import run_state
-from qemu_blkmig.qmp.monitor import Event, EventStream, Monitor
+from qemu_blkmig.qmp.monitor import CommandFailed, Event, EventStream, Monitor
 
 log = logging.getLogger(__name__)
 
@@ -92,14 +92,7 @@ class RamMigration:
 
         Safe to call when nothing runs. Raises `RequestError` when it is too late: the migration has completed.
         """
-        await self._source.execute("migrate_cancel")
-        try:
-            async with asyncio.timeout(_CANCEL_LIMIT):
-                # No event tells when the guest is its own again.
-                while not await self._ended():  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL)
-        except TimeoutError:
-            raise RequestError(f"the source QEMU did not cancel the migration within {_CANCEL_LIMIT:g} s") from None
+        await cancel_migration(self._source)
         await self._restore_settings()
         if await self.status() == "completed":
             raise RequestError("the migration could not be cancelled: it has completed")
@@ -163,9 +156,6 @@ class RamMigration:
         reason = _reason(await self._migration(self._source))
         return MigrationError(f"the migration of RAM was ended by the source QEMU ({status}): {reason}")
 
-    async def _ended(self) -> bool:
-        return await self.status() in _ENDED and await run_state(self._source) != "finish-migrate"
-
     async def _migration(self, monitor: Monitor) -> dict[str, Any]:
         return dict(await monitor.execute("query-migrate"))
 
@@ -183,6 +173,32 @@ class RamMigration:
             except (RequestError, ConnectionLost) as error:
                 log.debug("settings not restored: %s", error)
         self._before.clear()
+
+
+async def cancel_migration(monitor: Monitor) -> None:
+    """Cancel whatever migration a source QEMU has under way; return when its guest is its own again.
+
+    Safe to call when there is none. Raises `RequestError` when that takes more than half a minute.
+    """
+    await monitor.execute("migrate_cancel")
+    try:
+        async with asyncio.timeout(_CANCEL_LIMIT):
+            # No event tells when the guest is its own again.
+            while await _is_cancelling(monitor):  # noqa: ASYNC110
+                await asyncio.sleep(_POLL)
+    except TimeoutError:
+        raise RequestError(f"{monitor.who} did not cancel the migration within {_CANCEL_LIMIT:g} s") from None
+
+
+async def _is_cancelling(monitor: Monitor) -> bool:
+    status = (await monitor.execute("query-migrate")).get("status", "none")
+    paused = await run_state(monitor) == "finish-migrate"
+    if status == "cancelling" and paused:
+        # A cancellation that comes just before pre-switchover leaves QEMU's migration thread waiting there, and the
+        # guest paused for ever (seen on 7.2.22): wake it, in the very state that it is in.
+        with contextlib.suppress(CommandFailed):
+            await monitor.execute("migrate-continue", {"state": "cancelling"})
+    return paused or status not in _ENDED
 
 
 def _switches(states: dict[str, bool]) -> list[dict[str, object]]:

@@ -60,12 +60,13 @@ class Topology:
         Raises `TopologyChanged`, which names the disk and what happened to it, and what `Monitor.execute` raises.
         """
         view = await _view(self._monitor)
+        # A job may have put a filter above the disk: that the job is there tells more.
+        self._check_others(view)
         for disk in self._disks:
             self._check_disk(disk, view)
             if recording is not None:
                 _check_recording(disk, recording, view)
         self._check_new(view)
-        self._check_others(view)
 
     def _check_disk(self, disk: Disk, view: _View) -> None:
         drive = view.drives.get((disk.device, disk.qdev))

@@ -59,6 +59,11 @@ class Qemu:
         self.process.wait()
 
 
+def launch(command: list[str], errors: Path) -> subprocess.Popen[bytes]:
+    with errors.open("wb") as output:
+        return subprocess.Popen(command, stderr=output)
+
+
 StartQemu = Callable[..., Awaitable[Qemu]]
 
 
@@ -74,7 +79,7 @@ async def start_qemu(tmp_path: Path) -> AsyncIterator[StartQemu]:
         command += ["-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off"]
         command += ["-qmp", f"unix:{directory}/user.sock,server=on,wait=off"]
         command += ["-S"] if paused else []
-        process = subprocess.Popen([*command, *arguments], stderr=(directory / "stderr").open("wb"))
+        process = await asyncio.to_thread(launch, [*command, *arguments], directory / "stderr")
         try:
             while not (directory / "user.sock").exists():
                 if process.poll() is not None:
