@@ -114,6 +114,7 @@ class Machine(RuleBasedStateMachine):
         """Do one operation while the script plays; returns what it raised, if that is what the script asked for."""
         world = self.world
         world.script = deque(script)
+        world.cancelled = False
         world.operation = self.loop.create_task(work)
         self.loop.run_until_complete(asyncio.wait({world.operation}))
         operation, world.operation = world.operation, None
@@ -132,6 +133,8 @@ class Machine(RuleBasedStateMachine):
             raise world.violation
         if error and not isinstance(error, Injected | ConnectionLost | TopologyChanged | asyncio.CancelledError):
             raise error
+        if world.cancelled and not isinstance(error, asyncio.CancelledError):
+            raise Violation(f"a cancellation was swallowed: {error!r}")
         world.check()
         if not world.mover.idle:
             raise Violation("something is still in flight")

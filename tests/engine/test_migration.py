@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 
 import pytest
 
@@ -13,7 +14,19 @@ from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Figures, Phase, Tuning
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
 from qemu_blkmig.errors import MigrationError, TopologyChanged
-from tests.engine.world import Cancel, Disk, FakeGuest, FakeLog, Fault, Injected, Nothing, Snapshot, World, Write
+from tests.engine.world import (
+    Cancel,
+    Disk,
+    FakeGuest,
+    FakeLog,
+    Fault,
+    Injected,
+    Nothing,
+    Snapshot,
+    World,
+    Write,
+    WritebackError,
+)
 
 TUNING = Tuning(chunk_size=4 * SECTOR, range_size=4 * SECTOR, batch=2)
 
@@ -129,6 +142,7 @@ async def test_a_range_is_copied_again_if_the_writer_died_before_it_was_flushed(
     with pytest.raises(Exception, match="the writer died") as caught:
         await bulk
     assert "goes on at byte 0" in caught.value.__notes__[0]
+    assert world.engine.figures().percent == 36
     assert world.engine.figures().disks[0].bulk_done == 0
 
 
@@ -185,6 +199,7 @@ async def test_a_gentle_stop_lets_the_round_under_way_end() -> None:
     world.engine.request_stop()
     await stepping
     assert world.engine.figures().disks[0].rounds == 1
+    assert world.engine.figures().disks[0].copied_dirty == 4 * SECTOR
     assert world.engine.figures().pending == 0
 
 
@@ -207,6 +222,7 @@ async def test_a_cancel_waits_for_the_batch_in_flight_and_lets_no_other_begin() 
     with pytest.raises(MigrationError, match="being cancelled"):
         await bulk
     assert world.engine.figures().disks[0].copied == 4 * SECTOR
+    assert world.disks[0].flushed == bytes([99] * 11)
     assert world.engine.figures().phase is Phase.CANCELLED
     await world.engine.cancel()
 
@@ -219,6 +235,114 @@ async def test_a_cancel_after_the_end_changes_nothing() -> None:
     await world.engine.finish()
     await world.engine.cancel()
     assert world.engine.figures().phase is Phase.COMPLETED
+
+
+async def test_after_a_cancel_that_failed_there_is_nothing_to_do_but_to_cancel_again() -> None:
+    world = await dirty()
+    world.pause()
+    world.may_stop_recording = True
+    world.script.append(Fault())
+    with pytest.raises(Injected, match="stop"):
+        await world.engine.cancel()
+    with pytest.raises(MigrationError, match="the switchover is refused: the migration is cancelled"):
+        await world.engine.complete()
+    await world.engine.cancel()
+    assert world.engine.figures().phase is Phase.CANCELLED
+
+
+async def test_a_stop_holds_once_and_not_beyond_a_completion() -> None:
+    world = await dirty()
+    world.engine.request_stop()
+    await world.engine.keep_in_step(Policy(downtime=0, max_rounds=None))
+    world.log.mark(0, range(4))
+    await world.engine.keep_in_step(Policy(downtime=0, max_rounds=None))
+    assert world.engine.figures().round == 1
+    world.engine.request_stop()
+    world.pause()
+    await world.engine.complete()
+    world.log.mark(0, range(4))
+    await world.engine.keep_in_step(Policy(downtime=0, max_rounds=None))
+    assert world.engine.figures().round == 2
+
+
+@pytest.mark.parametrize("what", ["the guest runs again", "a snapshot is taken"])
+async def test_what_a_completion_stands_on_is_checked_again_at_its_end(what: str) -> None:
+    world = await dirty()
+    world.pause()
+    flush = world.mover.flush
+
+    async def meanwhile(disk: str) -> None:
+        await flush(disk)
+        if what == "the guest runs again":
+            world.paused = False
+        else:
+            world.act(Snapshot())
+
+    world.mover.flush = meanwhile  # type: ignore[method-assign]
+    with pytest.raises(MigrationError, match=r"not paused|a snapshot was taken"):
+        await world.engine.complete()
+    assert world.engine.figures().phase is Phase.DIRTY
+
+
+async def test_a_completion_flushes_every_disk_even_if_nothing_was_dirty() -> None:
+    world = await dirty(disk("vda"), disk("vdb"))
+    world.pause()
+    flushed: list[str] = []
+
+    async def flush(disk: str) -> None:
+        flushed.append(disk)
+
+    world.mover.flush = flush  # type: ignore[method-assign]
+    await world.engine.complete()
+    assert flushed == ["vda", "vdb"]
+
+
+async def test_what_was_dirty_before_a_harvest_is_not_shown_after_it() -> None:
+    world = await dirty()
+    world.log.mark(0, range(4))
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def pending() -> Mapping[str, int]:
+        before = world.log.count(world.log.recording)
+        asked.set()
+        await answer.wait()
+        return before
+
+    world.log.pending = pending  # type: ignore[method-assign]
+    looking = asyncio.create_task(world.engine.refresh())
+    await asked.wait()
+    await world.engine.round()
+    answer.set()
+    assert (await looking).pending == 0
+
+
+async def test_the_dirty_rate_is_never_negative() -> None:
+    world = await dirty()
+    world.log.mark(0, range(8))
+    round_ = asyncio.create_task(world.engine.round())
+    await reach(lambda: bool(world.mover.in_flight(0)))
+    world.log.mark(0, range(8))
+    await world.engine.refresh()
+    world.script.append(Fault())
+    with pytest.raises(Injected):
+        await round_
+    rates = [(await world.engine.refresh()).dirty_rate for _ in range(3)]
+    assert all(rate is not None and rate >= 0 for rate in rates)
+
+
+@pytest.mark.parametrize("steps", range(20))
+async def test_a_flush_that_was_cancelled_proves_nothing_to_the_bulk_pass(steps: int) -> None:
+    """Its failure may have been told to nobody, and the next one may succeed all the same."""
+    world = make(disk(content=b"\1\2\3\4"))
+    await world.engine.setup()
+    world.operation = asyncio.create_task(world.engine.bulk())
+    world.script.extend([WritebackError(), *[Nothing()] * steps, Cancel()])
+    await asyncio.wait({world.operation})
+    with suppress(Injected):
+        await world.engine.bulk()
+    await world.engine.bulk()
+    world.check()
+    assert world.disks[0].flushed == world.disks[0].source
 
 
 async def test_a_setup_that_fails_records_nothing_and_may_be_repeated() -> None:
@@ -315,6 +439,8 @@ async def test_figures_are_told_when_they_change_and_who_watches_them_cannot_bre
     engine = BlockMigration(specs, world.log, world.mover, FakeGuest(world), world.clock, TUNING, watch)
     await engine.setup()
     await engine.bulk()
+    await engine.refresh()
+    await engine.refresh()
     assert [figures.percent for figures in told] == sorted(figures.percent for figures in told)
     assert len(set(told)) == len(told)
     assert told[-1] == engine.figures()

@@ -125,6 +125,7 @@ class World:
         self.topology_changed = False
         self.writeback_error = False
         self.restore_failed = False
+        self.cancelled = False
         self.stop_failed = False
         self.may_stop_recording = False
         self.violation: Violation | None = None
@@ -149,10 +150,13 @@ class World:
     async def step(self, fault: Exception | None = None) -> None:
         """One point between two steps of the engine. Raises `fault` if the script says so."""
         self.check()
+        await self.unwatched_step(fault)
+
+    async def unwatched_step(self, fault: Exception | None = None) -> None:
+        """The same, where something has just been lost that the engine cannot know of before the call fails."""
         self.finish_writes()
         action = self.script.popleft() if self.script else Nothing()
         self.act(action)
-        self.check()
         await asyncio.sleep(0)
         if fault is not None and isinstance(action, Fault):
             raise fault
@@ -164,6 +168,7 @@ class World:
             case Discard(index, start, length):
                 self._write(index, start, length, None)
             case Cancel() if self.operation is not None:
+                self.cancelled = True
                 self.operation.cancel()
             case Crash(index):
                 disk = self.disks[index % len(self.disks)]
@@ -410,6 +415,7 @@ class FakeMover:
         if self._world.writeback_error:
             self._world.writeback_error = False
             model.lose_unflushed()
+            await self._world.unwatched_step()
             raise Injected("flush")
         await self.step(model, may_fail=False)
         model.flushed[:] = model.destination
