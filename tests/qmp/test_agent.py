@@ -46,6 +46,7 @@ class FakeAgent:
 
     def __init__(self, answers_ping: bool, leftover: bytes = b"") -> None:
         self.seen: list[str] = []
+        self.freezing = asyncio.Event()
         self.thawed = asyncio.Event()
         self._answers_ping = answers_ping
         self._leftover = leftover
@@ -55,9 +56,11 @@ class FakeAgent:
         while line := await reader.readline():
             request = json.loads(line.replace(b"\xff", b""))
             self.seen.append(request["execute"])
+            if request["execute"] == "guest-fsfreeze-freeze":
+                self.freezing.set()
             if request["execute"] == "guest-fsfreeze-thaw":
                 self.thawed.set()
-            if not self._answers_ping or "guest-fsfreeze-freeze" in self.seen:
+            if not self._answers_ping or self.freezing.is_set():
                 continue
             if request["execute"] == "guest-sync-delimited":
                 writer.write(b"\xff" + json.dumps({"return": request["arguments"]["id"]}).encode() + b"\n")
@@ -82,8 +85,7 @@ async def test_a_freeze_that_is_cancelled_has_a_thaw_right_behind_it(tmp_path: P
     async with await asyncio.start_unix_server(fake.serve, tmp_path / "a"):
         agent = await GuestAgent.connect(str(tmp_path / "a"))
         freezing = asyncio.create_task(agent.freeze(30))
-        while "guest-fsfreeze-freeze" not in fake.seen:
-            await asyncio.sleep(0.01)
+        await fake.freezing.wait()
         freezing.cancel()
         await asyncio.gather(freezing, return_exceptions=True)
         await fake.thawed.wait()
