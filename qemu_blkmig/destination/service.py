@@ -214,7 +214,7 @@ class Service:
         """Give the disk up. A thread that hangs in its storage is left behind: the process exits over it."""
         try:
             async with asyncio.timeout(_TEARDOWN_SECONDS):
-                await asyncio.to_thread(disk.thread.shutdown)
+                await disk.run(lambda: None)
         except TimeoutError:
             _log.error("disk %s: still busy after %.0f s, given up", disk.name, _TEARDOWN_SECONDS)
         if disk.server is not None:

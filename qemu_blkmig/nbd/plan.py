@@ -105,11 +105,12 @@ class Plan:
         if extent.length < self._look_from:
             self._known.append(Piece(extent.offset, extent.length, Action.DATA))
             return
-        self._asked = Extent(extent.offset, min(WINDOW, extent.length))
+        asked = Extent(extent.offset, min(WINDOW, extent.length))
         if extent.length > WINDOW:
             self._unknown.appendleft(Extent(extent.offset + WINDOW, extent.length - WINDOW))
         self._answers = []
-        self._connection.status(self._asked.offset, self._asked.length, self._answers)
+        self._connection.status(asked.offset, asked.length, self._answers)
+        self._asked = asked
 
     def _take_in(self) -> None:
         asked = self._asked

@@ -19,6 +19,8 @@ _Reply = TypeVar("_Reply", bound=protocol.Message)
 OnProgress = Callable[[protocol.Progress], None]
 
 _EXIT_TIMEOUT = 30.0
+_KILL_TIMEOUT = 5.0
+"""Seconds in which a killed agent must be gone; one that hangs in its storage is left to the kernel."""
 _LAST_LINES = 20
 
 
@@ -96,9 +98,13 @@ class AgentClient:
             async with asyncio.timeout(_EXIT_TIMEOUT):
                 await self._process.wait()
         except TimeoutError:
+            self.kill()
+        await asyncio.wait(self._tasks, timeout=_KILL_TIMEOUT)
+
+    def kill(self) -> None:
+        """End the agent at once; what it made is for `Discard` to remove."""
+        with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-            await self._process.wait()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _write(self, request: protocol.Request) -> None:
         stdin = self._process.stdin

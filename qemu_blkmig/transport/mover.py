@@ -12,6 +12,11 @@ from qemu_blkmig.engine.ports import CopyKind, CopyReport
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 
 
+_CANCEL_LIMIT = 10.0
+"""Seconds in which the agent must have ended a copy; one that hangs in its storage must not keep a guest paused."""
+_KILL_LIMIT = 2.0
+
+
 class RemoteMover:
     """Implements `engine.ports.Mover` on an agent whose disks are open. Raises as `AgentClient.request` does."""
 
@@ -51,16 +56,20 @@ class RemoteMover:
         try:
             return await asyncio.shield(copying)
         except asyncio.CancelledError:
-            await _finished(
-                asyncio.gather(copying, self._client.request(protocol.Cancel(op.disk)), return_exceptions=True)
-            )
+            ending = asyncio.gather(copying, self._client.request(protocol.Cancel(op.disk)), return_exceptions=True)
+            if not await _finished(ending, _CANCEL_LIMIT):
+                self._client.kill()
+                await _finished(ending, _KILL_LIMIT)
             raise
 
 
-async def _finished(work: asyncio.Future[Any]) -> None:
-    """Wait for `work` however often the waiting is cancelled."""
-    while not work.done():
+async def _finished(work: asyncio.Future[Any], seconds: float) -> bool:
+    """Whether `work` ends within `seconds`, however often the waiting is cancelled."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not work.done() and loop.time() < deadline:
         try:
-            await asyncio.shield(work)
+            await asyncio.wait({work}, timeout=deadline - loop.time())
         except asyncio.CancelledError:
             continue
+    return work.done()

@@ -235,8 +235,11 @@ async def test_a_source_that_does_not_answer_cannot_hold_up_a_cancel(agent: Agen
 
 async def test_a_second_copy_of_a_disk_meanwhile_is_refused(agent: AgentClient, tmp_path: Path) -> None:
     with nbdkit(tmp_path, "--filter=delay", "pattern", f"size={64 * MIB}", "rdelay=50ms") as listening:
-        await opened(agent, image(tmp_path / "destination", 64 * MIB), opening(listening, export=""))
+        await opened(
+            agent, image(tmp_path / "destination", 64 * MIB), opening(listening, export="", request_size=256 * KIB)
+        )
         copying = asyncio.ensure_future(agent.request(bulk((0, 64 * MIB))))
+        await moving(agent)
         with pytest.raises(errors.Refused, match="under way"):
             await agent.request(bulk((0, MIB)))
         await copying
