@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.ERROR, format="%(name)s: %(levelname)s: %(message)s"
     )
+    if not options.verbose:
+        # It logs every connection that fails as an error, before our own error tells of it.
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     try:
         return int(options.run(options))
     except BlkmigError as error:

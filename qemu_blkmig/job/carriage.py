@@ -5,11 +5,22 @@ Shared by `migrate` and `copy`; owns nothing of the guest's run state.
 
 from __future__ import annotations
 
-from qemu_blkmig.destination.protocol import Close, CloseReply, Compare, CompareReply, Open, Prepare, PrepareReply
+import asyncio
+
+from qemu_blkmig.destination.protocol import (
+    Close,
+    CloseReply,
+    Compare,
+    CompareReply,
+    Open,
+    Prepare,
+    PrepareReply,
+    Progress,
+)
 from qemu_blkmig.engine.device import DiskSpec
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
-from qemu_blkmig.errors import ContentsDiffer
+from qemu_blkmig.errors import ContentsDiffer, DestinationFailed
 from qemu_blkmig.job.options import Transfer
 from qemu_blkmig.job.plan import Plan, private_layers
 from qemu_blkmig.job.record import Job
@@ -17,6 +28,11 @@ from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.mover import RemoteMover
+
+COMPARE_LEAST, COMPARE_SPEED = 60.0, 8 << 20
+"""Seconds, and bytes a second, that bound a comparison: the guest is paused and must not wait for ever."""
+CLOSE_LIMIT = 30.0
+"""Seconds in which the images must be closed, likewise."""
 
 
 class Carriage:
@@ -34,9 +50,7 @@ class Carriage:
         """Create or check, and lock, the destination's images."""
         images = list(self._plan.images.values())
         self._job.record.images = [image.path for image in images]
-        reply = await self._agent.request(Prepare(images))
-        if not isinstance(reply, PrepareReply):
-            raise TypeError(f"unexpected reply {reply}")
+        reply = await self._agent.expect(Prepare(images), PrepareReply)
         self._job.record.created = reply.created
         self._job.save()
 
@@ -58,7 +72,7 @@ class Carriage:
 
     async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
         """The engine over these disks, with the bandwidth limit set."""
-        mover = RemoteMover(self._agent, self._reporter.moving)
+        mover = RemoteMover(self._agent, self._on_progress)
         await mover.set_bandwidth(self._transfer.bandwidth)
         return BlockMigration(
             [DiskSpec(disk.name, disk.size) for disk in self._plan.disks],
@@ -67,11 +81,21 @@ class Carriage:
             self._reporter.figures,
         )  # fmt: skip
 
+    def _on_progress(self, progress: Progress) -> None:
+        self._reporter.moving(progress.disk, progress.copied + progress.zeroed + progress.skipped)
+
     async def compare(self) -> None:
         """Compare both sides in full; the guest must be paused. Raises `ContentsDiffer`."""
         for disk in self._plan.disks:
-            reply = await self._agent.request(Compare(disk.name))
-            if isinstance(reply, CompareReply) and reply.first is not None:
+            limit = COMPARE_LEAST + disk.size / COMPARE_SPEED
+            try:
+                async with asyncio.timeout(limit):
+                    reply = await self._agent.expect(Compare(disk.name), CompareReply)
+            except TimeoutError:
+                raise DestinationFailed(
+                    f"comparing both sides did not end within {limit:.0f} s", disk=disk.name
+                ) from None
+            if reply.first is not None:
                 raise ContentsDiffer(
                     f"the two sides differ, first at byte {reply.first}, in chunks of {reply.differ} bytes in all",
                     disk=disk.name,
@@ -81,9 +105,14 @@ class Carriage:
     async def close(self) -> None:
         """End all writers: their images are stable, unlocked and ready to be activated by a QEMU."""
         for disk in self._plan.disks:
-            reply = await self._agent.request(Close(disk.name))
-            if isinstance(reply, CloseReply):
-                self._allocated[disk.name] = reply.allocated
+            try:
+                async with asyncio.timeout(CLOSE_LIMIT):
+                    reply = await self._agent.expect(Close(disk.name), CloseReply)
+            except TimeoutError:
+                raise DestinationFailed(
+                    f"its image was not closed within {CLOSE_LIMIT:.0f} s", disk=disk.name
+                ) from None
+            self._allocated[disk.name] = reply.allocated
 
     def results(self, engine: BlockMigration) -> list[DiskResult]:
         """What was done, disk by disk; after `close`."""

@@ -121,9 +121,7 @@ class Lifecycle:
         prefix = self.job.record.prefix
         self._exports = ExportServer(self.source, str(self.job.runtime / "source.nbd"))
         topology = await Topology.snapshot(self.source, plan.disks, ours=prefix)
-        await self._exports.start()
-        self.job.record.nbd_server = True
-        self.job.save()
+        await self._start_server(self._exports)
         names = {}
         for number, disk in enumerate(plan.disks):
             names[disk.name] = f"{prefix}-data{number}"
@@ -134,6 +132,17 @@ class Lifecycle:
             self.source, plan.disks, prefix=prefix, granularity=granularity, exports=self._exports, topology=topology
         )
         return log_, names
+
+    async def _start_server(self, exports: ExportServer) -> None:
+        """The record says that the server is ours before it is, so that no crash leaves one behind."""
+        self.job.record.nbd_server = True
+        self.job.save()
+        try:
+            await exports.start()
+        except Refused:
+            self.job.record.nbd_server = False
+            self.job.save()
+            raise
 
     async def conduct(self, work: Coroutine[None, None, Result]) -> Result:
         """Run the work; then end the job. Raises a `BlkmigError` that tells the state of things."""

@@ -36,6 +36,8 @@ LEAST_FOR_RAM = 0.01
 """Seconds of downtime that RAM is left at least."""
 PATIENCE = 10.0
 """Seconds that the last pass may take at least, whatever was predicted, before the guest is given back."""
+HANDOVER = 60.0
+"""Seconds in which RAM's rest and device state must have crossed, at least."""
 ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
 
@@ -225,14 +227,15 @@ class _Run:
             record.owner = Owner.UNDECIDED
             self._job.save()
             try:
-                await ram.proceed()
-                await ram.wait_completed()
+                async with asyncio.timeout(max(HANDOVER, 20 * self._options.downtime)):
+                    await ram.proceed()
+                    await ram.wait_completed()
                 await self._activate(target)
                 record.owner = Owner.DESTINATION
                 self._job.save()
                 with contextlib.suppress(TimeoutError):
                     resumed = (await starts.get(timeout=5)).seconds if record.was_running else None
-            except BlkmigError as error:
+            except (BlkmigError, TimeoutError) as error:
                 if (await self._life.settle()).owner is not Owner.DESTINATION:
                     raise
                 self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")

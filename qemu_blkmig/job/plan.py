@@ -17,7 +17,7 @@ from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.units import show_bytes
 
-MIGRATABLE = ("running", "paused", "io-error", "suspended", "watchdog", "prelaunch")
+MIGRATABLE = ("running", "paused", "io-error", "suspended", "watchdog", "prelaunch", "postmigrate")
 """Run states that a guest can be migrated in, and that its destination can be left in."""
 
 
@@ -86,6 +86,8 @@ class Planner:
         if status not in MIGRATABLE:
             self._problems.append(f"the guest is in run state {status}, which cannot be migrated")
         migration = (await source.execute("query-migrate")).get("status")
+        if migration == "completed" and status == "postmigrate":
+            self._problems.append("the guest was migrated away from this QEMU: it lives elsewhere now")
         if migration in ("setup", "active", "pre-switchover", "device", "cancelling"):
             self._problems.append(f"another migration of this guest is under way (status {migration})")
 
@@ -120,9 +122,6 @@ class Planner:
         return images
 
     def _image(self, disk: Disk, path: Path) -> Image:
-        backing = None
-        if self._selection.shared_base and disk.backing is not None:
-            backing = Backing(disk.backing.filename, disk.backing.format or "raw")
         return Image(
             disk=disk.name,
             path=str(path),
@@ -130,9 +129,14 @@ class Planner:
             size=disk.size,
             create=True,
             known_zero=self._selection.target_is_zero,
-            backing=backing,
+            backing=self._base(disk),
             cluster_size=disk.cluster_size,
         )
+
+    def _base(self, disk: Disk) -> Backing | None:
+        if not self._selection.shared_base or disk.backing is None:
+            return None
+        return Backing(disk.backing.filename, disk.backing.format or "raw")
 
     async def _target_images(self, disks: Sequence[Disk], target: TargetQemu) -> dict[str, Image]:
         candidates = (await target.inventory()).disks
@@ -150,9 +154,12 @@ class Planner:
                 )
             elif other.encrypted:
                 self._problems.append(f"disk {disk.name}: the destination's image is encrypted, we cannot write it")
+            elif self._selection.shared_base and disk.backing is not None and other.backing is None:
+                self._problems.append(f"disk {disk.name}: the destination's image has no backing file to be shared")
             else:
                 images[disk.name] = Image(
                     disk=disk.name,
+                    backing=self._base(other),
                     path=other.filename,
                     format=other.format,
                     size=other.size,
@@ -162,9 +169,7 @@ class Planner:
         return images
 
     async def _check_destination(self, disks: Sequence[Disk], images: dict[str, Image]) -> None:
-        reply = await self._agent.request(Inspect(list(images.values())))
-        if not isinstance(reply, InspectReply):
-            raise TypeError(f"unexpected reply {reply}")
+        reply = await self._agent.expect(Inspect(list(images.values())), InspectReply)
         self._problems += [f"disk {p.disk}: {p.what}" if p.disk else p.what for p in reply.problems]
         needed = sum(disk.allocated or 0 for disk in disks)
         if reply.free is not None and needed > reply.free:

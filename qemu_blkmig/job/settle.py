@@ -22,6 +22,7 @@ from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.ram import cancel_migration
 from qemu_blkmig.qmp.removal import remove_all
 from qemu_blkmig.transport.local import start_local
 
@@ -185,15 +186,16 @@ async def _decide(job: Job, here: Peer, there: Peer, settlement: Settlement) -> 
 
 
 async def _conclude(source: Monitor) -> str:
-    """Let the source's migration end; one that waits to be continued is cancelled. Returns its status."""
+    """Let the source's migration end; one that waits to be continued, or hangs, is cancelled. Returns its status."""
     status = await _migration_status(source)
     if status == "pre-switchover":
-        await source.execute("migrate_cancel")
+        await cancel_migration(source)
 
     async def ended() -> bool:
         return await _migration_status(source) not in UNDER_WAY
 
-    await _until(ended, SETTLE)
+    if not await _until(ended, SETTLE):
+        await cancel_migration(source)
     return await _migration_status(source)
 
 
@@ -226,8 +228,7 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
         settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote")
     else:
         if await _migration_status(source) in UNDER_WAY:
-            await source.execute("migrate_cancel")
-            await _conclude(source)
+            await cancel_migration(source)
         await _give_back_run_state(job, source, settlement)
         if record.frozen_by is not None:
             await _thaw(record.frozen_by, settlement)
@@ -265,10 +266,10 @@ async def _discard(job: Job, settlement: Settlement) -> None:
         return
     agent = await start_local()
     try:
-        reply = await agent.request(Discard(job.record.created))
+        reply = await agent.expect(Discard(job.record.created), DiscardReply)
     finally:
         await agent.close()
-    if isinstance(reply, DiscardReply) and reply.left:
+    if reply.left:
         settlement.facts.append(f"incomplete images were left at the destination: {', '.join(reply.left)}")
     else:
         settlement.facts.append("the incomplete images at the destination were removed")

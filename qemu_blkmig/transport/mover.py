@@ -11,7 +11,6 @@ from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 
-
 _CANCEL_LIMIT = 10.0
 """Seconds in which the agent must have ended a copy; one that hangs in its storage must not keep a guest paused."""
 _KILL_LIMIT = 2.0
