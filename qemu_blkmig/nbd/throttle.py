@@ -42,6 +42,7 @@ class Throttle:
     def take(self, length: int) -> None:
         """Account for a request of `length` bytes."""
         with self._lock:
+            self._refill()
             if self._rate is not None:
                 self._balance -= length
 

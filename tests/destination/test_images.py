@@ -1,0 +1,149 @@
+"""Images inspected, prepared and discarded, with the real qemu-img."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig import errors
+from qemu_blkmig.destination import images, locks
+from qemu_blkmig.destination.protocol import Backing, Created, Image
+
+MIB = 1 << 20
+
+
+def new(place: Path, **settings: object) -> Image:
+    """A raw image of 1 MiB to be created for disk `d`, but for `settings`."""
+    return Image(**{"disk": "d", "path": str(place), "format": "raw", "size": MIB, "create": True} | settings)  # type: ignore[arg-type]
+
+
+def faults(*wanted: Image) -> str:
+    """What inspecting tells, in one string."""
+    return "; ".join(problem.what for problem in images.inspect(wanted)[0])
+
+
+def test_a_fit_image_has_no_faults_and_the_free_space_is_told(tmp_path: Path) -> None:
+    problems, free = images.inspect([new(tmp_path / "a")])
+    assert problems == []
+    assert free is not None and free > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"format": "luks"}, "'luks' cannot be written"),
+        ({"format": "file"}, "'file' cannot be written"),
+        ({"size": 0}, "not a positive multiple of 512"),
+        ({"size": 1000}, "not a positive multiple of 512"),
+        ({"path": "relative"}, "not an absolute path"),
+        ({"path": "/nowhere/a"}, "/nowhere is not a directory"),
+        ({"path": "/nowhere/a", "create": False}, "No such file"),
+        ({"create": False, "path": "/dev/null"}, "neither a file nor a block device"),
+        ({"backing": Backing("base", "raw")}, "cannot have a backing file"),
+        ({"format": "qcow2", "backing": Backing("base", "raw")}, "backing file .*base is missing"),
+    ],
+    ids=str,
+)
+def test_a_fault_is_named(tmp_path: Path, settings: dict[str, object], fault: str) -> None:
+    wanted = new(tmp_path / "a", **settings)
+    with pytest.raises(errors.Refused, match=fault) as caught:
+        images.prepare([wanted])
+    assert caught.value.disk == "d"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_faults_of_all_images_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    told = faults(new(tmp_path / "there"), new(tmp_path / "b", format="luks"), new(tmp_path / "c"), new(tmp_path / "c"))
+    assert "there holds 0 bytes" in told
+    assert "luks" in told
+    assert "is the destination of disk d too" in told
+
+
+def test_an_existing_image_must_have_the_size_and_format(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(bytes(MIB + 512))
+    assert "holds 1049088 bytes, the disk has 1048576" in faults(new(tmp_path / "raw", create=False))
+    assert "qcow2" in faults(new(tmp_path / "raw", create=False, format="qcow2"))
+
+
+@pytest.mark.parametrize("image_format", sorted(images.WRITABLE_FORMATS - {"vpc", "parallels"}))
+def test_every_format_is_made_with_the_size_and_belongs_to_us_alone(tmp_path: Path, image_format: str) -> None:
+    [prepared] = images.prepare([new(tmp_path / "a", format=image_format)])
+    assert images.size_of(str(tmp_path / "a"), image_format) == MIB
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+    assert prepared.reads_as_zero
+    assert "another migration" in faults(new(tmp_path / "a", format=image_format, create=False))
+    images.give_up(prepared)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_already_is_taken_as_it_is_and_not_as_zero(tmp_path: Path) -> None:
+    data = os.urandom(MIB)
+    (tmp_path / "a").write_bytes(data)
+    [prepared] = images.prepare([new(tmp_path / "a")])
+    assert prepared.created is None
+    assert not prepared.reads_as_zero
+    images.give_up(prepared)
+    assert (tmp_path / "a").read_bytes() == data
+
+
+def test_what_is_there_must_stand_upon_the_wanted_backing_file(tmp_path: Path) -> None:
+    for name in ("base", "other"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+    command = ["qemu-img", "create", "-qf", "qcow2", "-b", "base", "-F", "raw", str(tmp_path / "a")]
+    subprocess.run(command, check=True)
+    assert faults(new(tmp_path / "a", format="qcow2", backing=Backing("base", "raw"))) == ""
+    assert "not upon the backing file other" in faults(
+        new(tmp_path / "a", format="qcow2", backing=Backing("other", "raw"))
+    )
+
+
+def test_all_or_none_are_prepared(tmp_path: Path) -> None:
+    bad = new(tmp_path / "b", format="qcow2", cluster_size=12345)
+    with pytest.raises(errors.Refused, match=r"(?i)cluster size"):
+        images.prepare([new(tmp_path / "a"), bad])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_upon_a_backing_file_does_not_read_as_zero(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(bytes(MIB))
+    [prepared] = images.prepare([new(tmp_path / "a", format="qcow2", backing=Backing("base", "raw"))])
+    assert not prepared.reads_as_zero
+    images.give_up(prepared)
+
+
+def test_only_the_very_file_that_was_made_is_discarded(tmp_path: Path) -> None:
+    [mine, replaced, busy] = images.prepare([new(tmp_path / name, disk=name) for name in ("mine", "other", "busy")])
+    made = [each.created for each in (mine, replaced, busy) if each.created is not None]
+    for each in (mine, replaced, busy):
+        os.close(each.descriptor)
+    (tmp_path / "other").rename(tmp_path / "elsewhere")
+    (tmp_path / "other").touch()
+    writer = os.open(tmp_path / "busy", os.O_RDWR)
+    assert locks.lock_as_writer(writer)
+    removed, left = images.discard([*made, Created(str(tmp_path / "gone"), 1, 1)])
+    os.close(writer)
+    assert removed == [str(tmp_path / "mine")]
+    assert len(left) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "elsewhere", "other"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="loop devices need root")
+def test_a_block_device_behind_a_symlink_is_fit(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(MIB))
+    made = subprocess.run(
+        ["losetup", "--show", "-f", str(tmp_path / "file")], capture_output=True, text=True, check=True
+    )
+    device = made.stdout.strip()
+    try:
+        (tmp_path / "link").symlink_to(device)
+        [prepared] = images.prepare([new(tmp_path / "link", create=False)])
+        assert not prepared.reads_as_zero
+        assert images.allocated(prepared.descriptor) == MIB
+        images.give_up(prepared)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)

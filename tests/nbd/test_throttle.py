@@ -1,0 +1,74 @@
+"""The shared bandwidth limit, on a clock of its own."""
+
+from __future__ import annotations
+
+from qemu_blkmig.nbd.throttle import Throttle
+
+MIB = 1 << 20
+
+
+class Clock:
+    """Time that stands still until it is told to go on."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_without_a_limit_nothing_waits() -> None:
+    throttle = Throttle(Clock())
+    throttle.take(1 << 40)
+    assert throttle.delay() == 0.0
+
+
+def test_one_request_always_proceeds_and_is_paid_for_afterwards() -> None:
+    clock = Clock()
+    throttle = Throttle(clock)
+    throttle.limit(MIB)
+    assert throttle.delay() == 0.0
+    throttle.take(4 * MIB)
+    assert throttle.delay() == 4.0
+    clock.now = 4.0
+    assert throttle.delay() == 0.0
+
+
+def test_over_a_long_time_the_rate_is_kept() -> None:
+    clock = Clock()
+    throttle = Throttle(clock)
+    throttle.limit(10 * MIB)
+    taken = 0
+    while clock.now < 100:
+        delay = throttle.delay()
+        clock.now += delay
+        throttle.take(MIB)
+        taken += MIB
+    assert abs(taken - 1000 * MIB) <= 2 * MIB
+
+
+def test_idle_time_is_not_saved_up() -> None:
+    clock = Clock()
+    throttle = Throttle(clock)
+    throttle.limit(MIB)
+    clock.now = 1000.0
+    throttle.take(2 * MIB)
+    assert throttle.delay() > 1.8
+
+
+def test_a_higher_limit_counts_at_once() -> None:
+    throttle = Throttle(Clock())
+    throttle.limit(1024)
+    throttle.take(MIB)
+    throttle.limit(1024 * MIB)
+    assert throttle.delay() < 0.01
+    throttle.limit(None)
+    assert throttle.delay() == 0.0
+
+
+def test_a_low_limit_makes_requests_small() -> None:
+    throttle = Throttle(Clock())
+    assert throttle.largest_request(4 * MIB) == 4 * MIB
+    throttle.limit(10 * MIB)
+    assert throttle.largest_request(4 * MIB) == MIB
+    throttle.limit(1)
+    assert throttle.largest_request(4 * MIB) == 64 << 10
