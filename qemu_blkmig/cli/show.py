@@ -23,6 +23,7 @@ def result(outcome: Result) -> str:
     if outcome.downtime is not None:
         lines.append(
             f"  downtime {show_seconds(outcome.downtime.total)} (disks {show_seconds(outcome.downtime.disk)}, "
+            f"verification {show_seconds(outcome.downtime.verify)}, "
             f"RAM and devices {show_seconds(outcome.downtime.ram)})"
         )
     if outcome.consistency is not None:

@@ -140,7 +140,10 @@ class _GuestCopy:
                 await self._complete()
             took = self._clock.now() - began
         self._life.watchdog.disarm()
-        return Downtime(total=took, disk=took, ram=0.0) if was_running else None
+        if not was_running:
+            return None
+        verify = self._watch.phases.get("verify", 0.0)
+        return Downtime(total=took, disk=took - verify, verify=verify, ram=0.0)
 
     async def _complete(self) -> None:
         limit = self._options.freeze_limit

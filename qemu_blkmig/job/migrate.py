@@ -143,7 +143,7 @@ class _Run:
         await self._carriage.close()
         await self._engine.finish()
         took = self._clock.now() - paused
-        return Downtime(total=took, disk=took, ram=0.0)
+        return self._downtime(took, took)
 
     async def _switch_over(self) -> Downtime | None:
         for attempt in itertools.count(1):
@@ -242,7 +242,11 @@ class _Run:
         if resumed is None or ram.paused_at is None:
             return None
         total = resumed - ram.paused_at
-        return Downtime(total=total, disk=disks_took, ram=max(0.0, total - disks_took))
+        return self._downtime(total, disks_took)
+
+    def _downtime(self, total: float, until_closed: float) -> Downtime:
+        verify = self._watch.phases.get("verify", 0.0)
+        return Downtime(total=total, disk=until_closed - verify, verify=verify, ram=max(0.0, total - until_closed))
 
     async def _activate(self, target: TargetQemu) -> None:
         """The proof of success: the guest starts, or, if it is to stay paused, the images are held for writing."""

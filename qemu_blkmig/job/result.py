@@ -21,10 +21,14 @@ class DiskResult(msgspec.Struct, frozen=True):
 
 
 class Downtime(msgspec.Struct, frozen=True):
-    """Seconds that the guest stood still; `disk`: for the last round, flush and close; `ram`: all the rest."""
+    """Seconds that the guest stood still.
+
+    `disk`: for the last round, flush and close; `verify`: for comparing; `ram`: for RAM and device state, all the rest.
+    """
 
     total: float
     disk: float
+    verify: float
     ram: float
 
 
