@@ -46,6 +46,11 @@ class Interrupts:
         finally:
             self._deferring = False
 
+    def settling(self) -> None:
+        """The work has failed and is being undone: a first signal is told so, a second one insists."""
+        self._deferring = False
+        self._task = None
+
     def _on_signal(self, signum: signal.Signals) -> None:
         if self._deferring:
             self._tell("the handover is under way and takes moments: the interrupt waits for it")

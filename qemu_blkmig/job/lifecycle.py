@@ -8,7 +8,15 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from qemu_blkmig.errors import BlkmigError, Interrupted, MigrationError, Refused, Undecided
+from qemu_blkmig.errors import (
+    BlkmigError,
+    ConnectionLost,
+    Interrupted,
+    MigrationError,
+    Refused,
+    RequestError,
+    Undecided,
+)
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.plan import Plan
@@ -22,6 +30,7 @@ from qemu_blkmig.job.watchdog import Watchdog
 from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.removal import remove_all
 from qemu_blkmig.qmp.topology import Topology
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.local import start_local
@@ -39,6 +48,7 @@ class Lifecycle:
         self._source: Monitor | None = None
         self._exports: ExportServer | None = None
         self._agent: AgentClient | None = None
+        self._at_rest = False
         self.target: TargetQemu | None = None
 
     async def __aenter__(self) -> Lifecycle:
@@ -53,8 +63,9 @@ class Lifecycle:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.watchdog.dismiss()
-        self.job.release()
+        if self._at_rest:
+            await self.watchdog.dismiss()
+            self.job.release()
 
     @property
     def source(self) -> Monitor:
@@ -149,17 +160,19 @@ class Lifecycle:
         with self._interrupts.watching():
             try:
                 result = await work
+                with self._interrupts.deferred():
+                    await self._conclude(result)
             except (Exception, asyncio.CancelledError) as error:
+                self._interrupts.settling()
                 raise await self._fail(error) from error
-            with self._interrupts.deferred():
-                return await self._conclude(result)
+        return result
 
     async def settle(self) -> Settlement:
         """Bring both sides to rest, by what the record says."""
         target = self.target.monitor if self.target is not None else None
         return await settle(self.job, self._source, target, self._release_images)
 
-    async def _conclude(self, result: Result) -> Result:
+    async def _conclude(self, result: Result) -> None:
         if self._guard is not None:
             await self._guard.stand_down()
         if self._agent is not None:
@@ -168,11 +181,25 @@ class Lifecycle:
         if self.job.record.owner is Owner.DESTINATION:
             settlement = await self.settle()
             result.warnings.extend(settlement.facts[1:])
-        elif self._exports is not None:
-            await self._exports.stop()
+        else:
+            await self._leave_source(result)
         await self._let_go()
+        self._forget()
+
+    async def _leave_source(self, result: Result) -> None:
+        """After a success that leaves the guest here: what of ours is still there goes; if not, that is no failure."""
+        record = self.job.record
+        if record.source_qmp is None:
+            return
+        try:
+            await remove_all(self.source, prefix=record.prefix, nbd_server_is_ours=record.nbd_server)
+        except (RequestError, ConnectionLost) as error:
+            result.warnings.append(f"something of ours may be left in the source QEMU: {error}")
+
+    def _forget(self) -> None:
+        """All is at rest: nothing is left for a watchdog or `cleanup` to do."""
         self.job.remove()
-        return result
+        self._at_rest = True
 
     async def _fail(self, error: BaseException) -> BlkmigError:
         failure = await self._explain(error)
@@ -181,13 +208,14 @@ class Lifecycle:
         if self.job.record.source_qmp is None:
             await self._release_images()
             failure.state = failure.state or "nothing was touched"
-            self.job.remove()
+            self._forget()
             return failure
         settlement = await self.settle()
         await self._let_go()
         failure = _told(failure, settlement, self.job)
         if settlement.decided:
-            self.job.remove()
+            self._forget()
+        self._at_rest = True
         return failure
 
     async def _explain(self, error: BaseException) -> BlkmigError:
