@@ -37,10 +37,16 @@ def _until_accepting(server: subprocess.Popen[bytes], listening: Path) -> None:
 
 @contextlib.contextmanager
 def nbdkit(directory: Path, *arguments: str, name: str = "nbdkit.sock") -> Iterator[Path]:
-    """An nbdkit on the socket that is given; it exits with the block."""
+    """An nbdkit on the socket that is given; it exits with the block.
+
+    One with scripts (plugin eval) is left time to remove them; nobody may be connected any more then.
+    """
     listening = directory / name
-    with running(["nbdkit", "-f", "--unix", str(listening), *arguments], listening):
+    with running(["nbdkit", "-f", "--unix", str(listening), *arguments], listening) as server:
         yield listening
+        if "eval" in arguments:
+            server.terminate()
+            server.wait(10)
 
 
 @contextlib.contextmanager

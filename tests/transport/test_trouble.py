@@ -21,7 +21,7 @@ from qemu_blkmig.engine.ports import CopyKind
 from qemu_blkmig.transport.client import AgentClient, CopyCancelled
 from qemu_blkmig.transport.local import start_local
 from qemu_blkmig.transport.mover import RemoteMover
-from tests.nbd.servers import nbdkit, qemu_export
+from tests.nbd.servers import nbdkit, qemu_export, running
 from tests.transport.conftest import KIB, MIB, bulk, dirty, image, opened, opening
 
 
@@ -89,6 +89,7 @@ async def test_a_bad_sector_is_told_with_its_exact_offset(
             await agent.request(bulk((0, 16 * MIB)))
         assert (caught.value.offset, caught.value.disk) == (bad, "d")
         reply = await agent.expect(dirty((0, 4 * MIB)), protocol.CopyReply)
+        await agent.abandon()
     assert reply.copied == 4 * MIB
 
 
@@ -116,14 +117,14 @@ async def test_random_read_errors_end_the_copy_and_not_the_agent(agent: AgentCli
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 async def test_a_source_killed_in_mid_copy_is_lost(agent: AgentClient, tmp_path: Path, image_format: str) -> None:
-    options = ["--filter=delay", "pattern", f"size={64 * MIB}", "rdelay=50ms"]
-    with contextlib.ExitStack() as stack:
-        listening = stack.enter_context(nbdkit(tmp_path, *options))
+    listening = tmp_path / "source.sock"
+    command = ["nbdkit", "-f", "--unix", str(listening), "--filter=delay", "pattern", f"size={64 * MIB}", "rdelay=50ms"]
+    with running(command, listening) as source:
         destination = image(tmp_path / "destination", 64 * MIB, format=image_format)
         await opened(agent, destination, opening(listening, export="", request_size=256 * KIB))
         copying = asyncio.ensure_future(agent.request(bulk((0, 64 * MIB))))
         await moving(agent)
-        stack.close()
+        source.kill()
         with pytest.raises(errors.ConnectionLost):
             await copying
         with pytest.raises(errors.ConnectionLost):
