@@ -47,8 +47,8 @@ async def check(source: str, target: Target, selection: Selection) -> CheckResul
         problems += plan.problems
     except BlkmigError as error:
         problems.append(str(error))
-    if target.launch is not None and program_missing(target.launch_arguments()):
-        problems.append(f"the --launch command's program {target.launch_arguments()[0]} is not there")
+    if target.launch is not None and (program := program_missing(target.launch)) is not None:
+        problems.append(f"the --launch command's program {program} is not there")
     if (trouble := _state_directory_trouble()) is not None:
         problems.append(trouble)
     images = plan.images if plan else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
 
@@ -101,9 +101,9 @@ class Lifecycle:
         self.job.record.target_process = self.target.process
         self.job.save()
 
-    async def launch_target(self, arguments: Sequence[str], directory: Path) -> TargetQemu:
+    async def launch_target(self, command: str, directory: Path) -> TargetQemu:
         """Start the destination QEMU. Raises `Refused`."""
-        self.target = await TargetQemu.launch(self.job, arguments, directory)
+        self.target = await TargetQemu.launch(self.job, command, directory)
         return self.target
 
     async def drop_target(self) -> None:
@@ -113,7 +113,7 @@ class Lifecycle:
             await self._guard.stand_down()
         if self.target is not None:
             await self.target.close()
-        if process is not None and not await asyncio.to_thread(process.kill, 10):
+        if process is not None and not await asyncio.to_thread(process.kill, 10, group=True):
             raise MigrationError(f"the destination QEMU (pid {process.pid}) could not be ended")
 
     def guard(self) -> Guard:

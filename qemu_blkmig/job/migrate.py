@@ -111,7 +111,7 @@ class _Run:
         self._engine: BlockMigration = await self._carriage.engine(recording, self._guest, self._clock)
 
     async def _launch(self) -> None:
-        target = await self._life.launch_target(self._options.target.launch_arguments(), self._options.target.directory)
+        target = await self._life.launch_target(str(self._options.target.launch), self._options.target.directory)
         verify_launched(self._plan, (await target.inventory()).disks)
 
     async def _converge(self) -> None:

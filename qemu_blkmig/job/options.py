@@ -57,15 +57,15 @@ class Target:
     qmp: str | None = None
     launch: str | None = None
 
-    def launch_arguments(self) -> list[str]:
-        """The launch command as an argument list. Raises `UsageError`."""
+    def __post_init__(self) -> None:
+        if self.launch is None:
+            return
         try:
-            arguments = shlex.split(self.launch or "")
+            words = shlex.split(self.launch)
         except ValueError as error:
-            raise UsageError(f"--launch cannot be split into words: {error}") from error
-        if not arguments:
+            raise UsageError(f"--launch is no shell command: {error}") from error
+        if not words:
             raise UsageError("--launch is empty")
-        return arguments
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,11 @@ class ProcessId(msgspec.Struct, frozen=True):
         """Whether this very process still runs."""
         return ProcessId.of(self.pid) == self
 
-    def kill(self, timeout: float) -> bool:
-        """End the process by SIGKILL and wait until it is gone; False if it still is there after `timeout` seconds."""
+    def kill(self, timeout: float, *, group: bool = False) -> bool:
+        """End the process by SIGKILL and wait until it is gone; False if it still is there after `timeout` seconds.
+
+        `group`: with it all of its process group, for what we started in a session of its own.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 pidfd = os.pidfd_open(self.pid)
@@ -43,6 +46,8 @@ class ProcessId(msgspec.Struct, frozen=True):
             if not self.alive:
                 return True
             with contextlib.suppress(ProcessLookupError):
+                if group:
+                    os.killpg(os.getpgid(self.pid), signal.SIGKILL)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)

@@ -101,6 +101,10 @@ class Peer:
             return True
         return self.process is not None and await asyncio.to_thread(self.process.kill, 10)
 
+    async def kill(self) -> bool:
+        """End what we launched ourselves, and what never had the guest, without asking; True when it is gone."""
+        return self.process is None or await asyncio.to_thread(self.process.kill, 10, group=True)
+
     async def _is_gone(self) -> bool:
         if self.process is not None:
             return not self.process.alive
@@ -233,7 +237,7 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
         if record.frozen_by is not None:
             await _thaw(record.frozen_by, settlement)
         await remove_all(source, prefix=record.prefix, nbd_server_is_ours=record.nbd_server)
-    if record.target_launched and not await there.fence():
+    if record.target_launched and not await there.kill():
         settlement.decided = False
         settlement.facts.append(f"the destination QEMU (pid {there.process and there.process.pid}) could not be ended")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -41,16 +42,18 @@ class TargetQemu:
             raise
 
     @classmethod
-    async def launch(cls, job: Job, arguments: Sequence[str], directory: Path) -> TargetQemu:
-        """Start `arguments`, with what makes it wait for us appended. Raises `Refused` with what the program said.
+    async def launch(cls, job: Job, command: str, directory: Path) -> TargetQemu:
+        """Run the shell command, with what makes QEMU wait for us appended. Raises `Refused` with what it said.
 
-        The process id is in the job's record before the program runs: a shell waits for our word to become it.
+        A process id is in the job's record before the program runs: the shell waits for our word. Once QEMU answers,
+        the record names QEMU itself, whatever the command did in between.
         """
         qmp = job.runtime / "target.qmp"
         output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the QEMU does
         waiting = ["-S", "-incoming", "defer", "-qmp", f"unix:{qmp},server=on,wait=off"]
+        script = f'read go && exec </dev/null && {command.strip()} "$@"'
         process = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", 'read go && exec "$@" </dev/null', "sh", *arguments, *waiting,
+            "/bin/sh", "-c", script, "sh", *waiting,
             stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, cwd=directory, start_new_session=True,
         )  # fmt: skip
         job.record.target_launched = True
@@ -61,7 +64,10 @@ class TargetQemu:
             process.stdin.write(b"go\n")
             process.stdin.close()
         monitor = await cls._connect(qmp, process, output)
-        return await cls._waiting(monitor, output)
+        target = await cls._waiting(monitor, output)
+        job.record.target_process = target.process or job.record.target_process
+        job.save()
+        return target
 
     @classmethod
     async def _connect(cls, qmp: Path, process: asyncio.subprocess.Process, output: IO[bytes]) -> Monitor:
@@ -136,9 +142,10 @@ def _tail(output: IO[bytes]) -> str:
     return output.read().decode(errors="replace").strip() or "it said nothing"
 
 
-def program_missing(arguments: Sequence[str]) -> bool:
-    """Whether the launch command's program cannot be found."""
-    return (
-        subprocess.run(["/bin/sh", "-c", 'command -v -- "$1" >/dev/null', "sh", arguments[0]], check=False).returncode
-        != 0
-    )
+def program_missing(command: str) -> str | None:
+    """The program that the launch command begins with, if it is a plain name that cannot be found."""
+    program = shlex.split(command)[0]
+    if "=" in program:
+        return None
+    found = subprocess.run(["/bin/sh", "-c", 'command -v -- "$1" >/dev/null', "sh", program], check=False)
+    return program if found.returncode else None

@@ -63,7 +63,7 @@ def test_tuning_out_of_bounds_is_refused(wrong: dict[str, int]) -> None:
 
 
 def test_a_launch_command_that_cannot_be_split_is_refused() -> None:
-    with pytest.raises(UsageError, match="cannot be split"):
-        Target(Path("/x"), launch="qemu 'unclosed").launch_arguments()
+    with pytest.raises(UsageError, match="no shell command"):
+        Target(Path("/x"), launch="qemu 'unclosed")
     with pytest.raises(UsageError, match="empty"):
-        Target(Path("/x"), launch="  ").launch_arguments()
+        Target(Path("/x"), launch="  ")
