@@ -194,7 +194,7 @@ def _cleanup(arguments: argparse.Namespace) -> int:
 
 def _add_receive(commands: Commands) -> None:
     parser = commands.add_parser("receive", help="the agent beside the destination's storage (started by the others)")
-    parser.set_defaults(run=lambda _: agent.run())
+    parser.set_defaults(run=lambda _: agent.main())
 
 
 def _add_ends(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import msgspec
 
@@ -123,7 +124,8 @@ def _protocol_only_stdout() -> object:
     return os.fdopen(mine, "wb", buffering=0)
 
 
-def _main() -> None:
+def main() -> NoReturn:
+    """Be the agent and exit, even if a thread hangs in its storage."""
     status = run()
     with contextlib.suppress(OSError):
         sys.stderr.flush()
@@ -131,4 +133,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main()

@@ -97,7 +97,7 @@ class Carriage:
                 ) from None
             if reply.first is not None:
                 raise ContentsDiffer(
-                    f"the two sides differ, first at byte {reply.first}, in chunks of {reply.differ} bytes in all",
+                    f"the two sides differ, first at byte {reply.first}; {reply.differ} bytes in sectors that differ",
                     disk=disk.name,
                     offset=reply.first,
                 )

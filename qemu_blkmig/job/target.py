@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class TargetQemu:
         qmp = job.runtime / "target.qmp"
         output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the QEMU does
         waiting = ["-S", "-incoming", "defer", "-qmp", f"unix:{qmp},server=on,wait=off"]
-        script = f'read go && exec </dev/null && {command.strip()} "$@"'
+        script = f'read go && exec </dev/null && {in_place_of_the_shell(command.strip())} "$@"'
         process = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", script, "sh", *waiting,
             stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, cwd=directory, start_new_session=True,
@@ -140,6 +141,13 @@ def _tail(output: IO[bytes]) -> str:
     output.seek(0, 2)
     output.seek(max(0, output.tell() - OUTPUT))
     return output.read().decode(errors="replace").strip() or "it said nothing"
+
+
+def in_place_of_the_shell(command: str) -> str:
+    """`command`, with `exec` where it is just a program and its arguments: no shell then waits beside the QEMU."""
+    words = list(shlex.shlex(command, posix=True, punctuation_chars=True))
+    compound = "\n" in command or any(set(word) <= set("();<>|&") for word in words)
+    return command if compound or shutil.which(words[0]) is None else f"exec {command}"
 
 
 def program_missing(command: str) -> str | None:
