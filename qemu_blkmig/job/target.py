@@ -145,7 +145,9 @@ def _tail(output: IO[bytes]) -> str:
 
 def in_place_of_the_shell(command: str) -> str:
     """`command`, with `exec` where it is just a program and its arguments: no shell then waits beside the QEMU."""
-    words = list(shlex.shlex(command, posix=True, punctuation_chars=True))
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.commenters = ""
+    words = list(lexer)
     compound = "\n" in command or any(set(word) <= set("();<>|&") for word in words)
     return command if compound or shutil.which(words[0]) is None else f"exec {command}"
 
