@@ -17,7 +17,7 @@ test: setup
 	.venv/bin/tox $(TOX_ARGS)
 
 matrix: setup
-	scripts/matrix
+	scripts/matrix $(MATRIX_ARGS)
 
 clean:
 	rm -rf .venv .tox .matrix build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
