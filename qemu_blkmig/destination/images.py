@@ -84,6 +84,8 @@ def discard(images: Sequence[Created]) -> tuple[list[str], list[str]]:
     removed, left = [], []
     for image in images:
         try:
+            if not os.path.lexists(image.path):
+                continue
             reason = _reason_to_keep(image)
             if reason is None:
                 Path(image.path).unlink()
