@@ -116,7 +116,7 @@ class UsageError(BlkmigError):
 class Interrupted(BlkmigError):
     """A signal asked us to stop; the exit code is 128 + its number."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__("interrupted")
+    def __init__(self, signum: int, *, state: str | None = None) -> None:
+        super().__init__("interrupted", state=state)
         self.signum = signum
         self.exit_code = 128 + signum

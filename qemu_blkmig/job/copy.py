@@ -133,7 +133,7 @@ class _GuestCopy:
         """With the guest's file systems frozen, where it has an agent, and the guest paused; given back in any case."""
         self._guard.ignore_pauses()
         was_running = self._job.record.was_running
-        self._life.watchdog.arm(self._options.freeze_limit + FREEZE)
+        await self._life.watchdog.arm(self._options.freeze_limit + FREEZE)
         async with self._frozen() if was_running and self._options.agent else contextlib.nullcontext():
             began = self._clock.now()
             async with self._paused() if was_running else contextlib.nullcontext():

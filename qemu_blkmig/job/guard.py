@@ -1,31 +1,39 @@
-"""Watches the guest and the destination QEMU while disks are copied: what ends the job, what only has to be known."""
+"""Watches the guest, the destination QEMU and the watchdog while disks are copied: what ends the job, what is noted."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import NoReturn
 
-from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, GuestStateError
+from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, GuestStateError, MigrationError
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.target import TargetQemu
+from qemu_blkmig.job.watchdog import Watchdog
 from qemu_blkmig.qmp.guest import run_state
 from qemu_blkmig.qmp.monitor import Event, Monitor
 
+log = logging.getLogger(__name__)
+
 EVENTS = ("SHUTDOWN", "GUEST_PANICKED", "STOP", "RESUME")
 STOPPED_BY_OTHERS = ("paused", "io-error", "suspended", "watchdog")
+ENDED = {"shutdown": "was shut down", "guest-panicked": "crashed", "internal-error": "met an internal error of QEMU"}
 
 
 class Guard:
-    """Cancels `work` when the guest shuts down or crashes, or when a QEMU ends; `error` then tells why.
+    """Cancels `work` when the guest shuts down or crashes, or a QEMU or the watchdog ends; `error` then tells why.
 
     Keeps the record's `was_running` true to what the guest does by itself or at an admin's hand.
     """
 
-    def __init__(self, job: Job, source: Monitor, target: TargetQemu | None, work: asyncio.Task[object]) -> None:
+    def __init__(
+        self, job: Job, source: Monitor, target: TargetQemu | None, watchdog: Watchdog, work: asyncio.Task[object]
+    ) -> None:
         self._job = job
         self._source = source
         self._target = target
-        self._work = work
+        self._watchdog = watchdog
+        self._work: asyncio.Task[object] | None = work
         self._pauses_are_ours = False
         self.error: BlkmigError | None = None
         self._task = asyncio.create_task(self._watch())
@@ -40,33 +48,45 @@ class Guard:
         await asyncio.wait({self._task})
 
     async def explain(self, error: BlkmigError) -> BlkmigError:
-        """The reason behind `error`, if a QEMU's end is, and comes to be known within a moment."""
+        """The reason behind `error`, if a QEMU's end is, and comes to be known within a moment.
+
+        The work has failed then: from now on it is not cancelled any more.
+        """
+        self._work = None
         if isinstance(error, ConnectionLost | DestinationFailed) or type(error).__name__ == "CommandFailed":
             await asyncio.wait({self._task}, timeout=0.5)
         return self.error or error
 
     async def _watch(self) -> None:
-        watches = [asyncio.create_task(self._watch_source())]
+        watches = [asyncio.create_task(self._watch_source()), asyncio.create_task(self._watch_watchdog())]
         if self._target is not None:
             watches.append(asyncio.create_task(self._watch_target(self._target)))
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
             for watch in done:
-                error = watch.exception()
-                if isinstance(error, BlkmigError):
-                    self.error = error
-                    self._work.cancel()
+                self.error = _as_ours(watch.exception())
+            if self._work is not None:
+                self._work.cancel()
         finally:
             for watch in watches:
                 watch.cancel()
 
     async def _watch_source(self) -> NoReturn:
         with self._source.events(*EVENTS) as events:
-            while True:
-                try:
+            try:
+                await self._look()
+                while True:
                     await self._consider(await events.get())
-                except ConnectionLost as error:
-                    raise GuestStateError("the source QEMU ended during the migration") from error
+            except ConnectionLost as error:
+                raise GuestStateError("the source QEMU ended during the migration") from error
+
+    async def _look(self) -> None:
+        """How the guest is when the watch begins."""
+        state = await run_state(self._source)
+        if state in ENDED:
+            raise GuestStateError(f"the guest {ENDED[state]} (run state {state})")
+        if not self._pauses_are_ours and (state == "running" or state in STOPPED_BY_OTHERS):
+            self._note(running=state == "running")
 
     async def _consider(self, event: Event) -> None:
         if event.name == "SHUTDOWN":
@@ -80,9 +100,24 @@ class Guard:
     async def _note_run_state(self, event: str) -> None:
         running = event == "RESUME"
         if running or await run_state(self._source) in STOPPED_BY_OTHERS:
+            self._note(running=running)
+
+    def _note(self, *, running: bool) -> None:
+        if self._job.record.was_running is not running:
             self._job.record.was_running = running
             self._job.save()
 
     async def _watch_target(self, target: TargetQemu) -> NoReturn:
         await target.monitor.wait_lost()
         raise target.describe(DestinationFailed("the destination QEMU ended before it had the guest"))
+
+    async def _watch_watchdog(self) -> NoReturn:
+        status = await self._watchdog.wait_ended()
+        raise MigrationError(f"the watchdog of this job ended unexpectedly (status {status})")
+
+
+def _as_ours(error: BaseException | None) -> BlkmigError:
+    if isinstance(error, BlkmigError):
+        return error
+    log.error("defect", exc_info=error)
+    return MigrationError(f"the guest could not be watched any more: {type(error).__name__}: {error}")

@@ -47,7 +47,7 @@ class Interrupts:
             self._deferring = False
 
     def settling(self) -> None:
-        """The work has failed and is being undone: a first signal is told so, a second one insists."""
+        """The work is over, or failed and is being undone: a first signal is told so, a second one insists."""
         self._deferring = False
         self._task = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine
 from pathlib import Path
@@ -49,23 +50,37 @@ class Lifecycle:
         self._exports: ExportServer | None = None
         self._agent: AgentClient | None = None
         self._at_rest = False
+        self._signals = contextlib.ExitStack()
         self.target: TargetQemu | None = None
 
     async def __aenter__(self) -> Lifecycle:
-        self.job = Job.create()
+        self._signals.enter_context(self._interrupts.watching())
         try:
-            self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
-        except OSError as error:
-            self.job.remove()
-            raise Refused(f"cannot start the watchdog: {error}", state="nothing was touched") from error
+            self.job = Job.create()
+            try:
+                self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
+            except BaseException:
+                self.job.remove()
+                raise
+        except BaseException as error:
+            self._signals.close()
+            if isinstance(error, asyncio.CancelledError) and self._interrupts.received is not None:
+                raise Interrupted(self._interrupts.received, state="nothing was touched") from error
+            if isinstance(error, OSError):
+                raise Refused(f"cannot start the watchdog: {error}", state="nothing was touched") from error
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._at_rest:
-            await self.watchdog.dismiss()
-            self.job.release()
+        self._interrupts.settling()
+        try:
+            if self._at_rest:
+                await self.watchdog.dismiss()
+                self.job.release()
+        finally:
+            self._signals.close()
 
     @property
     def source(self) -> Monitor:
@@ -121,7 +136,7 @@ class Lifecycle:
         work = asyncio.current_task()
         if work is None:
             raise RuntimeError("a guard needs a task to watch over")
-        self._guard = Guard(self.job, self.source, self.target, work)
+        self._guard = Guard(self.job, self.source, self.target, self.watchdog, work)
         return self._guard
 
     async def open_source(self, plan: Plan, granularity: int, shared_base: bool) -> tuple[BitmapLog, dict[str, str]]:
@@ -157,14 +172,13 @@ class Lifecycle:
 
     async def conduct(self, work: Coroutine[None, None, Result]) -> Result:
         """Run the work; then end the job. Raises a `BlkmigError` that tells the state of things."""
-        with self._interrupts.watching():
-            try:
-                result = await work
-                with self._interrupts.deferred():
-                    await self._conclude(result)
-            except (Exception, asyncio.CancelledError) as error:
-                self._interrupts.settling()
-                raise await self._fail(error) from error
+        try:
+            result = await work
+            with self._interrupts.deferred():
+                await self._conclude(result)
+        except (Exception, asyncio.CancelledError) as error:
+            self._interrupts.settling()
+            raise await self._fail(error) from error
         return result
 
     async def settle(self) -> Settlement:

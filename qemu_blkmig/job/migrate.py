@@ -133,7 +133,7 @@ class _Run:
         self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
 
     async def _pause_here(self) -> Downtime | None:
-        self._take_run_state()
+        await self._take_run_state()
         self._guard.ignore_pauses()
         with self._watch.phase("switchover"):
             paused = self._clock.now()
@@ -157,13 +157,15 @@ class _Run:
                         await self._complete()
                     await self._verify()
                     break
+                # The destination QEMU exits when its stream breaks off; that is no failure now.
+                await self._guard.stand_down()
                 await ram.cancel()
             await self._too_dirty(attempt)
         return await self._hand_over(ram, paused)
 
     async def _migrate_ram(self, ram: RamMigration) -> None:
         """QEMU's own migration up to the pause, while the disks are kept in step."""
-        self._take_run_state()
+        await self._take_run_state()
         await self._target().claim()
         predicted = self._engine.figures().predicted or 0.0
         await ram.start(
@@ -235,7 +237,7 @@ class _Run:
                 self._job.save()
                 with contextlib.suppress(TimeoutError):
                     resumed = (await starts.get(timeout=5)).seconds if record.was_running else None
-            except (BlkmigError, TimeoutError) as error:
+            except (BlkmigError, TimeoutError, OSError) as error:
                 if (await self._life.settle()).owner is not Owner.DESTINATION:
                     raise
                 self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")
@@ -251,6 +253,9 @@ class _Run:
     async def _activate(self, target: TargetQemu) -> None:
         """The proof of success: the guest starts, or, if it is to stay paused, the images are held for writing."""
         if self._job.record.was_running:
+            self._job.record.started_there = True
+            # This host's end would be the source QEMU's end, too: there is nothing to be told apart after it.
+            self._job.save(synced=False)
             try:
                 await target.start_guest()
             except RequestError as error:
@@ -258,9 +263,9 @@ class _Run:
         elif not all(locks.in_use(path) for path in self._job.record.images):
             raise DestinationFailed("the destination QEMU did not activate its disks")
 
-    def _take_run_state(self) -> None:
+    async def _take_run_state(self) -> None:
         """Before any pause: the watchdog is armed, and the record says that the pause is ours."""
-        self._life.watchdog.arm(PATIENCE)
+        await self._life.watchdog.arm(PATIENCE)
         self._job.record.run_state_taken = True
         self._job.save()
 

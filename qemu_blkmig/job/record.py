@@ -39,6 +39,7 @@ class Record(msgspec.Struct):
     `run_state_taken`: we paused the guest, or are about to. `was_running`: it ran before that, so it has to again.
     `nbd_server`: the source QEMU's NBD server is ours, or about to be. `images`: what the destination QEMU uses.
     `created`: those of them that we made. `frozen_by`: the guest agent's socket while file systems are frozen.
+    `started_there`: the destination was told to run the guest, or is about to be: it may have written there.
     """
 
     job: str
@@ -56,6 +57,7 @@ class Record(msgspec.Struct):
     images: list[str] = []
     created: list[Created] = []
     frozen_by: str | None = None
+    started_there: bool = False
 
     @property
     def prefix(self) -> str:
@@ -117,14 +119,22 @@ class Job:
         """The private directory for sockets."""
         return Path(self.record.runtime)
 
-    def save(self) -> None:
-        """Make the record durable: written aside, synced, renamed, directory synced."""
+    def save(self, *, synced: bool = True) -> None:
+        """Make the record durable: written aside, synced, renamed, directory synced.
+
+        Not `synced` it outlives any process, but not this host. Raises `OSError`.
+        """
         aside = self.directory / "record.new"
         with aside.open("wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(self.record)))
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         aside.rename(self.directory / "record.json")
+        if synced:
+            self._sync_directory()
+
+    def _sync_directory(self) -> None:
         directory = os.open(self.directory, os.O_RDONLY)
         try:
             os.fsync(directory)

@@ -21,7 +21,7 @@ from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused, RequestErro
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.qmp.agent import GuestAgent
-from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.monitor import Monitor, NoAnswer
 from qemu_blkmig.qmp.ram import cancel_migration
 from qemu_blkmig.qmp.removal import remove_all
 from qemu_blkmig.transport.local import start_local
@@ -34,11 +34,15 @@ SETTLE = 15.0
 """Seconds in which a QEMU's own migration must come to an end, one way or the other."""
 ATTEMPTS = 3
 """A QEMU that dies while it is being settled is found gone by the next attempt."""
+ANSWER = 10.0
+"""Seconds in which a destination QEMU must answer while the guest is paused."""
 THAW = 10.0
 """Seconds in which a guest agent must thaw."""
 
 UNDER_WAY = ("setup", "cancelling", "active", "pre-switchover", "device", "wait-unplug")
 OUR_PAUSE = ("paused", "postmigrate", "finish-migrate")
+NOT_STARTED = ("inmigrate", "paused", "prelaunch", "postmigrate")
+"""Run states of a destination in which a guest that was never started can be."""
 
 
 @dataclass
@@ -163,29 +167,53 @@ async def settle(
 async def _settle(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
     if job.record.owner is Owner.UNDECIDED:
         job.record.owner = await _decide(job, here, there, settlement)
-        job.save()
+        _save(job)
     if job.record.owner is Owner.SOURCE:
         await _return_to_source(job, here, there, settlement)
     elif job.record.owner is Owner.DESTINATION:
-        await _leave_to_destination(job, here, settlement)
+        await _leave_to_destination(job, here, there, settlement)
+
+
+def _save(job: Job, *, synced: bool = True) -> None:
+    """A decision that cannot be saved is acted upon all the same: another try would come to the same one."""
+    try:
+        job.save(synced=synced)
+    except OSError as error:
+        log.warning("the record of job %s cannot be written: %s", job.record.job, error)
 
 
 async def _decide(job: Job, here: Peer, there: Peer, settlement: Settlement) -> Owner:
     """After the handover: did the destination take the guest? Leaves a destination that did not take it fenced."""
-    if (source := await here.monitor()) is not None:
+    source = await here.monitor()
+    arrived = True
+    if source is None:
+        settlement.facts.append("the source QEMU is gone")
+    else:
         status = await _conclude(source)
         if status in UNDER_WAY:
             settlement.facts.append(f"the source's migration is still in state {status}")
             return Owner.UNDECIDED
         arrived = status == "completed"
-    else:
-        settlement.facts.append("the source QEMU is gone")
-        arrived = True
     if arrived and await _take(job, there):
         return Owner.DESTINATION
+    if job.record.started_there and there.gone:
+        return await _decide_after_lost_start(source, settlement)
     if await there.fence():
         return Owner.SOURCE
     settlement.facts.append("the destination QEMU neither took the guest nor could be ended")
+    return Owner.UNDECIDED
+
+
+async def _decide_after_lost_start(source: Monitor | None, settlement: Settlement) -> Owner:
+    """The destination was told to run the guest and is gone: only a person can know whether it did."""
+    if source is None:
+        return Owner.DESTINATION
+    if (await source.execute("query-status"))["running"]:
+        return Owner.SOURCE
+    settlement.facts.append(
+        "the destination QEMU ended in the moment when the guest was started there, which may have written to its "
+        "images; at the source it is paused: `cont` there loses such writes, `quit` there keeps them"
+    )
     return Owner.UNDECIDED
 
 
@@ -204,11 +232,21 @@ async def _conclude(source: Monitor) -> str:
 
 
 async def _take(job: Job, there: Peer) -> bool:
-    """Whether the destination has the guest, started there if it ran before."""
-    destination = await there.monitor()
-    if destination is None:
+    """Whether the destination has the guest, started there if it ran before.
+
+    Raises `Unreachable` if it was told to start the guest and does not answer.
+    """
+    try:
+        destination = await there.monitor()
+        return destination is not None and await _take_by(job, destination)
+    except (NoAnswer, Unreachable) as error:
+        if job.record.started_there:
+            raise Unreachable(f"whether the guest runs at the destination cannot be known: {error}") from error
+        log.warning("%s", error)
         return False
 
+
+async def _take_by(job: Job, destination: Monitor) -> bool:
     async def ended() -> bool:
         return await _migration_status(destination) not in ("setup", "active", "none")
 
@@ -216,12 +254,27 @@ async def _take(job: Job, there: Peer) -> bool:
     if await _migration_status(destination) != "completed":
         return False
     if not job.record.was_running:
-        return all(locks.in_use(path) for path in job.record.images)
+        return all(_in_use(path) for path in job.record.images)
+    state = (await destination.execute("query-status", timeout=ANSWER))["status"]
+    if job.record.started_there and state not in NOT_STARTED:
+        return True
     try:
-        await destination.execute("cont")
-        return bool((await destination.execute("query-status"))["running"])
+        job.record.started_there = True
+        _save(job, synced=False)
+        await destination.execute("cont", timeout=ANSWER)
+        return True
     except RequestError as error:
         log.warning("the destination cannot start the guest: %s", error)
+        job.record.started_there = False
+        _save(job)
+        return False
+
+
+def _in_use(path: str) -> bool:
+    try:
+        return locks.in_use(path)
+    except OSError as error:
+        log.warning("%s", error)
         return False
 
 
@@ -236,10 +289,19 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
         await _give_back_run_state(job, source, settlement)
         if record.frozen_by is not None:
             await _thaw(record.frozen_by, settlement)
-        await remove_all(source, prefix=record.prefix, nbd_server_is_ours=record.nbd_server)
     if record.target_launched and not await there.kill():
         settlement.decided = False
         settlement.facts.append(f"the destination QEMU (pid {there.process and there.process.pid}) could not be ended")
+    if source is not None:
+        await _clean(job, source, settlement)
+
+
+async def _clean(job: Job, source: Monitor, settlement: Settlement) -> None:
+    try:
+        await remove_all(source, prefix=job.record.prefix, nbd_server_is_ours=job.record.nbd_server)
+    except RequestError as error:
+        settlement.decided = False
+        settlement.facts.append(f"something of ours is left in the source QEMU: {error}")
 
 
 async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement) -> None:
@@ -279,15 +341,19 @@ async def _discard(job: Job, settlement: Settlement) -> None:
         settlement.facts.append("the incomplete images at the destination were removed")
 
 
-async def _leave_to_destination(job: Job, here: Peer, settlement: Settlement) -> None:
-    settlement.facts.append(
-        "the guest runs at the destination" if job.record.was_running else "the guest is at the destination, paused"
-    )
+async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
+    if there.gone:
+        fact = "the guest was handed over, and the destination QEMU has ended since; its disks hold what it wrote"
+    elif job.record.was_running:
+        fact = "the guest runs at the destination"
+    else:
+        fact = "the guest is at the destination, paused"
+    settlement.facts.append(fact)
     source = await here.monitor()
     if source is None:
         return
     if job.record.keep_source:
-        await remove_all(source, prefix=job.record.prefix, nbd_server_is_ours=job.record.nbd_server)
+        await _clean(job, source, settlement)
         settlement.facts.append("the source QEMU was kept; `cont` there would start the guest a second time")
     elif not await here.fence():
         settlement.decided = False
@@ -295,7 +361,7 @@ async def _leave_to_destination(job: Job, here: Peer, settlement: Settlement) ->
 
 
 async def _migration_status(monitor: Monitor) -> str:
-    return str((await monitor.execute("query-migrate")).get("status", "none"))
+    return str((await monitor.execute("query-migrate", timeout=ANSWER)).get("status", "none"))
 
 
 async def _nobody_listens(path: str) -> bool:

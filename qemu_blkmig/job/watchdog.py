@@ -2,8 +2,8 @@
 
 Run as `python -m qemu_blkmig.job.watchdog JOB-DIRECTORY LOCK-FD COORDINATOR-PID`; the coordinator holds the other end
 of its stdin and writes lines: `alive` once a second; `arm SECONDS` before it pauses, freezes or throttles, from when
-on a coordinator that has not been heard for so long is ended; `disarm`; `done` when nothing is left to be done. At
-the end of file without `done` (the coordinator is dead) the watchdog settles the job by its record.
+on a coordinator that has not been heard for so long is ended (answered by `armed`); `disarm`; `done` when nothing is
+left to be done. At the end of file without `done` (the coordinator is dead) the watchdog settles the job by its record.
 
 Only the standard library is loaded until then, to be small.
 """
@@ -16,10 +16,17 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from qemu_blkmig.errors import MigrationError
 
 HEARTBEAT = 1.0
 """Seconds between two signs of life."""
+ANSWER = 5.0
+"""Seconds in which a watchdog that stands must say that it is armed."""
+DEATH = 10.0
+"""Seconds in which a killed coordinator is gone; one that is stuck in its storage runs none of its code any more."""
 
 
 class Watchdog:
@@ -36,29 +43,48 @@ class Watchdog:
             sys.executable, "-m", __name__, str(directory), str(lock), str(os.getpid()),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=(lock,), start_new_session=True,
         )  # fmt: skip
-        assert process.stdout is not None
-        if await process.stdout.readline() != b"standing\n":
+        watchdog = cls(process)
+        if await watchdog._answer() != "standing":
             raise OSError(f"the watchdog did not start (exit status {await process.wait()})")
-        return cls(process)
+        return watchdog
 
     @property
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
 
-    def arm(self, seconds: float) -> None:
-        """From now on be ended, and the job settled, if no sign of life comes for `seconds`."""
+    async def arm(self, seconds: float) -> None:
+        """From now on be ended, and the job settled, if no sign of life comes for `seconds`.
+
+        Raises `MigrationError` when the watchdog does not say that it will: no guest may be paused without one.
+        """
         self._tell(f"arm {seconds}")
+        try:
+            async with asyncio.timeout(ANSWER):
+                answer = await self._answer()
+        except TimeoutError:
+            answer = "nothing"
+        if answer != "armed":
+            raise MigrationError(f"the watchdog (pid {self.pid}) is not there any more, or hangs (it said {answer})")
+
+    async def wait_ended(self) -> int:
+        """Return, with its exit status, when the watchdog has ended."""
+        return await self._process.wait()
 
     def disarm(self) -> None:
         """Silence is no longer a reason to act; only the coordinator's end is."""
         self._tell("disarm")
 
     async def dismiss(self) -> None:
-        """The job is settled: the watchdog ends without doing anything."""
+        """The job is settled: the watchdog ends without doing anything; one that hangs is killed."""
         self._heart.cancel()
         self._tell("done")
-        await self._process.wait()
+        try:
+            async with asyncio.timeout(ANSWER):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
 
     async def _beat(self) -> None:
         while True:
@@ -70,10 +96,15 @@ class Watchdog:
         if stdin is not None and not stdin.is_closing():
             stdin.write(f"{line}\n".encode())
 
+    async def _answer(self) -> str:
+        stdout = self._process.stdout
+        return "" if stdout is None else (await stdout.readline()).decode().strip()
 
-def watch(stdin: int, coordinator: int) -> bool:
+
+def watch(stdin: int, coordinator: int, armed: Callable[[], None] = lambda: None) -> bool:
     """Watch until the coordinator is dismissed from our care (False) or must be stood in for (True).
 
+    `armed` is called when it was armed.
     `coordinator` is a pidfd: a coordinator that is armed and silent for too long is ended before this returns.
     """
     limit: float | None = None
@@ -97,6 +128,7 @@ def watch(stdin: int, coordinator: int) -> bool:
                     return False
                 case [b"arm", seconds]:
                     limit = float(seconds)
+                    armed()
                 case [b"disarm"]:
                     limit = None
 
@@ -106,7 +138,7 @@ def _end(coordinator: int) -> None:
     signal.pidfd_send_signal(coordinator, signal.SIGKILL)
     poll = select.poll()
     poll.register(coordinator, select.POLLIN)
-    poll.poll()
+    poll.poll(DEATH * 1000)
 
 
 def stand_in(directory: Path, lock: int) -> None:
@@ -132,15 +164,22 @@ def _say(text: str) -> None:
         return
 
 
+def _answer(word: bytes) -> None:
+    """Tell the coordinator; one that is gone is told by the end of file on stdin."""
+    try:
+        os.write(sys.stdout.fileno(), word + b"\n")
+    except BrokenPipeError:
+        return
+
+
 def main(arguments: list[str]) -> None:
     """The watchdog process."""
     directory, lock, parent = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     coordinator = os.pidfd_open(parent)
-    os.write(sys.stdout.fileno(), b"standing\n")
-    os.close(sys.stdout.fileno())
-    if watch(sys.stdin.fileno(), coordinator):
+    _answer(b"standing")
+    if watch(sys.stdin.fileno(), coordinator, lambda: _answer(b"armed")):
         stand_in(directory, lock)
 
 
