@@ -641,7 +641,9 @@ def _connect(path: Path, timeout: float) -> socket.socket:
 
 def _alive(pid: int) -> bool:
     try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text()
+        # A zombie whose other threads still end has its files open.
+        return "\nState:\tZ" not in status or "\nThreads:\t1\n" not in status
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -19,13 +19,17 @@ class ProcessId(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, pid: int) -> ProcessId | None:
-        """The process that has `pid` now; None if there is none or it is a zombie."""
+        """The process that has `pid` now; None if there is none or it is a zombie.
+
+        A zombie whose other threads still end is not gone: they hold its files, and QEMU's image locks with them.
+        """
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             return None
         fields = stat[stat.rindex(")") + 2 :].split()
-        return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
+        threads, start = int(fields[17]), int(fields[19])
+        return None if fields[0] in "ZX" and threads <= 1 else cls(pid, start)
 
     @property
     def alive(self) -> bool:

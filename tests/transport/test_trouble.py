@@ -18,6 +18,7 @@ from qemu_blkmig import errors
 from qemu_blkmig.destination import locks, protocol
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.ports import CopyKind
+from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.transport.client import AgentClient, CopyCancelled
 from qemu_blkmig.transport.local import start_local
 from qemu_blkmig.transport.mover import RemoteMover
@@ -44,12 +45,7 @@ def children(pid: int) -> list[int]:
 
 async def gone(pid: int) -> None:
     """Return when the process has exited (a zombie has)."""
-    while True:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return
-        except OSError:
-            return
+    while ProcessId.of(pid) is not None:  # noqa: ASYNC110 - no event tells of the end of an agent's child
         await asyncio.sleep(0.02)
 
 
