@@ -27,7 +27,7 @@ from tests.engine.world import FakeLog, FakeRound, Violation
 Patch = pytest.MonkeyPatch
 
 
-def find_it(maximum: int = 300) -> None:
+def find_it(maximum: int = 5000) -> None:
     """Run the state machine until it finds a violation; it ends without an exception if it finds none."""
     run_state_machine_as_test(
         Machine,
