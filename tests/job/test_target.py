@@ -14,7 +14,7 @@ def test_a_single_program_takes_the_place_of_the_shell(command: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["cd / && true", "true; true", "true > log", "true\ntrue", "A=1 true", "cd /", "$QEMU -m 1", "true a#b && c"],
+    ["cd / && true", "true; true", "true > log", "true\ntrue", "cd /", "$QEMU -m 1", "true a#b && c"],
 )
 def test_everything_else_is_left_to_the_shell(command: str) -> None:
     assert in_place_of_the_shell(command) == command
