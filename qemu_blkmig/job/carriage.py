@@ -33,6 +33,8 @@ COMPARE_LEAST, COMPARE_SPEED = 60.0, 8 << 20
 """Seconds, and bytes a second, that bound a comparison: the guest is paused and must not wait for ever."""
 CLOSE_LIMIT = 30.0
 """Seconds in which the images must be closed, likewise."""
+ZERO_UNITS = range(4 << 10, 64 << 10)
+"""Bytes in which zeroes are looked for: less costs more than the holes are worth, more makes fewer holes."""
 
 
 class Carriage:
@@ -65,7 +67,7 @@ class Carriage:
                     connections=self._transfer.connections,
                     requests=self._transfer.requests,
                     request_size=self._transfer.request_size,
-                    zero_unit=self._transfer.granularity,
+                    zero_unit=min(max(self._transfer.granularity, ZERO_UNITS.start), ZERO_UNITS.stop),
                     private_layers=private_layers(disk) if self._plan.images[disk.name].backing else None,
                 )
             )

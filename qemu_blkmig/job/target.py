@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shlex
 import shutil
 import subprocess
@@ -75,11 +76,8 @@ class TargetQemu:
         deadline = asyncio.get_running_loop().time() + START
         while asyncio.get_running_loop().time() < deadline:
             if qmp.exists():
-                try:
+                with contextlib.suppress(Refused, ConnectionLost):
                     return await Monitor.connect(str(qmp), who=WHO)
-                except (Refused, ConnectionLost):
-                    if process.returncode is None:
-                        continue
             if process.returncode not in (None, 0):
                 raise Refused(
                     f"the --launch command ended with status {process.returncode}: {_tail(output)}",

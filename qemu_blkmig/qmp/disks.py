@@ -7,6 +7,7 @@ made by -drive and by -blockdev alike.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -259,7 +260,7 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
         node=top["node-name"],
         format=image_layer.driver if image_layer.driver in _FORMATS else "raw",
         size=top["image"]["virtual-size"],
-        filename=image_layer.filename,
+        filename=plain_filename(image_layer.filename),
         backing=_backing(image),
         layers=layers,
         cluster_size=image.get("cluster-size"),
@@ -271,6 +272,21 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
 
 def _layer(node: Mapping[str, Any]) -> Layer:
     return Layer(node["node-name"], node["drv"], node["file"], node["drv"] in _FILTERS)
+
+
+def plain_filename(told: str) -> str:
+    """The file's own name where QEMU tells a json: pseudo-file name, as it does for LUKS and filters; else `told`.
+
+    A part of a file (raw with offset and size) is not that file.
+    """
+    if not told.startswith("json:"):
+        return told
+    description: Any = json.loads(told.removeprefix("json:"))
+    while isinstance(description, dict) and not {"offset", "size"} & description.keys():
+        if "filename" in description:
+            return plain_filename(str(description["filename"]))
+        description = description.get("file") or description.get("image")
+    return told
 
 
 def _backing(image: Mapping[str, Any]) -> Backing | None:
