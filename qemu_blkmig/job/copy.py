@@ -84,6 +84,7 @@ class _GuestCopy:
         self._clock = clock
         self._watch = Stopwatch(clock, reporter)
         self._consistency = "crash"
+        self._warnings: list[str] = []
 
     async def whole(self) -> Result:
         """All phases."""
@@ -179,7 +180,7 @@ class _GuestCopy:
         try:
             agent = await GuestAgent.connect(path)
         except BlkmigError as error:
-            self._reporter.note(f"no guest agent, the copy is crash-consistent: {error}")
+            self._warn(f"no guest agent, the copy is crash-consistent: {error}")
             yield
             return
         self._job.record.frozen_by = path
@@ -190,7 +191,7 @@ class _GuestCopy:
                 self._consistency = "file systems"
                 self._reporter.note(f"the guest agent froze {count} file systems")
             except BlkmigError as error:
-                self._reporter.note(f"the guest agent was given up on, the copy is crash-consistent: {error}")
+                self._warn(f"the guest agent was given up on, the copy is crash-consistent: {error}")
             yield
         finally:
             try:
@@ -207,8 +208,13 @@ class _GuestCopy:
                 return
             except BlkmigError as error:
                 if self._consistency == "crash" or not remaining:
-                    self._reporter.note(f"the guest agent does not answer to thaw: {error}")
+                    self._warn(f"the guest agent does not answer to thaw: {error}")
                     return
+
+    def _warn(self, text: str) -> None:
+        """Tell at once, and in the result."""
+        self._reporter.note(text)
+        self._warnings.append(text)
 
     def _result(self, downtime: Downtime | None) -> Result:
         disks = self._carriage.results(self._engine)
@@ -222,7 +228,7 @@ class _GuestCopy:
             phases=self._watch.phases,
             downtime=downtime,
             verified="full" if self._options.verify else "none",
-            warnings=list(self._plan.warnings),
+            warnings=[*self._plan.warnings, *self._warnings],
             consistency=self._consistency,
             serving=self._job.record.source_process.pid if self._job.record.source_process else None,
         )
