@@ -76,7 +76,7 @@ async def _plan(source: str, target: Target, selection: Selection) -> Plan:
         if target.qmp is not None:
             qemu = await TargetQemu.attach(target.qmp)
             stack.push_async_callback(qemu.close)
-        return await Planner(agent, selection, target.directory).plan(monitor, qemu, "blkmig-(none)")
+        return await Planner(agent, selection, target.directory).plan(monitor, qemu, "blkmig-(none)", with_ram=True)
 
 
 def _state_directory_trouble() -> str | None:

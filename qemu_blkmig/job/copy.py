@@ -104,7 +104,7 @@ class _GuestCopy:
         source = await life.connect_source(str(options.source))
         agent = await life.start_agent()
         planner = Planner(agent, options.selection, options.target.directory)
-        self._plan = await planner.plan(source, None, self._job.record.prefix)
+        self._plan = await planner.plan(source, None, self._job.record.prefix, with_ram=False)
         self._plan.require()
         for warning in self._plan.warnings:
             self._reporter.note(warning)

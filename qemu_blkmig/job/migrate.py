@@ -12,11 +12,11 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator
 
-from qemu_blkmig.destination import locks
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.migration import BlockMigration
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import BlkmigError, DestinationFailed, GuestStateError, MigrationError, RequestError, Stalled
+from qemu_blkmig.errors import BlkmigError, GuestStateError, MigrationError, RequestError, Stalled
+from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
@@ -73,7 +73,7 @@ class _Run:
         self._interrupts = interrupts
         self._clock = clock
         self._watch = Stopwatch(clock, reporter)
-        self._budget = options.downtime * SHARE_OF_DISKS
+        self._budget = options.downtime * (1.0 if options.pause_only else SHARE_OF_DISKS)
 
     async def whole(self) -> Result:
         """All phases."""
@@ -93,7 +93,9 @@ class _Run:
         if options.target.qmp is not None:
             await life.attach_target(options.target.qmp)
         planner = Planner(agent, options.selection, options.target.directory)
-        self._plan: Plan = await planner.plan(source, life.target, self._job.record.prefix)
+        self._plan: Plan = await planner.plan(
+            source, life.target, self._job.record.prefix, with_ram=not options.pause_only
+        )
         self._plan.require()
         for warning in self._plan.warnings:
             self._reporter.note(warning)
@@ -181,9 +183,10 @@ class _Run:
             raise errors.exceptions[0] from errors
 
     async def _fits_now(self) -> bool:
-        """With the guest paused: whether what is dirty fits the downtime that was asked for."""
+        """With the guest paused: whether what is dirty fits the downtime that was asked for, if it ran at all."""
         figures = await self._engine.refresh()
-        return self._options.on_stall is OnStall.PAUSE or (figures.predicted or 0.0) <= self._options.downtime
+        may_last = self._options.on_stall is OnStall.PAUSE or not self._job.record.was_running
+        return may_last or (figures.predicted or 0.0) <= self._options.downtime
 
     async def _too_dirty(self, attempt: int) -> None:
         options = self._options
@@ -260,8 +263,8 @@ class _Run:
                 await target.start_guest()
             except RequestError as error:
                 raise target.describe(error) from error
-        elif not all(locks.in_use(path) for path in self._job.record.images):
-            raise DestinationFailed("the destination QEMU did not activate its disks")
+        else:
+            await activate(target.monitor, self._job.record.images)
 
     async def _take_run_state(self) -> None:
         """Before any pause: the watchdog is armed, and the record says that the pause is ours."""

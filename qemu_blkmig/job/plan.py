@@ -53,9 +53,12 @@ class Planner:
         self._problems: list[str] = []
         self._warnings: list[str] = []
 
-    async def plan(self, source: Monitor, target: TargetQemu | None, prefix: str) -> Plan:
-        """The plan for a guest. `target`: a QEMU that waits with images of its own. `prefix`: of what is ours."""
-        await self._check_source(source)
+    async def plan(self, source: Monitor, target: TargetQemu | None, prefix: str, *, with_ram: bool) -> Plan:
+        """The plan for a guest. `target`: a QEMU that waits with images of its own. `prefix`: of what is ours.
+
+        `with_ram`: its RAM is to move, too.
+        """
+        await self._check_source(source, with_ram)
         found = await inventory(source)
         try:
             disks = tuple(select(found, self._selection.disks))
@@ -79,7 +82,7 @@ class Planner:
             await self._check_destination(disks, images)
         return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings))
 
-    async def _check_source(self, source: Monitor) -> None:
+    async def _check_source(self, source: Monitor, with_ram: bool) -> None:
         features = await probe(source)
         self._problems += [f"the source QEMU is too old: it lacks {what}" for what in features.missing]
         status = (await source.execute("query-status"))["status"]
@@ -88,6 +91,11 @@ class Planner:
         migration = (await source.execute("query-migrate")).get("status")
         if migration == "completed" and status == "postmigrate":
             self._problems.append("the guest was migrated away from this QEMU: it lives elsewhere now")
+        elif with_ram and status == "postmigrate":
+            self._problems.append(
+                "a migration of this guest failed while it was paused (run state postmigrate): its QEMU migrates it "
+                "only after it has run again (QMP commands cont, stop)"
+            )
         if migration in ("setup", "active", "pre-switchover", "device", "cancelling"):
             self._problems.append(f"another migration of this guest is under way (status {migration})")
 

@@ -15,9 +15,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from qemu_blkmig.destination import locks
 from qemu_blkmig.destination.protocol import Discard, DiscardReply
-from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused, RequestError
+from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError
+from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.qmp.agent import GuestAgent
@@ -254,7 +254,12 @@ async def _take_by(job: Job, destination: Monitor) -> bool:
     if await _migration_status(destination) != "completed":
         return False
     if not job.record.was_running:
-        return all(_in_use(path) for path in job.record.images)
+        try:
+            await activate(destination, job.record.images)
+            return True
+        except DestinationFailed as error:
+            log.warning("%s", error)
+            return False
     state = (await destination.execute("query-status", timeout=ANSWER))["status"]
     if job.record.started_there and state not in NOT_STARTED:
         return True
@@ -267,14 +272,6 @@ async def _take_by(job: Job, destination: Monitor) -> bool:
         log.warning("the destination cannot start the guest: %s", error)
         job.record.started_there = False
         _save(job)
-        return False
-
-
-def _in_use(path: str) -> bool:
-    try:
-        return locks.in_use(path)
-    except OSError as error:
-        log.warning("%s", error)
         return False
 
 
@@ -313,7 +310,15 @@ async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement
     if status["running"]:
         settlement.facts.append("the guest runs at the source")
     else:
-        settlement.facts.append(f"the guest is at the source, not running (run state {status['status']})")
+        settlement.facts.append(await _why_not_running(source, status["status"]))
+
+
+async def _why_not_running(source: Monitor, status: str) -> str:
+    if status != "postmigrate":
+        return f"the guest is at the source, not running (run state {status})"
+    if await _migration_status(source) == "completed":
+        return "the source QEMU is what an earlier migration left behind; `cont` there would start the guest twice"
+    return "the guest is at the source, paused (run state postmigrate: QEMU migrates it again only after a `cont`)"
 
 
 async def _thaw(path: str, settlement: Settlement) -> None:
