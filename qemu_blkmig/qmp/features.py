@@ -40,12 +40,15 @@ class Features:
 
     `allow_inactive`: an export may be made without activating its node (QEMU 10.0). `iothread_exports`: a client may
     leave an NBD export of a disk on an iothread. QEMUs without block-job-change (8.2) abort then
-    (`nbd_blockdev_client_closed: Assertion`), seen on 7.2.22; no schema tells, so that command stands for the mend.
+    (`nbd_blockdev_client_closed: Assertion`), seen on 7.2.22; no schema tells, so that command stands for the mend,
+    which was seen on 10.0.13 (50 clients that left, half of them in mid-read). `set_active`: nodes can be told to be
+    active, because those of a paused destination are not until its `cont` (10.0).
     """
 
     missing: tuple[str, ...]
     allow_inactive: bool
     iothread_exports: bool
+    set_active: bool
 
 
 async def probe(monitor: Monitor) -> Features:
@@ -57,6 +60,7 @@ async def probe(monitor: Monitor) -> Features:
         missing=tuple(missing),
         allow_inactive=schema.has("block-export-add", "allow-inactive"),
         iothread_exports=schema.has("block-job-change"),
+        set_active=schema.has("blockdev-set-active"),
     )
 
 
