@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _add_demo(commands: Commands) -> None:
     parser = commands.add_parser("demo", help="watch a real guest move, and see proof that nothing is lost")
-    parser.add_argument("--disk-size", type=parse_size, default=parse_size("512M"), metavar="SIZE")
+    parser.add_argument("--disk-size", type=_argument(parse_size), default=parse_size("512M"), metavar="SIZE")
     parser.add_argument("--writer", choices=["idle", "random", "hot", "sequential"], default="random")
     parser.add_argument("--format", choices=["raw", "qcow2"], default="raw")
     parser.add_argument("--shared-base", action="store_true", help="a qcow2 overlay on a base that both sides have")
@@ -225,12 +226,14 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 def _add_transfer(parser: argparse.ArgumentParser) -> None:
     usual = Transfer()
     group = parser.add_argument_group("tuning (sizes take k, M, G, T)")
-    group.add_argument("--bandwidth", type=parse_rate, metavar="RATE", help="MiB/s, or bytes a second with a suffix")
+    group.add_argument(
+        "--bandwidth", type=_argument(parse_rate), metavar="RATE", help="MiB/s, or bytes a second with a suffix"
+    )
     group.add_argument("--connections", type=int, default=usual.connections, metavar="N")
     group.add_argument("--requests", type=int, default=usual.requests, metavar="N", help="in flight on a connection")
-    group.add_argument("--request-size", type=parse_size, default=usual.request_size, metavar="SIZE")
-    group.add_argument("--chunk-size", type=parse_size, default=usual.chunk_size, metavar="SIZE")
-    group.add_argument("--granularity", type=parse_size, default=usual.granularity, metavar="SIZE",
+    group.add_argument("--request-size", type=_argument(parse_size), default=usual.request_size, metavar="SIZE")
+    group.add_argument("--chunk-size", type=_argument(parse_size), default=usual.chunk_size, metavar="SIZE")
+    group.add_argument("--granularity", type=_argument(parse_size), default=usual.granularity, metavar="SIZE",
                        help="of the dirty bitmaps (default 64k)")  # fmt: skip
 
 
@@ -248,6 +251,18 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
                         help="full: compare both sides completely while the guest is paused")  # fmt: skip
     parser.add_argument("--progress", choices=["auto", "bar", "json", "none"], default="auto")
     parser.add_argument("--output", choices=["text", "json"], default="text")
+
+
+def _argument(parse: Callable[[str], int]) -> Callable[[str], int]:
+    """`parse` as argparse wants it, which then names the option in its message."""
+
+    def parsed(text: str) -> int:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(f"{error}: {error.advice}") from error
+
+    return parsed
 
 
 def _source(text: str) -> tuple[str, str]:
