@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from integration.lab import Lab, laboratory
+from integration.luck import Bench
 from qemu_blkmig.demo.guest import Kernel, build_initramfs, find_kernel
 
 
@@ -37,3 +38,10 @@ def lab(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[Lab]:
     """A laboratory for one test."""
     with laboratory(kernel, initramfs) as laid_out:
         yield laid_out
+
+
+@pytest.fixture(scope="module")
+def bench(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[Bench]:
+    """A guest that is shared by the tests of one file, as long as they leave it running."""
+    with laboratory(kernel, initramfs) as laid_out:
+        yield Bench(laid_out)

@@ -236,10 +236,10 @@ class Lifecycle:
         """What happened, as one of our own errors."""
         if isinstance(error, BlkmigError):
             return await self._guard.explain(error) if self._guard is not None else error
-        if self._guard is not None and self._guard.error is not None:
-            return self._guard.error
         if self._interrupts.received is not None:
             return Interrupted(self._interrupts.received)
+        if self._guard is not None and self._guard.error is not None:
+            return self._guard.error
         log.error("defect", exc_info=error)
         return MigrationError(f"a defect of qemu-blkmig: {type(error).__name__}: {error}", advice="please report it")
 

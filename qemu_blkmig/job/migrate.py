@@ -49,17 +49,6 @@ async def migrate(options: MigrateOptions, reporter: Reporter, interrupts: Inter
         return await life.conduct(run.whole())
 
 
-@contextlib.asynccontextmanager
-async def _called_off_on_error(ram: RamMigration) -> AsyncIterator[None]:
-    """Call the migration of RAM off on any error: the guest and the QEMUs' settings are given back."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(BlkmigError):
-            await ram.cancel()
-        raise
-
-
 class _Run:
     """One migration, phase by phase."""
 
@@ -150,7 +139,7 @@ class _Run:
     async def _switch_over(self) -> Downtime | None:
         for attempt in itertools.count(1):
             ram = RamMigration(self._life.source, self._target().monitor)
-            async with _called_off_on_error(ram):
+            async with self._called_off_on_error(ram):
                 with self._watch.phase("ram"):
                     await self._migrate_ram(ram)
                 paused = self._clock.now()
@@ -164,6 +153,21 @@ class _Run:
                 await ram.cancel()
             await self._too_dirty(attempt)
         return await self._hand_over(ram, paused)
+
+    @contextlib.asynccontextmanager
+    async def _called_off_on_error(self, ram: RamMigration) -> AsyncIterator[None]:
+        """Call the migration of RAM off on any error: the guest and the QEMUs' settings are given back.
+
+        The destination QEMU ends when its stream breaks off, so the reason is asked for before.
+        """
+        try:
+            yield
+        except BaseException as error:
+            reason = await self._guard.explain(error) if isinstance(error, BlkmigError) else error
+            await self._guard.stand_down()
+            with contextlib.suppress(BlkmigError):
+                await ram.cancel()
+            raise reason from error
 
     async def _migrate_ram(self, ram: RamMigration) -> None:
         """QEMU's own migration up to the pause, while the disks are kept in step."""

@@ -310,13 +310,13 @@ async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement
     if status["running"]:
         settlement.facts.append("the guest runs at the source")
     else:
-        settlement.facts.append(await _why_not_running(source, status["status"]))
+        settlement.facts.append(await _why_not_running(job, source, status["status"]))
 
 
-async def _why_not_running(source: Monitor, status: str) -> str:
+async def _why_not_running(job: Job, source: Monitor, status: str) -> str:
     if status != "postmigrate":
         return f"the guest is at the source, not running (run state {status})"
-    if await _migration_status(source) == "completed":
+    if await _migration_status(source) == "completed" and not job.record.run_state_taken:
         return "the source QEMU is what an earlier migration left behind; `cont` there would start the guest twice"
     return "the guest is at the source, paused (run state postmigrate: QEMU migrates it again only after a `cont`)"
 

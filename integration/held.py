@@ -1,0 +1,107 @@
+"""Runs qemu-blkmig, but holds it at one exact moment, so that a test can do its worst just then.
+
+`python -m integration.held MOMENT hold|block FILE ARGUMENTS...`: at the moment it says `{"event": "held"}` on stderr
+and waits until FILE exists, its event loop going on (hold) or not (block). Product code stays clean of all this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from qemu_blkmig.cli.main import main
+from qemu_blkmig.engine.migration import BlockMigration
+from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.record import Job, Owner
+from qemu_blkmig.job.target import TargetQemu
+from qemu_blkmig.qmp.ram import RamMigration
+
+Hold = Callable[[], Awaitable[None]]
+
+AROUND: dict[str, tuple[type, str, str]] = {
+    "planned": (Carriage, "prepare", "before"),
+    "prepared": (Carriage, "prepare", "after"),
+    "launched": (Lifecycle, "launch_target", "after"),
+    "connected": (Carriage, "open", "after"),
+    "copied": (BlockMigration, "bulk", "after"),
+    "converged": (BlockMigration, "converge", "after"),
+    "moving RAM": (RamMigration, "start", "after"),
+    "paused": (RamMigration, "wait_paused", "after"),
+    "last round over": (BlockMigration, "complete", "after"),
+    "closed": (Carriage, "close", "after"),
+    "undecided": (RamMigration, "proceed", "before"),
+    "continued": (RamMigration, "proceed", "after"),
+    "completed": (TargetQemu, "start_guest", "before"),
+    "started": (TargetQemu, "start_guest", "after"),
+}
+"""Moments, by the method before or after which they lie; "decided" lies after the record says so."""
+
+
+def _hold_around(owner: type, name: str, when: str, hold: Hold) -> None:
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    async def held(*arguments: Any, **options: Any) -> Any:
+        if when == "before":
+            await hold()
+        result = await method(*arguments, **options)
+        if when == "after":
+            await hold()
+        return result
+
+    setattr(owner, name, held)
+
+
+def _hold_when_decided(hold: Callable[[], None]) -> None:
+    save = Job.save
+
+    def held(self: Job, *, synced: bool = True) -> None:
+        save(self, synced=synced)
+        if self.record.owner is Owner.DESTINATION:
+            hold()
+
+    Job.save = held  # type: ignore[method-assign]
+
+
+def _say_held() -> None:
+    print(json.dumps({"event": "held"}), file=sys.stderr, flush=True)
+
+
+def _run() -> int:
+    moment, kind, file = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    held = False
+
+    def block() -> None:
+        nonlocal held
+        if not held:
+            held = True
+            _say_held()
+            while not file.exists():
+                time.sleep(0.01)
+
+    async def hold() -> None:
+        nonlocal held
+        if kind == "block":
+            block()
+        elif not held:
+            held = True
+            _say_held()
+            while not file.exists():  # noqa: ASYNC110 - it is another process that makes the file
+                await asyncio.sleep(0.01)
+
+    if moment == "decided":
+        _hold_when_decided(block)
+    else:
+        _hold_around(*AROUND[moment], hold)
+    return main(sys.argv[4:])
+
+
+if __name__ == "__main__":
+    sys.exit(_run())
