@@ -54,17 +54,18 @@ class TargetQemu:
         output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the QEMU does
         waiting = ["-S", "-incoming", "defer", "-qmp", f"unix:{qmp},server=on,wait=off"]
         script = f'read go && exec </dev/null && {in_place_of_the_shell(command.strip())} "$@"'
-        process = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", script, "sh", *waiting,
-            stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, cwd=directory, start_new_session=True,
+        # Not asyncio's: that kills what still runs when the loop is closed (seen with Python 3.13).
+        process = await asyncio.to_thread(
+            subprocess.Popen, ["/bin/sh", "-c", script, "sh", *waiting],
+            stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=directory, start_new_session=True,
         )  # fmt: skip
         job.record.target_launched = True
         job.record.target_qmp = str(qmp)
         job.record.target_process = ProcessId.of(process.pid)
         job.save()
         if process.stdin is not None:
-            process.stdin.write(b"go\n")
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(b"go\n")
         monitor = await cls._connect(qmp, process, output)
         target = await cls._waiting(monitor, output)
         job.record.target_process = target.process or job.record.target_process
@@ -72,13 +73,13 @@ class TargetQemu:
         return target
 
     @classmethod
-    async def _connect(cls, qmp: Path, process: asyncio.subprocess.Process, output: IO[bytes]) -> Monitor:
+    async def _connect(cls, qmp: Path, process: subprocess.Popen[bytes], output: IO[bytes]) -> Monitor:
         deadline = asyncio.get_running_loop().time() + START
         while asyncio.get_running_loop().time() < deadline:
             if qmp.exists():
                 with contextlib.suppress(Refused, ConnectionLost):
                     return await Monitor.connect(str(qmp), who=WHO)
-            if process.returncode not in (None, 0):
+            if process.poll() not in (None, 0):
                 raise Refused(
                     f"the --launch command ended with status {process.returncode}: {_tail(output)}",
                     advice="try the command by hand in the destination directory; we append "
