@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 
 import pytest
 
 from integration.lab import wait_until
 from integration.luck import SLOW, Attempt, Bench, command, kill
 from integration.tool import assert_nothing_left, assert_writes_soundly
+from qemu_blkmig.destination.locks import lock_as_writer
 
 PREPARATION = ["planned", "launched", "connected"]
 LIVE = ["bulk", "converged", "moving RAM"]
@@ -95,22 +95,21 @@ def test_a_destination_killed_before_it_runs_the_guest_leaves_it_at_the_source(b
     attempt = bench.attempt_at(moment)
     attempt.destination.kill()
     attempt.go_on()
-    attempt.outcome().failed(1, "the destination QEMU", now="the guest runs at the source")
+    attempt.outcome().failed(1, "destination QEMU", now="the guest runs at the source")
     attempt.assert_source_has_it()
 
 
 def test_a_destination_that_cannot_lock_its_image_leaves_the_guest_at_the_source(bench: Bench) -> None:
     attempt = bench.attempt_at("undecided")
     image = attempt.destination.disks[0].path
-    thief = subprocess.Popen(["qemu-nbd", "-f", "raw", "-k", str(bench.lab.directory / "thief"), str(image)])
+    thief = os.open(image, os.O_RDONLY)
     try:
-        wait_until((bench.lab.directory / "thief").exists, "the thief")
+        assert lock_as_writer(thief)
         attempt.go_on()
         attempt.outcome().failed(1, "lock", now="the guest runs at the source; incomplete images were left")
         assert image.exists(), "an image in use was removed"
     finally:
-        thief.terminate()
-        thief.wait()
+        os.close(thief)
     image.unlink()
     attempt.assert_source_has_it()
 

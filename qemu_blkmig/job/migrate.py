@@ -27,6 +27,7 @@ from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.qmp.monitor import NotSent
 from qemu_blkmig.qmp.ram import RamMigration
 from qemu_blkmig.units import show_seconds
 
@@ -265,7 +266,9 @@ class _Run:
             self._job.save(synced=False)
             try:
                 await target.start_guest()
-            except RequestError as error:
+            except (RequestError, NotSent) as error:
+                self._job.record.started_there = False
+                self._job.save(synced=False)
                 raise target.describe(error) from error
         else:
             await activate(target.monitor, self._job.record.images)

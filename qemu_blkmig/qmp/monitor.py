@@ -58,6 +58,10 @@ class NoAnswer(ConnectionLost):
     """
 
 
+class NotSent(ConnectionLost):
+    """QEMU was known to be gone before the command was sent: it was not carried out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """A QMP event; `seconds` is QEMU's own wall clock, since the epoch."""
@@ -156,8 +160,9 @@ class Monitor:
     ) -> Any:
         """Execute a command and return its value.
 
-        Raises `CommandFailed` when QEMU refuses it, `NoAnswer` after `timeout` seconds, `ConnectionLost` when QEMU
-        is gone; after the last two, and after a cancellation, whether it was carried out cannot be known from here.
+        Raises `CommandFailed` when QEMU refuses it, `NotSent` when QEMU is gone already, `NoAnswer` after `timeout`
+        seconds, `ConnectionLost` when QEMU goes meanwhile; after the last two, and after a cancellation, whether it was
+        carried out cannot be known from here.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -166,7 +171,9 @@ class Monitor:
             raise CommandFailed(self.who, command, error.error_class, str(error)) from error
         except TimeoutError:
             raise NoAnswer(f"{self.who} did not answer {command} within {timeout:g} s") from None
-        except (ExecInterruptedError, StateError) as error:
+        except StateError as error:
+            raise NotSent(f"{self.who} is gone ({command} was not sent)") from error
+        except ExecInterruptedError as error:
             raise ConnectionLost(f"{self.who} is gone ({command} was under way)") from error
         except QMPError as error:
             raise ConnectionLost(f"{self.who} sent something that is not QMP in reply to {command}") from error
