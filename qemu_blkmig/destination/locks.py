@@ -37,6 +37,17 @@ def lock_as_writer(descriptor: int) -> bool:
     return False
 
 
+def lock_as_reader(descriptor: int) -> bool:
+    """Keep every QEMU from writing the image, which is only read here, until `descriptor` is closed.
+
+    False, and nothing is held, if a QEMU or a writer that locks like it has the image open for writing.
+    """
+    if _set(descriptor, fcntl.F_RDLCK, _SHARES_NO_WRITING) and not _held_elsewhere(descriptor, _WRITES):
+        return True
+    _set(descriptor, fcntl.F_UNLCK, _SHARES_NO_WRITING)
+    return False
+
+
 def in_use(path: str | Path) -> bool:
     """Whether a QEMU (or one who locks like it) has the image open as an active writer. Raises `OSError`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

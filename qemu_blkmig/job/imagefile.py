@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
+from qemu_blkmig.destination import locks
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.qmp.disks import Backing, Disk
@@ -22,19 +24,30 @@ CONNECTIONS = 65
 class ImageSource:
     """A served image file. Implements the engine's `DirtyLog` and `Guest` for a disk that nobody writes to.
 
-    qemu-nbd holds the image's locks meanwhile, so no guest can start to write to it.
+    No guest can start to write to it meanwhile: qemu-nbd alone would let one write to a raw image.
     """
 
-    def __init__(self, disk: Disk, socket: Path, server: asyncio.subprocess.Process) -> None:
+    def __init__(self, disk: Disk, socket: Path, server: asyncio.subprocess.Process, descriptor: int) -> None:
+        """Use `serve`. `descriptor` holds the image's lock."""
         self.disk = disk
         self.socket = socket
         self._server = server
+        self._descriptor = descriptor
 
     @classmethod
     async def serve(cls, path: str, image_format: str | None, runtime: Path) -> ImageSource:
         """Serve the image at `path`, of `image_format` (None: as qemu-img recognizes it). Raises `Refused`."""
         disk = await _describe(path, image_format)
-        socket = runtime / "image.nbd"
+        descriptor = _locked(path)
+        try:
+            return await cls._serve(disk, runtime / "image.nbd", descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    async def _serve(cls, disk: Disk, socket: Path, descriptor: int) -> ImageSource:
+        path = disk.filename
         server = await asyncio.create_subprocess_exec(
             "setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--read-only", "--persistent", f"--shared={CONNECTIONS}",
             "--allocation-depth", f"--format={disk.format}", f"--socket={socket}", path,
@@ -44,18 +57,21 @@ class ImageSource:
         while not socket.exists():
             if server.returncode is not None or asyncio.get_running_loop().time() > deadline:
                 said = await server.stderr.read() if server.stderr and server.returncode is not None else b""
+                if server.returncode is None:
+                    server.kill()
                 raise Refused(
                     f"the image {path} cannot be served: {said.decode(errors='replace').strip() or 'qemu-nbd hangs'}",
                     advice="if a guest is using it, copy from the guest: qmp:SOCKET",
                 )
             await asyncio.sleep(0.01)
-        return cls(disk, socket, server)
+        return cls(disk, socket, server, descriptor)
 
     async def close(self) -> None:
         """End the server."""
         if self._server.returncode is None:
             self._server.terminate()
         await self._server.wait()
+        os.close(self._descriptor)
 
     async def start(self) -> None:
         """Nothing to record."""
@@ -96,6 +112,24 @@ class _NothingDirty:
 
     async def restore(self) -> None:
         """Nothing was taken."""
+
+
+def _locked(path: str) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise Refused(f"the image {path} cannot be read: {error.strerror}") from error
+    try:
+        if locks.lock_as_reader(descriptor):
+            return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        raise Refused(f"the image {path} cannot be locked: {error.strerror}") from error
+    os.close(descriptor)
+    raise Refused(
+        f"the image {path} is open for writing in a QEMU",
+        advice="if a guest is using it, copy from the guest: qmp:SOCKET",
+    )
 
 
 async def _describe(path: str, image_format: str | None) -> Disk:
