@@ -11,9 +11,11 @@ Only the standard library is loaded until then, to be small.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +25,8 @@ from qemu_blkmig.errors import MigrationError
 
 HEARTBEAT = 1.0
 """Seconds between two signs of life."""
+POLL = 0.05
+"""Seconds between two looks for the watchdog's end."""
 ANSWER = 5.0
 """Seconds in which a watchdog that stands must say that it is armed."""
 DEATH = 10.0
@@ -30,22 +34,35 @@ DEATH = 10.0
 
 
 class Watchdog:
-    """The coordinator's handle on its watchdog process."""
+    """The coordinator's handle on its watchdog process.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    It is no process of asyncio's: that kills what still runs when the loop is closed (seen with Python 3.13), and a
+    watchdog that was not dismissed is meant to act then.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], tell: int, answers: asyncio.StreamReader) -> None:
         self._process = process
+        self._stdin = tell
+        self._answers = answers
         self._heart = asyncio.get_running_loop().create_task(self._beat())
 
     @classmethod
     async def start(cls, directory: Path, lock: int) -> Watchdog:
         """Start the watchdog of the job in `directory`; it inherits the job's `lock`. Returns once it stands."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", __name__, str(directory), str(lock), str(os.getpid()),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=(lock,), start_new_session=True,
+        process = await asyncio.to_thread(
+            subprocess.Popen, [sys.executable, "-m", __name__, str(directory), str(lock), str(os.getpid())],
+            bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(lock,), start_new_session=True,
         )  # fmt: skip
-        watchdog = cls(process)
+        if process.stdin is None or process.stdout is None:
+            raise OSError("the watchdog has no pipes")
+        # One that hangs must not make us hang when its pipe is full.
+        os.set_blocking(process.stdin.fileno(), False)
+        answers = asyncio.StreamReader()
+        loop = asyncio.get_running_loop()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(answers), process.stdout)
+        watchdog = cls(process, process.stdin.fileno(), answers)
         if await watchdog._answer() != "standing":
-            raise OSError(f"the watchdog did not start (exit status {await process.wait()})")
+            raise OSError(f"the watchdog did not start (exit status {await watchdog.wait_ended()})")
         return watchdog
 
     @property
@@ -69,7 +86,9 @@ class Watchdog:
 
     async def wait_ended(self) -> int:
         """Return, with its exit status, when the watchdog has ended."""
-        return await self._process.wait()
+        while (status := self._process.poll()) is None:  # noqa: ASYNC110 - only asyncio's own children tell
+            await asyncio.sleep(POLL)
+        return status
 
     def disarm(self) -> None:
         """Silence is no longer a reason to act; only the coordinator's end is."""
@@ -81,10 +100,10 @@ class Watchdog:
         self._tell("done")
         try:
             async with asyncio.timeout(ANSWER):
-                await self._process.wait()
+                await self.wait_ended()
         except TimeoutError:
             self._process.kill()
-            await self._process.wait()
+            await self.wait_ended()
 
     async def _beat(self) -> None:
         while True:
@@ -92,13 +111,11 @@ class Watchdog:
             await asyncio.sleep(HEARTBEAT)
 
     def _tell(self, line: str) -> None:
-        stdin = self._process.stdin
-        if stdin is not None and not stdin.is_closing():
-            stdin.write(f"{line}\n".encode())
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):
+            os.write(self._stdin, f"{line}\n".encode())
 
     async def _answer(self) -> str:
-        stdout = self._process.stdout
-        return "" if stdout is None else (await stdout.readline()).decode().strip()
+        return (await self._answers.readline()).decode().strip()
 
 
 def watch(stdin: int, coordinator: int, armed: Callable[[], None] = lambda: None) -> bool:
