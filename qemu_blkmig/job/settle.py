@@ -281,7 +281,8 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
     if source is None:
         settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote")
     else:
-        if await _migration_status(source) in UNDER_WAY:
+        # Until we took the run state, a migration that is under way is somebody else's.
+        if record.run_state_taken and await _migration_status(source) in UNDER_WAY:
             await cancel_migration(source)
         await _give_back_run_state(job, source, settlement)
         if record.frozen_by is not None:
