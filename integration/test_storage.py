@@ -1,0 +1,134 @@
+"""Storage that fails during the copy: the message names disk and place, and the guest runs on at the source."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from integration.lab import Format, Guest, Hardware, Lab, assert_records_sound, compare_images
+from integration.tool import (
+    Outcome,
+    arguments,
+    assert_nothing_left,
+    assert_runs_on,
+    finish,
+    migrate,
+    run,
+    start,
+)
+from qemu_blkmig.demo.guest import Orders
+
+MIB = 1 << 20
+
+
+@contextlib.contextmanager
+def small_file_system(place: Path, size: int) -> Iterator[None]:
+    """A file system of `size` bytes at `place`."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def failed_at(outcome: Outcome, disk: str, verb: str, why: str) -> int:
+    """Assert that the run failed by `disk` not being `verb` for the reason `why`; the offset that it tells."""
+    outcome.failed(1, f"disk {disk}: the ", why, now="the guest runs at the source")
+    told = re.search(rf"disk {disk}: the \w+ cannot be {verb} at offset (\d+): {why}", outcome.stderr)
+    assert told, outcome.stderr
+    return int(told[1])
+
+
+def write_through(guest: Guest, device: str, offset: int, length: int) -> None:
+    """Write to a virtio disk as the guest would, through its QEMU's monitor."""
+    command = f'qemu-io -d /machine/peripheral/{device}/virtio-backend "write -P 7 {offset} {length}"'
+    said = guest.execute("human-monitor-command", {"command-line": command})
+    assert "error" not in said.lower(), said
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_a_destination_that_is_full_ends_the_migration_and_is_cleared_again(lab: Lab, format: Format) -> None:
+    disk = lab.disk("disk", 16 * MIB, format, data=[(0, 12 * MIB)])
+    guest = lab.boot([disk], Orders(rate=200))
+    guest.wait_for_writing(more=20)
+    with small_file_system(lab.target, 8 * MIB):
+        outcome, _ = migrate(lab, guest, "--source-after", "keep")
+        assert failed_at(outcome, "dev0", "written", "No space left on device") >= 4 * MIB
+        assert "free" in outcome.stderr and "the incomplete images at the destination were removed" in outcome.stderr
+        assert not list(lab.target.iterdir())
+    assert_runs_on(lab, guest)
+    lab.guests.pop()
+    outcome, arrived = migrate(lab, guest, "--verify", "full")
+    outcome.succeeded()
+    arrived.pause()
+    assert_records_sound(arrived.disks[0], arrived.acked())
+    assert_nothing_left(lab, arrived)
+
+
+def test_a_destination_that_is_full_in_the_last_round_gives_the_guest_back(lab: Lab) -> None:
+    first = lab.disk("first", 4 * MIB)
+    second = lab.disk("second", 16 * MIB, data=[(0, 3 * MIB)])
+    guest = lab.boot([first, second], Orders(rate=200, disks=["vda"]))
+    guest.wait_for_writing(more=20)
+    with small_file_system(lab.target, 11 * MIB):
+        options = ("--pause-only", "--bandwidth", "2M", "--downtime", 2000000, "--progress", "json")
+        process = start(arguments("migrate", guest, lab.target, *options))
+        assert process.stderr is not None
+        while not (lab.target / "second").exists() or (lab.target / "second").stat().st_blocks == 0:
+            assert process.poll() is None, process.communicate()
+        write_through(guest, "dev1", 4 * MIB, 2 * MIB)
+        while '"stage": "dirty"' not in (line := process.stderr.readline()):
+            assert line, process.communicate()
+        write_through(guest, "dev1", 8 * MIB, 4 * MIB)
+        rest = process.stderr.readlines()
+        outcome = replace(finish(process), stderr="".join(rest))
+        assert failed_at(outcome, "dev1", "written", "No space left on device") >= 8 * MIB
+        assert not list(lab.target.iterdir())
+    guest.pause()
+    assert_records_sound(first, guest.acked("vda"))
+    guest.resume()
+    assert_nothing_left(lab, guest)
+
+
+def test_a_sector_that_cannot_be_read_is_named_and_what_was_before_it_is_no_obstacle(lab: Lab) -> None:
+    disk = lab.disk("disk", 4 * MIB)
+    bad = lab.disk("bad", 8 * MIB, data=[(0, 8 * MIB)])
+    sector = 12345
+    fault = f"inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector={sector}"
+    node = f"driver=blkdebug,node-name=faulty,image.driver=file,image.filename={bad.path},{fault}"
+    extra = ("-blockdev", node, "-blockdev", "driver=raw,node-name=bad,file=faulty")
+    hardware = Hardware(extra=(*extra, "-device", "virtio-blk-pci,drive=bad,id=dev-bad"))
+    guest = lab.boot([disk], Orders(rate=200, disks=["vda"]), hardware)
+    guest.wait_for_writing(more=20)
+    outcome = run("migrate", guest, lab.target, "--pause-only")
+    assert failed_at(outcome, "dev-bad", "read", "Input/output error") == sector * 512
+    assert not list(lab.target.iterdir())
+    assert_runs_on(lab, guest)
+    outcome = run("copy", guest, lab.target)
+    assert failed_at(outcome, "dev-bad", "read", "Input/output error") == sector * 512
+    assert_runs_on(lab, guest)
+    run("migrate", guest, lab.target, "--pause-only", "--migrate-disks", "dev0").succeeded()
+    compare_images(disk, replace(disk, path=lab.target / "disk"))
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_an_image_that_cannot_be_written_any_further_ends_the_migration_and_is_left(lab: Lab, format: Format) -> None:
+    disk = lab.disk("disk", 8 * MIB, format, data=[(0, 8 * MIB)])
+    guest = lab.boot([disk], Orders(rate=200))
+    guest.wait_for_writing(more=20)
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, lab.target / "disk", str(disk.size)], check=True)
+    command = arguments("migrate", guest, lab.target, "--pause-only")
+    outcome = finish(start(["prlimit", f"--fsize={5 * MIB}", "--", *command]))
+    outcome.failed(1, "disk dev0: the destination cannot be ", now="the guest runs at the source")
+    if format == "raw":
+        assert failed_at(outcome, "dev0", "written", "File too large") >= MIB
+    assert (lab.target / "disk").exists(), "it was there before"
+    assert_runs_on(lab, guest)
+    run("migrate", guest, lab.target, "--pause-only", "--verify", "full").succeeded()
+    compare_images(disk, replace(disk, path=lab.target / "disk"))
