@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import stat
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
 
 _QEMU_IMG_TIMEOUT = 60.0
+_PACKAGES = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils", "setpriv": "util-linux"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Prepared:
     @property
     def reads_as_zero(self) -> bool:
         """Whether every byte that we have not written is zero."""
-        return self.image.known_zero or (self.created is not None and self.image.backing is None)
+        return self.image.backing is None and (self.image.known_zero or self.created is not None)
 
 
 def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
@@ -95,6 +97,13 @@ def discard(images: Sequence[Created]) -> tuple[list[str], list[str]]:
             reason = str(error)
         left.append(f"{image.path}: {reason}")
     return removed, left
+
+
+def missing(program: str) -> str | None:
+    """In words that `program` is not to be found, and what has it; None if it is there."""
+    if shutil.which(program) is not None:
+        return None
+    return f"the program {program} is not in PATH (Debian's package {_PACKAGES[program]} has it)"
 
 
 def size_of(path: str, image_format: str) -> int:
@@ -182,6 +191,11 @@ def _faults_as_it_is(image: Image) -> Iterator[str]:
         yield f"{image.path} holds {size} bytes, the disk has {image.size}"
     if image.backing is not None and not _stands_on(image, image.backing):
         yield f"{image.path} is there already, but not upon the backing file {image.backing.path}"
+    elif image.backing is not None and _holds_data(image):
+        yield (
+            f"{image.path} is there already and holds data of its own, which would stay wherever the source's overlay "
+            "has none; it must be a new overlay"
+        )
     if locks.in_use(image.path):
         yield f"{image.path} is open for writing in a QEMU"
     if locks.in_use_by_job(image.path):
@@ -192,6 +206,13 @@ def _stands_on(image: Image, backing: Backing) -> bool:
     info = _info(image.path, image.format)
     own = info.get("full-backing-filename", info.get("backing-filename"))
     return own is not None and os.path.realpath(own) == os.path.realpath(Path(image.path).parent / backing.path)
+
+
+def _holds_data(image: Image) -> bool:
+    """Whether an overlay has any data or zeroes of its own, its backing file left aside."""
+    alone = {"driver": image.format, "file": {"driver": "file", "filename": os.path.realpath(image.path)}}
+    told = _qemu_img("map", "--force-share", "--output=json", f"json:{json.dumps(alone | {'backing': None})}")
+    return any(extent["present"] for extent in json.loads(told))
 
 
 def _free(image: Image) -> int | None:

@@ -109,9 +109,22 @@ def test_all_or_none_are_prepared(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_upon_a_backing_file_does_not_read_as_zero(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", ["write -P 1 64k 64k", "write -z 64k 64k"])
+def test_an_overlay_that_is_there_must_hold_nothing_of_its_own(tmp_path: Path, write: str) -> None:
+    (tmp_path / "base").write_bytes(b"x" * MIB)
+    wanted = new(tmp_path / "a", format="qcow2", backing=Backing("base", "raw"))
+    command = ["qemu-img", "create", "-qf", "qcow2", "-b", "base", "-F", "raw", str(tmp_path / "a")]
+    subprocess.run(command, check=True)
+    assert faults(wanted) == ""
+    subprocess.run(["qemu-io", "-c", write, tmp_path / "a"], check=True, stdout=subprocess.DEVNULL)
+    assert "holds data of its own" in faults(wanted)
+
+
+@pytest.mark.parametrize("known_zero", [False, True])
+def test_an_image_upon_a_backing_file_does_not_read_as_zero(tmp_path: Path, known_zero: bool) -> None:
     (tmp_path / "base").write_bytes(bytes(MIB))
-    [prepared] = images.prepare([new(tmp_path / "a", format="qcow2", backing=Backing("base", "raw"))])
+    backing = Backing("base", "raw")
+    [prepared] = images.prepare([new(tmp_path / "a", format="qcow2", backing=backing, known_zero=known_zero)])
     assert not prepared.reads_as_zero
     images.give_up(prepared)
 
