@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import stat
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,12 @@ from typing import Any
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import locks
+from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem
 
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
 
 _QEMU_IMG_TIMEOUT = 60.0
-_PACKAGES = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils", "setpriv": "util-linux"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,11 @@ class Prepared:
 
 def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
     """Everything that `prepare` would fail on, and the bytes free where the first image is to be created."""
-    problems = [Problem(image.disk, what) for image in images for what in _faults(image)]
+    lacking = missing(SERVING) if any(image.format != "raw" for image in images) else []
+    problems = [Problem(None, what) for what in lacking]
+    problems += [
+        Problem(image.disk, what) for image in images if image.format == "raw" or not lacking for what in _faults(image)
+    ]
     seen: dict[str, str] = {}
     for image in images:
         place = os.path.realpath(image.path)
@@ -97,13 +100,6 @@ def discard(images: Sequence[Created]) -> tuple[list[str], list[str]]:
             reason = str(error)
         left.append(f"{image.path}: {reason}")
     return removed, left
-
-
-def missing(program: str) -> str | None:
-    """In words that `program` is not to be found, and what has it; None if it is there."""
-    if shutil.which(program) is not None:
-        return None
-    return f"the program {program} is not in PATH (Debian's package {_PACKAGES[program]} has it)"
 
 
 def size_of(path: str, image_format: str) -> int:

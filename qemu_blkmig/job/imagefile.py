@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
+import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from qemu_blkmig.destination import locks
+from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.qmp.disks import Backing, Disk
@@ -19,6 +20,7 @@ START = 10.0
 """Seconds in which qemu-nbd must serve."""
 CONNECTIONS = 65
 """Most connections that the mover makes to one export, and one to spare."""
+_IN_USE = "if a guest is using it, copy from the guest: qmp:SOCKET"
 
 
 class ImageSource:
@@ -61,15 +63,18 @@ class ImageSource:
                     server.kill()
                 raise Refused(
                     f"the image {path} cannot be served: {said.decode(errors='replace').strip() or 'qemu-nbd hangs'}",
-                    advice="if a guest is using it, copy from the guest: qmp:SOCKET",
+                    advice=_IN_USE,
                 )
             await asyncio.sleep(0.01)
         return cls(disk, socket, server, descriptor)
 
     async def close(self) -> None:
-        """End the server."""
+        """End the server: it only reads, so nothing is lost by killing it.
+
+        qemu-nbd forgets a SIGTERM that comes before its main loop begins, and would serve for ever.
+        """
         if self._server.returncode is None:
-            self._server.terminate()
+            self._server.kill()
         await self._server.wait()
         os.close(self._descriptor)
 
@@ -126,25 +131,25 @@ def _locked(path: str) -> int:
         os.close(descriptor)
         raise Refused(f"the image {path} cannot be locked: {error.strerror}") from error
     os.close(descriptor)
-    raise Refused(
-        f"the image {path} is open for writing in a QEMU",
-        advice="if a guest is using it, copy from the guest: qmp:SOCKET",
-    )
+    raise Refused(f"the image {path} is open for writing in a QEMU", advice=_IN_USE)
 
 
 async def _describe(path: str, image_format: str | None) -> Disk:
-    if shutil.which("qemu-img") is None:
-        raise Refused("qemu-img is missing", advice="install qemu-utils")
+    if lacking := missing(SERVING):
+        raise Refused("; ".join(lacking))
+    try:
+        if not (stat.S_ISREG(mode := Path(path).stat().st_mode) or stat.S_ISBLK(mode)):
+            raise Refused(f"the image {path} is neither a file nor a block device")
+    except OSError as error:
+        raise Refused(f"the image {path} cannot be read: {error.strerror}") from error
     arguments = ["qemu-img", "info", "--output=json", *(["-f", image_format] if image_format else []), "--", path]
     process = await asyncio.create_subprocess_exec(
         *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     output, said = await process.communicate()
     if process.returncode != 0:
-        raise Refused(
-            f"the image cannot be read: {said.decode(errors='replace').strip()}",
-            advice="if a guest is using it, copy from the guest: qmp:SOCKET",
-        )
+        words = said.decode(errors="replace").strip()
+        raise Refused(f"the image {path} cannot be read: {words}", advice=_IN_USE if "lock" in words else None)
     info = json.loads(output)
     backing = None
     if name := info.get("backing-filename"):

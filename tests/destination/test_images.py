@@ -160,3 +160,13 @@ def test_a_block_device_behind_a_symlink_is_fit(tmp_path: Path) -> None:
         images.give_up(prepared)
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+def test_programs_that_an_image_needs_are_missed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    problems, _free = images.inspect(
+        [new(tmp_path / "a", format="qcow2"), new(tmp_path / "b", format="qcow2", disk="e")]
+    )
+    assert [problem.disk for problem in problems] == [None, None, None]
+    assert "program setpriv is not in PATH" in "; ".join(problem.what for problem in problems)
+    assert faults(new(tmp_path / "a")) == ""

@@ -1,0 +1,58 @@
+"""An image file as a source: served, refused in words, and let go of."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.imagefile import ImageSource
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M"], check=True)
+    return path
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all of PATH, with the programs that serve an image."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in ("qemu-img", "qemu-nbd", "setpriv", "touch", "sleep"):
+        (folder / program).symlink_to(str(shutil.which(program)))
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("program", ["qemu-img", "qemu-nbd", "setpriv"])
+async def test_a_program_that_is_missing_is_named(image: Path, programs: Path, program: str) -> None:
+    (programs / program).unlink()
+    with pytest.raises(Refused, match=f"program {program} is not in PATH"):
+        await ImageSource.serve(str(image), None, image.parent)
+
+
+async def test_a_server_that_forgets_sigterm_is_ended(image: Path, programs: Path) -> None:
+    """qemu-nbd does, when the signal comes between its socket and its main loop."""
+    (programs / "qemu-nbd").unlink()
+    deaf = programs / "qemu-nbd"
+    deaf.write_text(
+        "#!/bin/sh\ntrap '' TERM\nfor a; do case $a in --socket=*) touch ${a#--socket=};; esac; done\nexec sleep 60\n"
+    )
+    deaf.chmod(0o755)
+    source = await ImageSource.serve(str(image), None, image.parent)
+    async with asyncio.timeout(10):
+        await source.close()
+
+
+@pytest.mark.parametrize(("name", "words"), [("nothing", "No such file"), ("", "neither a file nor a block device")])
+async def test_what_is_no_image_is_told_apart(tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(Refused, match=words) as caught:
+        await ImageSource.serve(str(tmp_path / name), None, tmp_path)
+    assert caught.value.advice is None
