@@ -203,6 +203,21 @@ def test_a_guest_that_writes_faster_than_its_disk_is_copied_is_left_or_paused_fo
     assert_nothing_left(lab, arrived)
 
 
+def test_the_ram_of_an_emulated_guest_is_not_throttled_and_that_is_said(lab: Lab) -> None:
+    busy, idle = lab.disk("busy", 16 * MIB), lab.disk("idle", 8 * MIB)
+    guest = lab.boot([busy, idle], Orders(rate=20, disks=("vda",)))
+    guest.wait_for_writing(more=20)
+    guest.pause()
+    shutil.copy(busy.path, lab.target / "busy")
+    slow = ("--migrate-disks", "disk1", "--bandwidth", "1M", "--downtime", 1, "--progress", "json")
+    outcome, arrived = migrate(lab, guest, *slow)
+    notes = [line.get("text", "") for line in outcome.succeeded().progress]
+    assert any("does not limit RAM" in note for note in notes)
+    assert arrived.status() == "paused"
+    arrived.resume()
+    arrived.wait_for_writing(more=20)
+
+
 def test_a_stalled_migration_told_to_wait_goes_on_until_the_guest_is_paused_and_moves_it_paused(lab: Lab) -> None:
     disk = lab.disk("disk", 16 * MIB)
     guest = lab.boot([disk], Orders(writer="hot"))

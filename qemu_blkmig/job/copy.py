@@ -164,6 +164,7 @@ class _GuestCopy:
     async def _paused(self) -> AsyncIterator[None]:
         """A pause stops those writers, too, that a frozen file system does not (raw devices, swap)."""
         record = self._job.record
+        await self._guest.check_still_here()
         record.run_state_taken = True
         self._job.save()
         try:

@@ -10,8 +10,8 @@ from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, G
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.watchdog import Watchdog
-from qemu_blkmig.qmp.guest import run_state
-from qemu_blkmig.qmp.monitor import Event, Monitor
+from qemu_blkmig.qmp.guest import MIGRATED, run_state
+from qemu_blkmig.qmp.monitor import CommandFailed, Event, Monitor
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Guard:
         The work has failed then: from now on it is not cancelled any more.
         """
         self._work = None
-        if isinstance(error, ConnectionLost | DestinationFailed) or type(error).__name__ == "CommandFailed":
+        if isinstance(error, ConnectionLost | DestinationFailed | CommandFailed):
             await asyncio.wait({self._task}, timeout=0.5)
         return self.error or error
 
@@ -98,9 +98,14 @@ class Guard:
             await self._note_run_state(event.name)
 
     async def _note_run_state(self, event: str) -> None:
-        running = event == "RESUME"
-        if running or await run_state(self._source) in STOPPED_BY_OTHERS:
-            self._note(running=running)
+        if event == "RESUME":
+            self._note(running=True)
+            return
+        state = await run_state(self._source)
+        if state in MIGRATED and not self._job.record.migrating:
+            raise GuestStateError(f"somebody else migrates the guest away (run state {state})")
+        if state in STOPPED_BY_OTHERS:
+            self._note(running=False)
 
     def _note(self, *, running: bool) -> None:
         if self._job.record.was_running is not running:

@@ -26,7 +26,7 @@ from qemu_blkmig.job.record import Owner
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result
 from qemu_blkmig.job.target import TargetQemu
-from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.qmp.guest import QemuGuest, is_virtualized
 from qemu_blkmig.qmp.monitor import NotSent
 from qemu_blkmig.qmp.ram import RamMigration
 from qemu_blkmig.units import show_seconds
@@ -39,6 +39,8 @@ PATIENCE = 10.0
 """Seconds that the last pass may take at least, whatever was predicted, before the guest is given back."""
 HANDOVER = 60.0
 """Seconds in which RAM's rest and device state must have crossed, at least."""
+RAM_POLL = 0.5
+"""Seconds between two looks at how often RAM has been passed over."""
 ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
 
@@ -125,7 +127,7 @@ class _Run:
         self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
 
     async def _pause_here(self) -> Downtime | None:
-        await self._take_run_state()
+        await self._take_run_state(migrating=False)
         self._guard.ignore_pauses()
         with self._watch.phase("switchover"):
             paused = self._clock.now()
@@ -172,26 +174,50 @@ class _Run:
 
     async def _migrate_ram(self, ram: RamMigration) -> None:
         """QEMU's own migration up to the pause, while the disks are kept in step."""
-        await self._take_run_state()
+        await self._take_run_state(migrating=True)
         await self._target().claim()
         predicted = self._engine.figures().predicted or 0.0
         await ram.start(
             downtime=max(LEAST_FOR_RAM, self._options.downtime - predicted),
-            bandwidth=self._options.transfer.bandwidth,
+            bandwidth=await self._bandwidth_of_ram(),
         )
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
+                bound = group.create_task(self._bound_ram(ram))
                 await ram.wait_paused()
+                bound.cancel()
                 self._engine.request_stop()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
+
+    async def _bandwidth_of_ram(self) -> int | None:
+        """The user's limit, but none where the guest is emulated: see docs/decisions/009-ram-under-tcg.md."""
+        limit = self._options.transfer.bandwidth
+        if limit is None or await is_virtualized(self._life.source):
+            return limit
+        self._reporter.note("--bandwidth does not limit RAM here: QEMU may damage an emulated (TCG) guest that way")
+        return None
+
+    async def _bound_ram(self, ram: RamMigration) -> None:
+        """RAM may be dirtied faster than it crosses: --max-rounds bounds its passes as it does the disks' rounds."""
+        options = self._options
+        if options.on_stall is OnStall.WAIT or options.max_rounds is None:
+            return
+        while await ram.passes() <= options.max_rounds:
+            await self._clock.sleep(RAM_POLL)
+        text = f"after {options.max_rounds} passes RAM is still dirtied faster than it crosses"
+        if options.on_stall is OnStall.ABORT:
+            raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
+        self._reporter.note(f"{text}; the guest is paused until it has (--on-stall pause)")
+        self._guard.ignore_pauses()
+        await self._guest.pause()
 
     async def _fits_now(self) -> bool:
         """With the guest paused: whether what is dirty fits the downtime that was asked for, if it ran at all."""
         figures = await self._engine.refresh()
         may_last = self._options.on_stall is OnStall.PAUSE or not self._job.record.was_running
-        return may_last or (figures.predicted or 0.0) <= self._options.downtime
+        return may_last or not figures.pending or (figures.predicted or 0.0) <= self._options.downtime
 
     async def _too_dirty(self, attempt: int) -> None:
         options = self._options
@@ -204,7 +230,7 @@ class _Run:
         if attempt >= ATTEMPTS and options.on_stall is OnStall.ABORT:
             raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}: trying again")
-        self._job.record.run_state_taken = False
+        self._job.record.run_state_taken = self._job.record.migrating = False
         self._job.save()
         self._life.watchdog.disarm()
         await self._life.drop_target()
@@ -273,10 +299,15 @@ class _Run:
         else:
             await activate(target.monitor, self._job.record.images)
 
-    async def _take_run_state(self) -> None:
-        """Before any pause: the watchdog is armed, and the record says that the pause is ours."""
+    async def _take_run_state(self, *, migrating: bool) -> None:
+        """Before any pause: the watchdog is armed, and the record says that the pause, and a migration, are ours.
+
+        Raises `GuestStateError` when somebody else migrates the guest.
+        """
         await self._life.watchdog.arm(PATIENCE)
+        await self._guest.check_still_here()
         self._job.record.run_state_taken = True
+        self._job.record.migrating = migrating
         self._job.save()
 
     def _target(self) -> TargetQemu:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_blkmig.destination.protocol import Backing, Image, Inspect, InspectReply
+from qemu_blkmig.destination.protocol import Backing as SharedBase
+from qemu_blkmig.destination.protocol import Image, Inspect, InspectReply
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.files import FileId, file_id, file_id_for, opened_by
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.target import TargetQemu, counterpart
-from qemu_blkmig.qmp.disks import Disk, Skipped, inventory, obstacles, select
+from qemu_blkmig.qmp.disks import Backing, Disk, Layer, Skipped, inventory, obstacles, plain_filename, select
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.transport.client import AgentClient
@@ -43,6 +46,16 @@ def private_layers(disk: Disk) -> int:
     return images[1] if len(images) > 1 else max(1, len(disk.layers))
 
 
+def _base_layer(disk: Disk) -> Layer | None:
+    """The layer that the disk's overlay stands upon, as QEMU has it open."""
+    images = [layer for layer in disk.layers if not layer.filter]
+    return images[1] if len(images) > 1 else None
+
+
+def _same_name(one: str, other: str) -> bool:
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
+
+
 class Planner:
     """Collects the plan from the source QEMU, the destination's agent and, where there is one, its QEMU."""
 
@@ -67,13 +80,20 @@ class Planner:
             self._problems.append(str(error))
         if disks:
             self._problems += await obstacles(source, disks, ours=prefix)
+        self._check_one_file_each(source.peer_pid, disks, found.disks)
         self._tell_left_out(found.disks, disks, found.skipped)
         images = await self._target_images(disks, target) if target else self._directory_images(disks)
+        own = {file_id_for(source.peer_pid, layer.filename) for disk in found.disks for layer in disk.layers}
+        self._check_apart(images, own | opened_by(source.peer_pid))
         return await self._checked(disks, tuple(found.skipped), images)
 
     async def plan_image(self, disk: Disk) -> Plan:
         """The plan for a disk without a guest."""
-        return await self._checked((disk,), (), self._directory_images((disk,)))
+        images = self._directory_images((disk,))
+        self._check_apart(
+            images, {file_id(name) for name in (disk.filename, disk.backing and disk.backing.full) if name}
+        )
+        return await self._checked((disk,), (), images)
 
     async def _checked(self, disks: tuple[Disk, ...], skipped: tuple[Skipped, ...], images: dict[str, Image]) -> Plan:
         for disk in disks:
@@ -88,7 +108,8 @@ class Planner:
         status = (await source.execute("query-status"))["status"]
         if status not in MIGRATABLE:
             self._problems.append(f"the guest is in run state {status}, which cannot be migrated")
-        migration = (await source.execute("query-migrate")).get("status")
+        told = await source.execute("query-migrate")
+        migration = told.get("status")
         if migration == "completed" and status == "postmigrate":
             self._problems.append("the guest was migrated away from this QEMU: it lives elsewhere now")
         elif with_ram and status == "postmigrate":
@@ -99,6 +120,27 @@ class Planner:
         if migration in ("setup", "active", "pre-switchover", "device", "cancelling"):
             self._problems.append(f"another migration of this guest is under way (status {migration})")
 
+        if with_ram:
+            self._problems += [f"QEMU cannot migrate this guest: {why}" for why in told.get("blocked-reasons", ())]
+
+    def _check_one_file_each(self, process: int | None, disks: Sequence[Disk], known: Sequence[Disk]) -> None:
+        """A bitmap sees what is written through its own node only."""
+        seen: dict[FileId, Disk] = {}
+        for disk in known:
+            own = file_id_for(process, disk.filename)
+            if own is not None and (other := seen.setdefault(own, disk)) is not disk and {disk, other} & set(disks):
+                self._problems.append(
+                    f"disk {disk.name} is the same file as disk {other.name} ({disk.filename}), opened a second time: "
+                    "what is written to one is not seen at the other"
+                )
+
+    def _check_apart(self, images: Mapping[str, Image], own: Collection[FileId | None]) -> None:
+        """Locks do not tell of a source that was opened without them, or that shares its image with other writers."""
+        for name, image in images.items():
+            there = file_id(image.path)
+            if there is not None and there in own:
+                self._problems.append(f"disk {name}: the destination {image.path} is a file of the source itself")
+
     def _check_disk(self, disk: Disk) -> None:
         if disk.encrypted and not self._selection.allow_plaintext:
             self._problems.append(
@@ -107,6 +149,22 @@ class Planner:
             )
         if self._selection.shared_base and disk.backing is None:
             self._warnings.append(f"disk {disk.name} has no backing file: it is copied whole")
+        if self._selection.shared_base and disk.backing is not None:
+            self._check_backing(disk, disk.backing)
+
+    def _check_backing(self, disk: Disk, backing: Backing) -> None:
+        """An overlay may be used upon another file than its image names: QEMU's options and `backing: null` do that."""
+        base = _base_layer(disk)
+        if disk.layers and (
+            base is None or not _same_name(plain_filename(base.filename), plain_filename(backing.full))
+        ):
+            used = base.filename if base is not None else "no backing file"
+            self._problems.append(
+                f"disk {disk.name}: its image names {backing.filename} as its backing file, but the source QEMU uses "
+                f"{used}: that base cannot be shared"
+            )
+        elif base is None and backing.format is None:
+            self._problems.append(f"disk {disk.name}: its image does not say which format its backing file has")
 
     def _tell_left_out(self, known: Sequence[Disk], chosen: Sequence[Disk], skipped: Sequence[Skipped]) -> None:
         names = {disk.name for disk in chosen}
@@ -141,10 +199,13 @@ class Planner:
             cluster_size=disk.cluster_size,
         )
 
-    def _base(self, disk: Disk) -> Backing | None:
+    def _base(self, disk: Disk) -> SharedBase | None:
         if not self._selection.shared_base or disk.backing is None:
             return None
-        return Backing(disk.backing.filename, disk.backing.format or "raw")
+        base = _base_layer(disk)
+        # Where the image does not say it, QEMU has recognized it.
+        recognized = "raw" if base is None or base.driver == "file" else base.driver
+        return SharedBase(disk.backing.filename, disk.backing.format or recognized)
 
     async def _target_images(self, disks: Sequence[Disk], target: TargetQemu) -> dict[str, Image]:
         candidates = (await target.inventory()).disks

@@ -37,6 +37,7 @@ class Record(msgspec.Struct):
     """What must be known to bring both sides to rest.
 
     `run_state_taken`: we paused the guest, or are about to. `was_running`: it ran before that, so it has to again.
+    `migrating`: QEMU's migration of the source is ours, or about to be; without it, one that is seen is another's.
     `nbd_server`: the source QEMU's NBD server is ours, or about to be. `images`: what the destination QEMU uses.
     `created`: those of them that we made. `frozen_by`: the guest agent's socket while file systems are frozen.
     `started_there`: the destination was told to run the guest, or is about to be: it may have written there.
@@ -49,6 +50,7 @@ class Record(msgspec.Struct):
     owner: Owner = Owner.SOURCE
     was_running: bool = True
     run_state_taken: bool = False
+    migrating: bool = False
     nbd_server: bool = False
     keep_source: bool = False
     target_qmp: str | None = None

@@ -21,6 +21,7 @@ from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.qmp.agent import GuestAgent
+from qemu_blkmig.qmp.guest import MIGRATED, UNDER_WAY, migration_status
 from qemu_blkmig.qmp.monitor import Monitor, NoAnswer
 from qemu_blkmig.qmp.ram import cancel_migration
 from qemu_blkmig.qmp.removal import remove_all
@@ -39,8 +40,6 @@ ANSWER = 10.0
 THAW = 10.0
 """Seconds in which a guest agent must thaw."""
 
-UNDER_WAY = ("setup", "cancelling", "active", "pre-switchover", "device", "wait-unplug")
-OUR_PAUSE = ("paused", "postmigrate", "finish-migrate")
 NOT_STARTED = ("inmigrate", "paused", "prelaunch", "postmigrate")
 """Run states of a destination in which a guest that was never started can be."""
 
@@ -281,8 +280,7 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
     if source is None:
         settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote")
     else:
-        # Until we took the run state, a migration that is under way is somebody else's.
-        if record.run_state_taken and await _migration_status(source) in UNDER_WAY:
+        if record.migrating and await _migration_status(source) in UNDER_WAY:
             await cancel_migration(source)
         await _give_back_run_state(job, source, settlement)
         if record.frozen_by is not None:
@@ -304,7 +302,10 @@ async def _clean(job: Job, source: Monitor, settlement: Settlement) -> None:
 
 async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement) -> None:
     status = await source.execute("query-status")
-    ours = job.record.run_state_taken and job.record.was_running and status["status"] in OUR_PAUSE
+    record = job.record
+    # One that somebody else has migrated away runs elsewhere: `cont` would start it a second time.
+    pauses = ("paused", *MIGRATED) if record.migrating else ("paused",)
+    ours = record.run_state_taken and record.was_running and status["status"] in pauses
     if ours and not status["running"]:
         await source.execute("cont")
         status = await source.execute("query-status")
@@ -317,8 +318,10 @@ async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement
 async def _why_not_running(job: Job, source: Monitor, status: str) -> str:
     if status != "postmigrate":
         return f"the guest is at the source, not running (run state {status})"
-    if await _migration_status(source) == "completed" and not job.record.run_state_taken:
-        return "the source QEMU is what an earlier migration left behind; `cont` there would start the guest twice"
+    if await _migration_status(source) == "completed" and not job.record.migrating:
+        return (
+            "the source QEMU is what another migration left behind; `cont` there would start the guest twice"
+        )
     return "the guest is at the source, paused (run state postmigrate: QEMU migrates it again only after a `cont`)"
 
 
@@ -367,7 +370,7 @@ async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: S
 
 
 async def _migration_status(monitor: Monitor) -> str:
-    return str((await monitor.execute("query-migrate", timeout=ANSWER)).get("status", "none"))
+    return await migration_status(monitor, timeout=ANSWER)
 
 
 async def _nobody_listens(path: str) -> bool:

@@ -121,6 +121,8 @@ def identity(drive: Mapping[str, Any]) -> tuple[str, str]:
 def select(inventory: Inventory, names: Sequence[str] | None) -> tuple[Disk, ...]:
     """Return the disks of these names, in the guest's order; None: all that can be migrated.
 
+    A disk answers to its name and to whatever else QEMU knows it by: drive id, device id or path, topmost node.
+
     Raises `Refused`: a name is unknown, or the drive cannot be migrated, or there is nothing to migrate.
     """
     known = {disk.name for disk in inventory.disks}
@@ -128,13 +130,17 @@ def select(inventory: Inventory, names: Sequence[str] | None) -> tuple[Disk, ...
     for name in names or ():
         if name in reasons:
             raise Refused(f"cannot be migrated: {reasons[name]}", disk=name, advice="leave it out of the list")
-        if name not in known:
+        if not any(name in _aliases(disk) for disk in inventory.disks):
             raise Refused(f"the guest has no disk {name!r}; its disks are: {', '.join(sorted(known)) or 'none'}")
-    chosen = tuple(disk for disk in inventory.disks if names is None or disk.name in names)
+    chosen = tuple(disk for disk in inventory.disks if names is None or _aliases(disk) & set(names))
     if not chosen:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise Refused(f"there is no disk to migrate ({told or 'the guest has no drives, or none was named'})")
     return chosen
+
+
+def _aliases(disk: Disk) -> set[str]:
+    return {disk.name, disk.device, disk.qdev, disk.node} - {""}
 
 
 async def obstacles(monitor: Monitor, disks: Sequence[Disk], *, ours: str) -> list[str]:
@@ -146,6 +152,11 @@ async def obstacles(monitor: Monitor, disks: Sequence[Disk], *, ours: str) -> li
     )
     found = [f"the block job {job['id']} ({job['type']}) is {job['status']}" for job in active_jobs(jobs)]
     found += await _unsafe_iothreads(monitor, disks)
+    found += [
+        f"disk {disk.name} is passed through (scsi-block): QEMU does not see what is written to it"
+        for disk in disks
+        if await _property(monitor, disk.qdev, "type") == "scsi-block"
+    ]
     owner = {layer.node: disk.name for disk in disks for layer in disk.layers}
     for export in exports:
         disk = owner.get(export["node-name"])

@@ -15,9 +15,25 @@ _CANNOT_RESUME = {
 }
 
 
+MIGRATED = ("finish-migrate", "postmigrate")
+"""Run states of a guest that a migration has paused."""
+UNDER_WAY = ("setup", "cancelling", "active", "pre-switchover", "device", "wait-unplug")
+"""What QEMU says of a migration that has not ended (query-migrate)."""
+
+
+async def migration_status(monitor: Monitor, *, timeout: float = 30) -> str:  # noqa: ASYNC109
+    """QEMU's word for where its migration stands ("none", "active", "completed", ...)."""
+    return str((await monitor.execute("query-migrate", timeout=timeout)).get("status", "none"))
+
+
 async def run_state(monitor: Monitor) -> str:
     """Return the guest's run state by QEMU's name of it ("running", "paused", "io-error", "postmigrate", ...)."""
     return str((await monitor.execute("query-status"))["status"])
+
+
+async def is_virtualized(monitor: Monitor) -> bool:
+    """Whether the guest runs under KVM (query-kvm); if not, it is emulated, by TCG."""
+    return bool((await monitor.execute("query-kvm"))["enabled"])
 
 
 class QemuGuest:
@@ -30,6 +46,13 @@ class QemuGuest:
     async def is_paused(self) -> bool:
         """Whether no vCPU runs and the guest's requests are drained: so in every run state that is not running."""
         return not (await self._monitor.execute("query-status"))["running"]
+
+    async def check_still_here(self) -> None:
+        """Raise `GuestStateError` if somebody migrates the guest away, or did: it is not ours to pause and resume."""
+        migration = await migration_status(self._monitor)
+        state = await run_state(self._monitor)
+        if migration in UNDER_WAY or (migration == "completed" and state in MIGRATED):
+            raise GuestStateError(f"somebody else migrates the guest away (migration {migration}, run state {state})")
 
     async def pause(self) -> None:
         """Stop the guest, drain its requests; no matter if it is stopped already. Raises `GuestStateError`."""
@@ -46,6 +69,7 @@ class QemuGuest:
         before = await run_state(self._monitor)
         if before in _CANNOT_RESUME:
             raise GuestStateError(f"the guest cannot be resumed: {_CANNOT_RESUME[before]}")
+        await self.check_still_here()
         try:
             await self._monitor.execute("cont")
         except CommandFailed as error:

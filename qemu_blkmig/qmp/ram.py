@@ -40,6 +40,7 @@ class RamMigration:
         self._destination = destination
         self._subscriptions = contextlib.ExitStack()
         self._before: dict[Monitor, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
+        self._begun = False
         self.paused_at: float | None = None
         """When QEMU stopped the guest, by the source's wall clock, seconds; None if it has not, or it was paused."""
 
@@ -90,8 +91,11 @@ class RamMigration:
     async def cancel(self) -> None:
         """Cancel, and return when the source guest is in its own hands again: running, if it was before.
 
-        Safe to call when nothing runs. Raises `RequestError` when it is too late: the migration has completed.
+        Nothing happens unless `start` came as far as to start it: another one is not ours to cancel. Raises
+        `RequestError` when it is too late: the migration has completed.
         """
+        if not self._begun:
+            return
         await cancel_migration(self._source)
         await self._restore_settings()
         if await self.status() == "completed":
@@ -100,6 +104,10 @@ class RamMigration:
     async def status(self) -> str:
         """QEMU's word for where the migration stands ("none", "active", "pre-switchover", ...), at the source."""
         return str((await self._migration(self._source)).get("status", "none"))
+
+    async def passes(self) -> int:
+        """How many times the source QEMU has gone over RAM (query-migrate, dirty-sync-count)."""
+        return int((await self._migration(self._source)).get("ram", {}).get("dirty-sync-count", 0))
 
     def _subscribe(self, monitor: Monitor, *names: str) -> EventStream:
         return self._subscriptions.enter_context(monitor.events(*names))
@@ -123,6 +131,7 @@ class RamMigration:
             await self._destination.pass_fd(there.fileno(), _CHANNEL)
             await self._destination.execute("migrate-incoming", {"uri": f"fd:{_CHANNEL}"})
             await self._source.pass_fd(here.fileno(), _CHANNEL)
+            self._begun = True
             await self._source.execute("migrate", {"uri": f"fd:{_CHANNEL}"})
 
     async def _wait_source(self, wanted: str) -> None:

@@ -1,0 +1,63 @@
+"""RAM that never converges: no real guest can be slowed for this under TCG (docs/decisions/009), hence fakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qemu_blkmig.errors import Stalled
+from qemu_blkmig.job.migrate import _Run
+from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
+
+
+class FakeRam:
+    """Goes over RAM once a look."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def passes(self) -> int:
+        self.count += 1
+        return self.count
+
+
+def run_with(on_stall: OnStall, done: list[str]) -> Any:
+    """A migration's run, of which only what bounds RAM is there."""
+
+    async def sleep(_seconds: float) -> None:
+        done.append("slept")
+
+    async def pause() -> None:
+        done.append("paused")
+
+    options = MigrateOptions(source="/s", target=Target(Path("/d"), qmp="/q"), max_rounds=3, on_stall=on_stall)
+    reporter: Any = SimpleNamespace(note=lambda text: done.append(text))
+    clock: Any = SimpleNamespace(sleep=sleep, now=lambda: 0.0)
+    life: Any = SimpleNamespace(job=None)
+    interrupts: Any = None
+    run: Any = _Run(life, options, reporter, interrupts, clock)
+    run._guest = SimpleNamespace(pause=pause)
+    run._guard = SimpleNamespace(ignore_pauses=lambda: done.append("the pause is ours"))
+    return run
+
+
+async def test_too_many_passes_abort_the_migration_when_so_asked() -> None:
+    ram = FakeRam()
+    with pytest.raises(Stalled, match="after 3 passes RAM"):
+        await run_with(OnStall.ABORT, [])._bound_ram(ram)
+    assert ram.count == 4
+
+
+async def test_too_many_passes_pause_the_guest_when_so_asked() -> None:
+    done: list[str] = []
+    await run_with(OnStall.PAUSE, done)._bound_ram(FakeRam())
+    assert done[-2:] == ["the pause is ours", "paused"]
+
+
+async def test_whoever_waits_is_not_bound() -> None:
+    ram = FakeRam()
+    await run_with(OnStall.WAIT, [])._bound_ram(ram)
+    assert ram.count == 0
