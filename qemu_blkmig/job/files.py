@@ -1,0 +1,34 @@
+"""Which files are one and the same, whatever they are called: links, bind mounts and device nodes are seen through."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+FileId = tuple[str, int, int]
+
+
+def file_id(path: str | Path) -> FileId | None:
+    """What tells the regular file or block device at `path` from all others; None if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)  # noqa: PTH116 - it may be a descriptor's link in /proc
+        if stat.S_ISBLK(status.st_mode):
+            return "device", status.st_rdev, 0
+        if stat.S_ISREG(status.st_mode):
+            return "file", status.st_dev, status.st_ino
+    return None
+
+
+def file_id_for(process: int | None, name: str) -> FileId | None:
+    """The same for a name as `process` (None: ours) uses it, which may be relative to its working directory."""
+    return file_id(name if process is None else Path(f"/proc/{process}/cwd", name)) if name else None
+
+
+def opened_by(process: int | None) -> set[FileId]:
+    """The files that `process` has open, as far as we may know."""
+    found: set[FileId | None] = set()
+    with contextlib.suppress(OSError):
+        found = {file_id(link) for link in Path(f"/proc/{process}/fd").iterdir()}
+    return {each for each in found if each is not None}

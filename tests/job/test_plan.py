@@ -1,0 +1,115 @@
+"""What the plan refuses, with real QEMUs: files that are not what they seem to be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.job.options import Selection
+from qemu_blkmig.job.plan import Plan, Planner
+from qemu_blkmig.transport.local import start_local
+from tests.qmp.conftest import MakeImage, Qemu, StartQemu
+
+BACKING_FORMAT = bytes.fromhex("e2792aca")
+UNKNOWN = bytes.fromhex("12345678")
+
+
+async def plan(qemu: Qemu, directory: Path, *, shared_base: bool = False, with_ram: bool = False) -> Plan:
+    directory.mkdir(exist_ok=True)
+    agent = await start_local()
+    try:
+        planner = Planner(agent, replace(Selection(), shared_base=shared_base), directory)
+        return await planner.plan(qemu.monitor, None, "blkmig-test", with_ram=with_ram)
+    finally:
+        await agent.close()
+
+
+@pytest.mark.parametrize("way", ["itself", "hard link", "symbolic link"])
+async def test_the_source_s_own_file_is_no_destination(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path, way: str
+) -> None:
+    image = make_image("disk.img", format="raw")
+    blockdev = f"driver=raw,node-name=d,file.driver=file,file.filename={image},file.locking=off"
+    qemu = await start_qemu("-blockdev", blockdev, "-device", "virtio-blk,drive=d,id=d")
+    directory = tmp_path if way == "itself" else tmp_path / "target"
+    directory.mkdir(exist_ok=True)
+    if way == "hard link":
+        os.link(image, directory / image.name)
+    elif way == "symbolic link":
+        (directory / image.name).symlink_to(image)
+    [problem] = (await plan(qemu, directory)).problems
+    assert "is a file of the source itself" in problem
+    assert (await plan(qemu, tmp_path / "elsewhere")).problems == ()
+
+
+async def test_the_base_of_the_source_is_no_destination(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    (tmp_path / "above").mkdir()
+    overlay = make_image("above/disk", backing=make_image("disk"))
+    drive = f"if=none,id=d,format=qcow2,file={overlay}"
+    qemu = await start_qemu("-drive", drive, "-device", "virtio-blk,drive=d,share-rw=on")
+    assert any("is a file of the source itself" in problem for problem in (await plan(qemu, tmp_path)).problems)
+
+
+async def test_two_disks_that_are_one_file_are_refused(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    image = make_image("disk.img", format="raw")
+    arguments = []
+    for name in "xy":
+        arguments += ["-drive", f"if=none,id={name},format=raw,file={image}"]
+        arguments += ["-device", f"virtio-blk,drive={name},share-rw=on"]
+    [problem] = (await plan(await start_qemu(*arguments), tmp_path / "target")).problems
+    assert "disk y is the same file as disk x" in problem
+
+
+async def test_the_format_of_a_base_is_known_where_the_overlay_does_not_tell_it(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    overlay = make_image("overlay", backing=make_image("base"))
+    overlay.write_bytes(overlay.read_bytes().replace(BACKING_FORMAT, UNKNOWN))
+    drive = f"if=none,id=d,format=qcow2,file={overlay}"
+    qemu = await start_qemu("-drive", drive, "-device", "virtio-blk,drive=d")
+    planned = await plan(qemu, tmp_path / "target", shared_base=True)
+    assert planned.problems == ()
+    backing = planned.images["d"].backing
+    assert backing is not None and backing.format == "qcow2"
+
+
+@pytest.mark.parametrize("instead", ["other", "null"])
+async def test_a_base_is_not_shared_that_the_source_does_not_use(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path, instead: str
+) -> None:
+    overlay, other = make_image("overlay", backing=make_image("base")), make_image("other")
+    backing = "null" if instead == "null" else f'{{"driver":"qcow2","file":{{"driver":"file","filename":"{other}"}}}}'
+    file = f'{{"driver":"file","filename":"{overlay}"}}'
+    blockdev = f'{{"driver":"qcow2","node-name":"d","file":{file},"backing":{backing}}}'
+    qemu = await start_qemu("-blockdev", blockdev, "-device", "virtio-blk,drive=d")
+    [problem] = (await plan(qemu, tmp_path / "target", shared_base=True)).problems
+    assert "that base cannot be shared" in problem
+
+
+async def test_a_base_named_by_a_relative_path_is_shared(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    base, overlay = make_image("base"), make_image("overlay", backing=Path("base"))
+    (tmp_path / "target").mkdir()
+    shutil.copy(base, tmp_path / "target")
+    drive = f"if=none,id=d,format=qcow2,file={overlay}"
+    qemu = await start_qemu("-drive", drive, "-device", "virtio-blk,drive=d")
+    assert (await plan(qemu, tmp_path / "target", shared_base=True)).problems == ()
+
+
+async def test_what_qemu_will_not_migrate_is_told_before(start_qemu: StartQemu, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    drive = f"if=none,id=d,format=raw,file={image}"
+    qemu = await start_qemu("-drive", drive, "-device", "nvme,drive=d,serial=1")
+    [problem] = (await plan(qemu, tmp_path / "target", with_ram=True)).problems
+    assert "QEMU cannot migrate this guest" in problem and "nvme" in problem
+    assert (await plan(qemu, tmp_path / "target")).problems == ()
