@@ -1,0 +1,101 @@
+"""A guest that somebody else migrates away meanwhile: it runs elsewhere then, and must not be started here again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_blkmig.cli.commands import RealClock
+from qemu_blkmig.errors import GuestStateError, RequestError
+from qemu_blkmig.job.copy import copy
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.options import CopyOptions, Target, Transfer
+from qemu_blkmig.job.record import STATE_VARIABLE, Job
+from qemu_blkmig.job.settle import settle
+from qemu_blkmig.observe.progress import progress
+from qemu_blkmig.qmp.guest import QemuGuest, migration_status, run_state
+from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.ram import RamMigration
+from tests.qmp.conftest import Qemu, StartQemu
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory of the test's own."""
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+async def migrate_away(qemu: Qemu) -> None:
+    await qemu.user.execute("migrate", {"uri": "exec:cat >/dev/null"})
+    while await migration_status(qemu.user) != "completed":  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(("migrating", "then"), [(False, "postmigrate"), (True, "running")], ids=["theirs", "ours"])
+async def test_only_a_guest_that_we_migrated_is_resumed_after_it(
+    start_qemu: StartQemu, migrating: bool, then: str
+) -> None:
+    qemu = await start_qemu()
+    job = Job.create()
+    job.record.source_qmp = qemu.second_socket
+    job.record.run_state_taken, job.record.migrating = True, migrating
+    await migrate_away(qemu)
+    settlement = await settle(job, qemu.monitor)
+    assert await run_state(qemu.user) == then
+    assert any("start the guest twice" in fact for fact in settlement.facts) != migrating
+    job.remove()
+
+
+async def test_a_guest_that_was_migrated_away_is_not_resumed(start_qemu: StartQemu) -> None:
+    qemu = await start_qemu()
+    guest = QemuGuest(qemu.monitor)
+    await guest.check_still_here()
+    await migrate_away(qemu)
+    with pytest.raises(GuestStateError, match="somebody else migrates"):
+        await guest.resume()
+    assert await run_state(qemu.user) == "postmigrate"
+
+
+async def test_a_migration_that_is_not_ours_is_not_cancelled(start_qemu: StartQemu) -> None:
+    qemu, destination = await start_qemu(), await start_qemu("-S", "-incoming", "defer")
+    await qemu.user.execute("migrate-set-parameters", {"max-bandwidth": 1 << 16})
+    await qemu.user.execute("migrate", {"uri": "exec:cat >/dev/null"})
+    ram = RamMigration(qemu.monitor, destination.monitor)
+    with pytest.raises(RequestError):
+        await ram.start(downtime=0.3, bandwidth=None)
+    await ram.cancel()
+    assert await migration_status(qemu.user) in ("setup", "active")
+
+
+async def test_a_copy_ends_when_the_guest_is_migrated_away_and_leaves_it_there(
+    start_qemu: StartQemu, tmp_path: Path
+) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(os.urandom(8 << 20))
+    qemu = await start_qemu(
+        "-blockdev", f"driver=raw,node-name=n,file.driver=file,file.filename={image}",
+        "-device", "virtio-blk-pci,drive=n",
+    )  # fmt: skip
+    await qemu.monitor.close()
+    target = tmp_path / "target"
+    target.mkdir()
+    options = CopyOptions(Target(target), source=str(qemu.directory / "qmp.sock"), transfer=Transfer(bandwidth=4 << 20))
+    with progress("none") as reporter:
+        copying = asyncio.create_task(_copied(options, reporter))
+        while not list(target.iterdir()) or not await qemu.exports():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        await migrate_away(qemu)
+        with pytest.raises(GuestStateError, match="somebody else migrates"):
+            await copying
+    assert await run_state(qemu.user) == "postmigrate"
+    assert not list(target.iterdir())
+    qemu.monitor = await Monitor.connect(str(qemu.directory / "qmp.sock"), who="source QEMU")
+
+
+async def _copied(options: CopyOptions, reporter: Any) -> None:
+    await copy(options, reporter, Interrupts(reporter.note), RealClock())
