@@ -219,3 +219,25 @@ def _assert_only_the_guest_is_missed(attempt: Attempt) -> None:
     assert_nothing_left(attempt.lab, attempt.source)
     assert not list(attempt.lab.target.iterdir())
     attempt.source.kill()
+
+
+@pytest.mark.parametrize("moment", ["last round over", "closed"])
+def test_a_guest_that_an_admin_resumes_in_the_pause_is_not_told_to_be_paused(bench: Bench, moment: str) -> None:
+    attempt = Attempt(bench.lab, bench.guest(), "--pause-only", hold=moment, launch=False)
+    attempt.wait_held()
+    attempt.source.resume()
+    time.sleep(0.3)
+    attempt.go_on()
+    attempt.outcome().failed(1, "resumed by somebody else", now="the guest runs at the source")
+    attempt.assert_source_has_it()
+
+
+def test_a_guest_that_is_reset_in_the_pause_runs_on_when_the_coordinator_is_killed(bench: Bench) -> None:
+    attempt = Attempt(bench.lab, bench.guest(), "--pause-only", hold="last round over", launch=False)
+    attempt.wait_held()
+    attempt.source.execute("system_reset")
+    wait_until(lambda: attempt.source.status() == "prelaunch", "the reset")
+    attempt.signal(9)
+    attempt.outcome()
+    wait_until(lambda: attempt.source.status() == "running", "the guest to run again", 20)
+    attempt.source.kill()

@@ -135,9 +135,18 @@ class _Run:
             await self._complete()
         await self._verify()
         await self._carriage.close()
+        await self._check_still_paused()
         await self._engine.finish()
         took = self._clock.now() - paused
         return self._downtime(took, took)
+
+    async def _check_still_paused(self) -> None:
+        """Nobody but us knows that the guest is to stay paused: a `cont` makes both sides differ."""
+        dirty = sum(disk.dirty for disk in (await self._engine.refresh()).disks)
+        if dirty or not await self._guest.is_paused():
+            raise MigrationError(
+                f"the guest was resumed by somebody else after its last round ({dirty} bytes are dirty since)"
+            )
 
     async def _switch_over(self) -> Downtime | None:
         for attempt in itertools.count(1):

@@ -305,6 +305,9 @@ async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement
     record = job.record
     # One that somebody else has migrated away runs elsewhere: `cont` would start it a second time.
     pauses = ("paused", *MIGRATED) if record.migrating else ("paused",)
+    if status["status"] == "prelaunch" and (record.migrating or await _migration_status(source) != "completed"):
+        # It was reset in our pause.
+        pauses = (*pauses, "prelaunch")
     ours = record.run_state_taken and record.was_running and status["status"] in pauses
     if ours and not status["running"]:
         await source.execute("cont")
