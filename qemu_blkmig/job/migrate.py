@@ -153,8 +153,7 @@ class _Run:
             ram = RamMigration(self._life.source, self._target().monitor)
             async with self._called_off_on_error(ram):
                 with self._watch.phase("ram"):
-                    await self._migrate_ram(ram)
-                paused = self._clock.now()
+                    paused = await self._migrate_ram(ram)
                 if await self._fits_now():
                     with self._watch.phase("switchover"):
                         await self._complete()
@@ -181,8 +180,8 @@ class _Run:
                 await ram.cancel()
             raise reason from error
 
-    async def _migrate_ram(self, ram: RamMigration) -> None:
-        """QEMU's own migration up to the pause, while the disks are kept in step."""
+    async def _migrate_ram(self, ram: RamMigration) -> float:
+        """QEMU's own migration up to the pause, while the disks are kept in step; when the pause began."""
         await self._take_run_state(migrating=True)
         await self._target().claim()
         predicted = self._engine.figures().predicted or 0.0
@@ -192,13 +191,18 @@ class _Run:
         )
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
+                rounds = group.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
                 bound = group.create_task(self._bound_ram(ram))
                 await ram.wait_paused()
+                paused = self._clock.now()
                 bound.cancel()
                 self._engine.request_stop()
+                # What a longer round still holds is left to the last one, which --bandwidth does not slow down.
+                await asyncio.wait({rounds}, timeout=self._budget)
+                rounds.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
+        return paused
 
     async def _bandwidth_of_ram(self) -> int | None:
         """The user's limit, but none where the guest is emulated: see docs/decisions/009-ram-under-tcg.md."""

@@ -322,9 +322,7 @@ async def _why_not_running(job: Job, source: Monitor, status: str) -> str:
     if status != "postmigrate":
         return f"the guest is at the source, not running (run state {status})"
     if await _migration_status(source) == "completed" and not job.record.migrating:
-        return (
-            "the source QEMU is what another migration left behind; `cont` there would start the guest twice"
-        )
+        return "the source QEMU is what another migration left behind; `cont` there would start the guest twice"
     return "the guest is at the source, paused (run state postmigrate: QEMU migrates it again only after a `cont`)"
 
 

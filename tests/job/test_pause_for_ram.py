@@ -1,0 +1,55 @@
+"""When RAM is ready the guest stands still: a dirty round under way must not keep it so for as long as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qemu_blkmig.cli.commands import RealClock
+from qemu_blkmig.job.migrate import _Run
+from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
+
+
+class SlowRounds:
+    """An engine in a round that takes an hour (--bandwidth)."""
+
+    def __init__(self) -> None:
+        self.stop_requested = self.cancelled = False
+
+    def figures(self) -> Any:
+        return SimpleNamespace(predicted=None)
+
+    def request_stop(self) -> None:
+        self.stop_requested = True
+
+    async def keep_in_step(self, _policy: object) -> None:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+
+
+async def nothing(*_: object, **__: object) -> None:
+    """Done."""
+
+
+async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
+    job: Any = SimpleNamespace(record=SimpleNamespace(), save=lambda: None)
+    life: Any = SimpleNamespace(
+        job=job, watchdog=SimpleNamespace(arm=nothing), target=SimpleNamespace(claim=nothing), source=None
+    )
+    options = MigrateOptions(
+        source="/s", target=Target(Path("/d"), qmp="/q"), downtime=0.05, on_stall=OnStall.WAIT, max_rounds=1
+    )
+    run: Any = _Run(life, options, Any, Any, RealClock())  # type: ignore[arg-type]
+    engine = run._engine = SlowRounds()
+    run._guest = SimpleNamespace(check_still_here=nothing)
+    ram = SimpleNamespace(start=nothing, wait_paused=lambda: asyncio.sleep(0.01))
+    began = RealClock().now()
+    async with asyncio.timeout(20):
+        paused = await run._migrate_ram(ram)
+    assert engine.stop_requested and engine.cancelled
+    assert began < paused < RealClock().now()
