@@ -21,6 +21,8 @@ The layers below `job` fill in *what* and *disk*; `job` adds *state* and *advice
 
 from __future__ import annotations
 
+import signal
+
 
 class BlkmigError(Exception):
     """What happened (`what`), to which disk (`disk`), how things stand now (`state`), what to do next (`advice`)."""
@@ -116,7 +118,7 @@ class UsageError(BlkmigError):
 class Interrupted(BlkmigError):
     """A signal asked us to stop; the exit code is 128 + its number."""
 
-    def __init__(self, signum: int, *, state: str | None = None) -> None:
-        super().__init__("interrupted", state=state)
+    def __init__(self, signum: int, *, state: str | None = None, advice: str | None = None) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}", state=state, advice=advice)
         self.signum = signum
         self.exit_code = 128 + signum

@@ -3,55 +3,134 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
+import os
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
-from qemu_blkmig import __version__
+import msgspec
+
+from qemu_blkmig import __version__, errors
 from qemu_blkmig.cli import commands
-from qemu_blkmig.errors import BlkmigError
+from qemu_blkmig.errors import BlkmigError, Interrupted, UsageError
+
+EXIT_CODES = """\
+exit codes:
+  0      done
+  1      failed; the source is the truth
+  2      the command line makes no sense
+  3      refused; nothing that existed was touched
+  4      undecided or unfinished; a person must look, then: qemu-blkmig cleanup JOB
+  5      the contents of the two sides differ
+  128+n  ended by signal n
+"""
+
+
+class ErrorReport(msgspec.Struct, frozen=True):
+    """The error in `{"error": ...}` on stdout, with --output json. `kind`: a class of errors.py, as in source-read."""
+
+    exit_code: int
+    kind: str
+    what: str
+    disk: str | None
+    state: str | None
+    advice: str | None
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells of a mistake in our form, without a page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UsageError`."""
+        raise UsageError(message, advice=f"see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 usage, 3 refused, 4 undecided, 5 differ, 128+n)."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.ERROR, format="%(name)s: %(levelname)s: %(message)s"
-    )
-    if not options.verbose:
-        # It logs every connection that fails as an error, before our own error tells of it.
-        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    verbose = False
     try:
+        options = _parser().parse_args(given)
+        verbose = options.verbose
+        _set_up_logging(verbose=verbose)
         return int(options.run(options))
     except BlkmigError as error:
-        show_error(error, verbose=options.verbose)
-        return error.exit_code
+        failure = error
+    except KeyboardInterrupt:
+        failure = Interrupted(signal.SIGINT)
+    except Exception as error:
+        failure = BlkmigError(
+            f"a defect of qemu-blkmig: {type(error).__name__}: {error}",
+            advice="please report it, with what --verbose shows; `qemu-blkmig jobs` tells whether a job was left",
+        )
+        failure.__cause__ = error
+    show_error(failure, verbose=verbose)
+    if _wants_json(given):
+        _print_json(failure)
+    return failure.exit_code
 
 
 def show_error(error: BlkmigError, *, verbose: bool) -> None:
-    """What happened, how things stand now, what to do next: a line each, on stderr."""
+    """What happened, how things stand now, what to do next: a line each, on stderr; with `verbose` its causes first."""
     lines = [f"qemu-blkmig: {error}"]
     if error.state:
         lines.append(f"  now:  {error.state}")
     if error.advice:
         lines.append(f"  next: {error.advice}")
-    print("\n".join(lines), file=sys.stderr)
-    if verbose:
-        traceback.print_exception(error)
+    try:
+        if verbose:
+            traceback.print_exception(error)
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    except OSError:
+        return
+
+
+def report(error: BlkmigError) -> ErrorReport:
+    """`error` as programs get it."""
+    kind = next(each for each in type(error).__mro__ if each.__module__ == errors.__name__)
+    name = re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__.removesuffix("Error")).lower()
+    return ErrorReport(error.exit_code, name, error.what, error.disk, error.state, error.advice)
+
+
+def _print_json(error: BlkmigError) -> None:
+    try:
+        print(msgspec.json.format(msgspec.json.encode({"error": report(error)})).decode(), flush=True)
+    except OSError:
+        # Python would try to flush it once more when it exits, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether --output json was given, as far as a command line tells that may make no sense."""
+    pairs = itertools.pairwise(arguments)
+    return "--output=json" in arguments or ("--output", "json") in pairs
+
+
+def _set_up_logging(*, verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(levelname)s: %(message)s"
+    )
+    if not verbose:
+        # It logs every connection that fails as an error, before our own error tells of it.
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qemu-blkmig",
+        usage="%(prog)s [-v] COMMAND ...",
         description="Moves a running QEMU guest with its local disks to another QEMU, without shared storage.",
-        epilog="Exit codes: 0 done; 1 failed, the source is the truth; 2 usage; 3 refused, nothing touched; "
-        "4 undecided, a person must look; 5 contents differ; 128+n ended by signal n.",
+        epilog=f"`%(prog)s COMMAND --help` tells a command's options and shows examples.\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qemu-blkmig {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="show causes and what is done in detail")
-    commands.add_all(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
+    commands.add_all(parser.add_subparsers(title="commands", prog="qemu-blkmig", required=True, metavar="COMMAND"))
     return parser
 
 

@@ -58,6 +58,8 @@ class Carriage:
 
     async def open(self, socket: str, exports: dict[str, str]) -> None:
         """Connect the mover to the source's exports (by disk name), reached through the unix socket `socket`."""
+        self._job.record.filling = True
+        self._job.save()
         for disk in self._plan.disks:
             await self._agent.request(
                 Open(

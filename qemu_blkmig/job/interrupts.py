@@ -61,4 +61,8 @@ class Interrupts:
             if self._task is not None:
                 self._task.cancel()
         else:
+            self._tell(
+                "interrupted again: ending at once; the watchdog gives the guest back and tidies up, which takes "
+                "moments (`qemu-blkmig jobs` lists the job until it has)"
+            )
             os._exit(128 + signum)

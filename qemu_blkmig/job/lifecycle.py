@@ -16,7 +16,6 @@ from qemu_blkmig.errors import (
     MigrationError,
     Refused,
     RequestError,
-    Undecided,
 )
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
@@ -25,7 +24,7 @@ from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
-from qemu_blkmig.job.settle import Settlement, settle
+from qemu_blkmig.job.settle import Settlement, settle, unsettled
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.watchdog import Watchdog
 from qemu_blkmig.qmp.dirtylog import BitmapLog
@@ -219,7 +218,7 @@ class Lifecycle:
         failure = await self._explain(error)
         if self._guard is not None:
             await self._guard.stand_down()
-        if self.job.record.source_qmp is None:
+        if self.job.record.source_qmp is None and not self.job.record.images:
             await self._release_images()
             failure.state = failure.state or "nothing was touched"
             self._forget()
@@ -256,14 +255,14 @@ class Lifecycle:
 
 
 def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError:
-    state = "; ".join(settlement.facts)
     if settlement.decided:
-        failure.state = state
-        failure.advice = failure.advice or "mend the cause and run the same command again"
+        failure.state = "; ".join(settlement.facts)
+        failure.advice = failure.advice or (
+            "run the same command again: it starts from the beginning"
+            if isinstance(failure, Interrupted)
+            else "mend the cause and run the same command again"
+        )
         return failure
-    undecided = Undecided(
-        str(failure), state=state,
-        advice=f"make sure that the guest runs on one side only, then run: qemu-blkmig cleanup {job.record.job}",
-    )  # fmt: skip
+    undecided = unsettled(str(failure), settlement, job.record.job)
     undecided.__cause__ = failure
     return undecided

@@ -100,10 +100,14 @@ class MigrateOptions:
                 "name the destination's QEMU in exactly one way: --target-qmp SOCK (already waiting with "
                 "-incoming defer), --launch CMD (we start it), or --pause-only (disks only)"
             )
-        if not 0.001 <= self.downtime <= 2000:
-            raise UsageError("--downtime must be from 1 to 2000000 milliseconds")
-        if self.max_rounds is not None and self.max_rounds < 1:
-            raise UsageError("--max-rounds must be at least 1")
+        _check_convergence(self.downtime, self.max_rounds)
+
+
+def _check_convergence(downtime: float, max_rounds: int | None) -> None:
+    if not 0.001 <= downtime <= 2000:
+        raise UsageError("--downtime must be from 1 to 2000000 milliseconds")
+    if max_rounds is not None and max_rounds < 1:
+        raise UsageError("--max-rounds must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,12 @@ class CopyOptions:
     max_rounds: int | None = 30
     freeze_limit: float = 10.0
     verify: bool = False
+
+    def __post_init__(self) -> None:
+        _check_convergence(self.downtime, self.max_rounds)
+        if not 0.1 <= self.freeze_limit <= 3600:
+            raise UsageError("--freeze-limit must be from 0.1 to 3600 seconds")
+        if self.image is not None and self.agent is not None:
+            raise UsageError("--agent is for a running guest (qmp:SOCK); an image file has none")
+        if self.source is not None and self.image_format is not None:
+            raise UsageError("--source-format is for an image file (image:PATH); a guest's QEMU tells the formats")

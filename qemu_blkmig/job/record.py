@@ -39,7 +39,8 @@ class Record(msgspec.Struct):
     `run_state_taken`: we paused the guest, or are about to. `was_running`: it ran before that, so it has to again.
     `migrating`: QEMU's migration of the source is ours, or about to be; without it, one that is seen is another's.
     `nbd_server`: the source QEMU's NBD server is ours, or about to be. `images`: what the destination QEMU uses.
-    `created`: those of them that we made. `frozen_by`: the guest agent's socket while file systems are frozen.
+    `created`: those of them that we made. `filling`: something may have been written to
+    them. `frozen_by`: the guest agent's socket while file systems are frozen.
     `started_there`: the destination was told to run the guest, or is about to be: it may have written there.
     """
 
@@ -58,6 +59,7 @@ class Record(msgspec.Struct):
     target_launched: bool = False
     images: list[str] = []
     created: list[Created] = []
+    filling: bool = False
     frozen_by: str | None = None
     started_there: bool = False
 

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from qemu_blkmig.destination.protocol import Discard, DiscardReply
-from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError
+from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError, Undecided
 from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
@@ -51,6 +51,21 @@ class Settlement:
     owner: Owner
     decided: bool = True
     facts: list[str] = field(default_factory=list)
+
+
+def unsettled(what: str, settlement: Settlement, job: str) -> Undecided:
+    """The error that tells of a settlement that is not decided."""
+    again = f"run: qemu-blkmig cleanup {job}"
+    if settlement.owner is Owner.SOURCE:
+        advice = f"the guest is the source's; end or mend what is told above, then {again}"
+    elif settlement.owner is Owner.DESTINATION:
+        advice = f"the guest is the destination's; end or mend what is told above, then {again}"
+    else:
+        advice = (
+            "look at both QEMUs (query-status) and never `cont` one while the other runs; decide by ending the one "
+            f"that is not to have the guest, then {again}"
+        )
+    return Undecided(what, state="; ".join(settlement.facts), advice=advice)
 
 
 class Unreachable(BlkmigError):
@@ -146,6 +161,7 @@ async def settle(
                     await release_images()
                 if record.owner is Owner.SOURCE:
                     await _discard(job, settlement)
+                    _tell_overwritten(job, settlement)
                 break
             except ConnectionLost:
                 if attempt == ATTEMPTS - 1:
@@ -276,6 +292,9 @@ async def _take_by(job: Job, destination: Monitor) -> bool:
 
 async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
     record = job.record
+    if record.source_qmp is None:
+        settlement.facts.append("no guest is concerned, the source is as it was")
+        return
     source = await here.monitor()
     if source is None:
         settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote")
@@ -349,6 +368,14 @@ async def _discard(job: Job, settlement: Settlement) -> None:
         settlement.facts.append(f"incomplete images were left at the destination: {', '.join(reply.left)}")
     else:
         settlement.facts.append("the incomplete images at the destination were removed")
+
+
+def _tell_overwritten(job: Job, settlement: Settlement) -> None:
+    """What was at the destination before us is never removed, but it is not what it was."""
+    made = {created.path for created in job.record.created}
+    overwritten = [path for path in job.record.images if path not in made]
+    if job.record.filling and overwritten:
+        settlement.facts.append(f"what was at the destination before is partly overwritten: {', '.join(overwritten)}")
 
 
 async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from qemu_blkmig.engine.migration import Figures
 from qemu_blkmig.job.reporting import Reporter
@@ -19,77 +18,124 @@ from qemu_blkmig.units import show_bytes, show_rate, show_seconds
 
 INTERVAL = 0.2
 """Least seconds between two objects of figures in JSON."""
+LEAST_MEASURED = 0.5
+"""Seconds of copying that an average speed is told after."""
+LEAST_BAR, MOST_BAR = 8, 42
+"""Columns of the bar, its brackets included in the first."""
+ERASE = "\r\x1b[K"
+"""To the line's beginning, and what stands there away."""
 
 
 class Summary:
     """The latest that is known of a job, told in one line."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.stage = "prepare"
         self.figures: Figures | None = None
+        self._now = now
+        self._began: float | None = None
         self._moving: dict[str, int] = {}
 
     def update(self, figures: Figures) -> None:
         """New figures of the engine: what was under way is part of them now."""
         self.figures = figures
         self._moving.clear()
+        if self._began is None:
+            self._began = self._now()
 
     def moving(self, disk: str, settled: int) -> None:
         """Bytes settled in the copy under way."""
         self._moving[disk] = settled
 
     @property
-    def percent(self) -> float:
-        """Percent of the bulk pass, the copy under way included."""
-        if self.figures is None or not self.figures.total:
-            return 0.0
-        if self.stage != "bulk":
-            return float(self.figures.percent)
-        settled = sum(disk.bulk_done for disk in self.figures.disks) + sum(self._moving.values())
-        return min(100.0, 100.0 * settled / self.figures.total)
+    def percent(self) -> float | None:
+        """Percent of the bulk pass, the copy under way included; None before it, and after it."""
+        if self.stage != "bulk" or self.figures is None or not self.figures.total:
+            return None
+        return min(100.0, 100.0 * self._settled / self.figures.total)
 
-    def details(self) -> str:
-        """Speed, dirty rate and prediction, as far as they are known."""
+    @property
+    def pending(self) -> int | None:
+        """Bytes that still have to be brought over, as far as it is known; RAM's are not among them."""
         if self.figures is None:
-            return ""
-        parts = []
+            return None
+        return max(0, self.figures.pending - (sum(self._moving.values()) if self.stage == "bulk" else 0))
+
+    @property
+    def speed(self) -> float | None:
+        """Bytes a second: as the engine measured it, before that what the bulk pass has settled on average."""
+        if self.figures is None or self._began is None:
+            return None
         if self.figures.speed is not None:
-            parts.append(show_rate(self.figures.speed))
-        if self.figures.dirty_rate is not None:
-            parts.append(f"dirtied at {show_rate(self.figures.dirty_rate)}")
-        if self.figures.predicted is not None:
-            parts.append(f"predicted downtime {show_seconds(self.figures.predicted)}")
-        if self.figures.round:
-            parts.append(f"round {self.figures.round}")
-        return ", ".join(parts)
+            return self.figures.speed
+        elapsed = self._now() - self._began
+        return self._settled / elapsed if elapsed >= LEAST_MEASURED and self._settled else None
+
+    @property
+    def _settled(self) -> int:
+        bulk = sum(disk.bulk_done for disk in self.figures.disks) if self.figures else 0
+        return bulk + sum(self._moving.values())
+
+    def details(self) -> list[str]:
+        """What is known beside stage and percent, the more important first; prediction and round from the rounds on."""
+        figures, parts = self.figures, []
+        if figures is None or self.stage == "prepare":
+            return []
+        if self.speed is not None:
+            parts.append(show_rate(self.speed))
+        if self.stage != "bulk" and figures.predicted is not None:
+            parts.append(f"predicted downtime {show_seconds(figures.predicted)}")
+        if figures.dirty_rate is not None:
+            parts.append(f"dirtied at {show_rate(figures.dirty_rate)}")
+        if self.pending:
+            parts.append(f"{show_bytes(self.pending)} pending")
+        if self.stage != "bulk" and figures.round:
+            parts.append(f"round {figures.round}")
+        return parts
 
     def line(self) -> str:
         """All of it in one line."""
-        pending = f"{show_bytes(self.figures.pending)} pending" if self.figures else ""
-        return ", ".join(part for part in (f"{self.stage} {self.percent:.0f} %", pending, self.details()) if part)
+        percent = "" if self.percent is None else f" {self.percent:.0f} %"
+        return ", ".join([f"{self.stage}{percent}", *self.details()])
+
+    def bar(self, width: int) -> str:
+        """All of it that fits in `width` columns: stage, bar, percent, then the details in the order of their weight.
+
+        The bar shows the bulk pass: it is empty before that, and full after it.
+        """
+        done = self.percent if self.percent is not None else (0.0 if self.figures is None else 100.0)
+        head, tail = f"{self.stage:<10} ", f" {done:3.0f} %"
+        room = width - len(head) - len(tail) - LEAST_BAR
+        for part in self.details():
+            if len(part) + 2 > room:
+                break
+            tail += f"  {part}"
+            room -= len(part) + 2
+        columns = min(MOST_BAR, max(0, width - len(head) - len(tail)) - 2)
+        if columns < 1:
+            return (head + tail.strip())[:width]
+        filled = int(columns * done / 100)
+        return f"{head}[{'=' * filled}{' ' * (columns - filled)}]{tail}"
 
 
 class Bar:
-    """A bar on a terminal."""
+    """A bar on a terminal: its last line, drawn anew in place.
 
-    def __init__(self, stream: TextIO) -> None:
+    It leaves the cursor visible and the terminal as it is, so that nothing has to be restored, whatever ends us.
+    """
+
+    def __init__(self, stream: TextIO, width: Callable[[], int] | None = None) -> None:
         self.summary = Summary()
-        self._progress = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[details]}"),
-            console=Console(file=stream, stderr=True),
-            expand=True,
-        )
-        self._task = self._progress.add_task("prepare", total=100, details="")
+        self._stream = stream
+        self._width = width or (lambda: shutil.get_terminal_size().columns)
+        self._drawn = 0.0
 
     def __enter__(self) -> Bar:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._draw()
+        self._write("\n")
 
     def stage(self, name: str) -> None:
         """A phase begins."""
@@ -99,22 +145,31 @@ class Bar:
     def figures(self, figures: Figures) -> None:
         """The engine's figures changed."""
         self.summary.update(figures)
-        self._draw()
+        self._draw_sometimes()
 
     def moving(self, disk: str, settled: int) -> None:
         """Bytes settled in the copy under way."""
         self.summary.moving(disk, settled)
-        self._draw()
+        self._draw_sometimes()
 
     def note(self, text: str) -> None:
         """A line above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._write(f"{ERASE}{text}\n")
+        self._draw()
+
+    def _draw_sometimes(self) -> None:
+        if time.monotonic() - self._drawn >= INTERVAL / 2:
+            self._draw()
 
     def _draw(self) -> None:
-        summary = self.summary
-        self._progress.update(
-            self._task, description=summary.stage, completed=summary.percent, details=summary.details()
-        )
+        self._drawn = time.monotonic()
+        # The last column stays free: some terminals wrap when it is written.
+        self._write(f"{ERASE}{self.summary.bar(self._width() - 1)}")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 class Lines:
@@ -155,7 +210,7 @@ class Quiet(Lines):
 
 
 class JsonLines:
-    """One JSON object a line: stage, figures (some five a second), note."""
+    """One JSON object a line: stage, figures (some five a second; bytes, seconds, percent of the bulk pass), note."""
 
     def __init__(self, stream: TextIO) -> None:
         self.summary = Summary()
@@ -182,18 +237,18 @@ class JsonLines:
         self._write(event="note", text=text)
 
     def _show(self) -> None:
-        now, figures = time.monotonic(), self.summary.figures
+        now, figures, percent = time.monotonic(), self.summary.figures, self.summary.percent
         if figures is None or now - self._last < INTERVAL:
             return
         self._last = now
         self._write(
             event="figures",
             stage=self.summary.stage,
-            percent=round(self.summary.percent, 1),
+            percent=round(100.0 if percent is None else percent, 1),
             total=figures.total,
-            pending=figures.pending,
+            pending=self.summary.pending,
             round=figures.round,
-            speed=figures.speed,
+            speed=self.summary.speed,
             dirty_rate=figures.dirty_rate,
             predicted_downtime=figures.predicted,
         )
@@ -208,7 +263,7 @@ def progress(kind: str, stream: TextIO | None = None) -> Iterator[Reporter]:
     """The display of `kind` (auto, bar, json, none) on `stream` (stderr); SIGUSR1 prints the status at any time."""
     stream = stream or sys.stderr
     display: Bar | Lines | JsonLines
-    if kind == "bar" or (kind == "auto" and stream.isatty()):
+    if kind == "bar" or (kind == "auto" and stream.isatty() and os.environ.get("TERM") != "dumb"):
         display = Bar(stream)
     elif kind == "json":
         display = JsonLines(stream)
@@ -216,7 +271,12 @@ def progress(kind: str, stream: TextIO | None = None) -> Iterator[Reporter]:
         display = Quiet(stream) if kind == "none" else Lines(stream)
 
     def tell_status(*_: object) -> None:
-        print(display.summary.line(), file=sys.stderr, flush=True)
+        # RuntimeError: it came within a write to the same stream.
+        with contextlib.suppress(OSError, RuntimeError):
+            if isinstance(display, Bar):
+                display.note(display.summary.line())
+            else:
+                print(display.summary.line(), file=sys.stderr, flush=True)
 
     before = signal.signal(signal.SIGUSR1, tell_status)
     try:

@@ -1,0 +1,122 @@
+"""The command line: errors as people and programs get them, exit codes, what makes no sense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.cli.main import main, report
+from qemu_blkmig.errors import MigrationError, SourceReadError
+from qemu_blkmig.qmp.monitor import CommandFailed
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state directory, not there yet."""
+    monkeypatch.setenv("QEMU_BLKMIG_STATE_DIR", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+COPY = ["copy", "qmp:/nothing", "local:/tmp"]
+MIGRATE = ["migrate", "qmp:/nothing", "local:/tmp", "--pause-only"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["load"], "'load'"),
+        (["migrate"], "SOURCE, DEST"),
+        ([*MIGRATE, "--downtime", "300ms"], "--downtime: not a whole number: '300ms'"),
+        ([*MIGRATE, "--launch", "true"], "exactly one way"),
+        (["migrate", "libvirt:vm", "local:/tmp", "--pause-only"], "not a source"),
+        ([*COPY, "--downtime", "-5"], "--downtime must be"),
+        ([*COPY, "--max-rounds", "0"], "--max-rounds must be"),
+        ([*COPY, "--freeze-limit", "nan"], "--freeze-limit must be"),
+        ([*COPY, "--source-format", "raw"], "--source-format is for an image file"),
+        (["copy", "image:/nothing", "local:/tmp", "--agent", "/nothing"], "--agent is for a running guest"),
+        (["check", "qmp:/nothing", "local:/tmp", "--launch", "x", "--target-qmp", "y"], "in one way"),
+        (["receive"], "receive speaks to a program"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_a_line_or_two(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert words in told.err
+    assert len(told.err.splitlines()) <= 2, "no page of usage hides it"
+    assert told.out == ""
+
+
+@pytest.mark.parametrize("option", [["--output", "json"], ["--output=json"]])
+def test_with_output_json_an_error_is_an_object_on_stdout(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*MIGRATE, *option, "--progress=none"]) == 3
+    told = capsys.readouterr()
+    error = json.loads(told.out)["error"]
+    assert error == {
+        "exit_code": 3,
+        "kind": "refused",
+        "what": "source QEMU: there is no QMP socket at /nothing",
+        "disk": None,
+        "state": "nothing was touched",
+        "advice": error["advice"],
+    }
+    assert f"qemu-blkmig: {error['what']}" in told.err
+
+
+def test_with_output_json_a_usage_error_is_one_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["migrate", "--output", "json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "usage"
+
+
+def test_the_kind_of_an_error_is_the_nearest_of_the_documented_tree() -> None:
+    assert report(SourceReadError("bad sector", disk="vda", offset=0)).kind == "source-read"
+    assert report(CommandFailed("source QEMU", "stop", "GenericError", "no")).kind == "request"
+    assert report(MigrationError("failed")).kind == "migration"
+
+
+def test_verbose_may_stand_before_or_behind_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["-v", *MIGRATE], [*MIGRATE, "-v"]):
+        assert main(arguments) == 3
+        told = capsys.readouterr().err
+        assert "Traceback" in told
+        assert told.splitlines()[-1].startswith("  next: "), "what matters stands last"
+
+
+def test_no_jobs_are_said_to_be_none(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["jobs"]) == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", f"no jobs in {state}\n")
+    assert main(["jobs", "--output", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["jobs"] == []
+
+
+def test_a_state_directory_that_cannot_be_read_is_not_taken_for_empty(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state.touch()
+    assert main(["jobs"]) == 3
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_job_that_is_not_there_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cleanup", "nothing"]) == 3
+    assert "there is no job nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "check", "migrate", "copy", "jobs", "cleanup"])
+def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    bare = [
+        line
+        for line, following in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("  -") and "  " not in line.strip() and not following.startswith("     ")
+    ]
+    assert bare == []
