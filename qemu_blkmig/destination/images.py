@@ -223,7 +223,12 @@ def _adopt(image: Image) -> Prepared:
         descriptor = _open_for_writing(image.path)
     except OSError as error:
         raise errors.Refused(f"{image.path}: {error.strerror}", disk=image.disk) from error
-    return Prepared(image, _claimed(descriptor, image), None)
+    try:
+        _claim(descriptor, image)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return Prepared(image, descriptor, None)
 
 
 def _create(image: Image) -> Prepared:
@@ -234,7 +239,7 @@ def _create(image: Image) -> Prepared:
     status = os.fstat(descriptor)
     prepared = Prepared(image, descriptor, Created(image.path, status.st_dev, status.st_ino))
     try:
-        _claimed(descriptor, image)
+        _claim(descriptor, image)
         _lay_out(image, descriptor)
         os.fsync(descriptor)
         sync_directory(image.path)
@@ -260,15 +265,13 @@ def _lay_out(image: Image, descriptor: int) -> None:
         raise errors.Refused(f"format {image.format} made {size} bytes of {image.size}", disk=image.disk)
 
 
-def _claimed(descriptor: int, image: Image) -> int:
+def _claim(descriptor: int, image: Image) -> None:
     try:
         claimed = locks.lock_job(descriptor)
         if claimed and (image.format != "raw" or locks.lock_as_writer(descriptor)):
-            return descriptor
+            return
     except OSError as error:
-        os.close(descriptor)
         raise errors.Refused(f"{image.path} cannot be locked: {error.strerror}", disk=image.disk) from error
-    os.close(descriptor)
     whose = "open for writing in a QEMU" if claimed else "the destination of another migration"
     raise errors.Refused(f"{image.path} is {whose}", disk=image.disk)
 

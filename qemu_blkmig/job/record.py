@@ -91,22 +91,24 @@ class Job:
         """A new job with its private run-time directory (sockets). Raises `Refused` when the place can't be written."""
         name = secrets.token_hex(4)
         directory = state_directory() / name
+        job = cls(directory, Record(job=name, runtime=""), -1)
         try:
             directory.mkdir(mode=0o700, parents=True)
-            runtime = tempfile.mkdtemp(prefix=f"blkmig-{name}-")
-            lock = _lock(directory)
+            job.record.runtime = tempfile.mkdtemp(prefix=f"blkmig-{name}-")
+            job.lock = _lock(directory)
+            job.save()
         except OSError as error:
+            job.remove()
             raise Refused(
-                f"cannot make the job's directory {directory}: {error.strerror}",
-                advice=f"make {state_directory()} writable, or name another place by {STATE_VARIABLE}",
+                f"cannot make the job's directory {directory}: {error.strerror or error}",
+                advice=f"make {state_directory()} and the directory for temporary files writable, or name another "
+                f"place by {STATE_VARIABLE} and TMPDIR",
             ) from error
-        job = cls(directory, Record(job=name, runtime=runtime), lock)
-        job.save()
         return job
 
     @classmethod
     def load(cls, name: str) -> Job:
-        """A job that was left behind. Raises `Refused` if there is none of that name or a process of it still lives."""
+        """A job that was left behind. Raises `Refused` if there is none, it lives, or its record is damaged."""
         directory = state_directory() / name
         if not (directory / "record.json").exists():
             raise Refused(f"there is no job {name} in {state_directory()}", advice="qemu-blkmig jobs lists them")
@@ -116,7 +118,13 @@ class Job:
             raise Refused(
                 f"job {name} is still being worked on by its own processes", advice="cancel it there"
             ) from None
-        return cls(directory, read_record(directory), lock)
+        try:
+            return cls(directory, read_record(directory), lock)
+        except (OSError, msgspec.DecodeError) as error:
+            os.close(lock)
+            raise Refused(
+                f"the record of job {name} cannot be read: {error}", advice=f"look at {directory / 'record.json'}"
+            ) from error
 
     @property
     def runtime(self) -> Path:
@@ -147,7 +155,8 @@ class Job:
 
     def remove(self) -> None:
         """Forget the job: nothing of it is left anywhere."""
-        shutil.rmtree(self.record.runtime, ignore_errors=True)
+        if self.record.runtime:
+            shutil.rmtree(self.record.runtime, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
         self.release()
 

@@ -170,3 +170,30 @@ def test_programs_that_an_image_needs_are_missed_once(tmp_path: Path, monkeypatc
     assert [problem.disk for problem in problems] == [None, None, None]
     assert "program setpriv is not in PATH" in "; ".join(problem.what for problem in problems)
     assert faults(new(tmp_path / "a")) == ""
+
+
+@pytest.mark.parametrize("create", [True, False], ids=["new", "existing"])
+def test_the_descriptor_of_an_image_that_cannot_be_locked_is_closed_just_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, create: bool
+) -> None:
+    path = tmp_path / "disk"
+    if not create:
+        path.write_bytes(bytes(MIB))
+    closed: list[int] = []
+    opened: list[int] = []
+    close = os.close
+
+    def note(descriptor: int) -> None:
+        closed.append(descriptor)
+        close(descriptor)
+
+    def refuse(descriptor: int) -> bool:
+        opened.append(descriptor)
+        monkeypatch.setattr(os, "close", note)
+        return False
+
+    monkeypatch.setattr("qemu_blkmig.destination.locks.lock_as_writer", refuse)
+    with pytest.raises(errors.Refused, match="open for writing"):
+        images.prepare([new(path, create=create)])
+    assert closed.count(opened[0]) == 1
+    assert path.exists() != create

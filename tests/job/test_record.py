@@ -74,3 +74,19 @@ def test_a_pid_that_was_given_anew_is_another_process() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_nothing_is_left_where_a_job_cannot_be_made(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(state / "nonesuch"))
+    with pytest.raises(Refused, match="cannot make the job's directory"):
+        Job.create()
+    assert list(state.iterdir()) == []
+
+
+def test_a_damaged_record_is_told(state: Path) -> None:
+    job = Job.create()
+    (job.directory / "record.json").write_text("{")
+    job.release()
+    with pytest.raises(Refused, match="cannot be read"):
+        Job.load(job.record.job)
+    job.remove()
