@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 
 import pytest
 
 from integration.lab import Guest, QmpError, wait_until
-from integration.luck import MIB, Attempt, Bench
+from integration.luck import MIB, Attempt, Bench, command
 from integration.tool import assert_nothing_left
 
 LIVE = ["bulk", "copied", "moving RAM"]
@@ -246,3 +248,16 @@ def test_a_guest_that_is_reset_in_the_pause_runs_on_when_the_coordinator_is_kill
     attempt.outcome()
     wait_until(lambda: attempt.source.status() == "running", "the guest to run again", 20)
     attempt.source.kill()
+
+
+def test_a_source_that_hangs_in_the_pause_does_not_hang_the_tool_and_cleanup_gives_the_guest_back(bench: Bench) -> None:
+    attempt = bench.attempt_at("undecided")
+    job = attempt.job()
+    os.kill(attempt.source.pid, signal.SIGSTOP)
+    attempt.go_on()
+    try:
+        attempt.outcome().failed(4, "did not answer", f"qemu-blkmig cleanup {job}")
+    finally:
+        os.kill(attempt.source.pid, signal.SIGCONT)
+    command("cleanup", job).succeeded()
+    attempt.assert_source_has_it()

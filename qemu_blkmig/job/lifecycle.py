@@ -224,6 +224,8 @@ class Lifecycle:
             self._forget()
             return failure
         settlement = await self.settle()
+        # An agent that goes on would keep our end waiting for it.
+        await self._release_images()
         await self._let_go()
         failure = _told(failure, settlement, self.job)
         if settlement.decided:
