@@ -114,6 +114,15 @@ def test_a_destination_that_cannot_lock_its_image_leaves_the_guest_at_the_source
     attempt.assert_source_has_it()
 
 
+def test_a_destination_killed_when_it_runs_the_guest_is_told_to_have_the_truth(bench: Bench) -> None:
+    attempt = bench.attempt_at("decided")
+    attempt.destination.kill()
+    attempt.go_on()
+    attempt.outcome().failed(4, "the destination QEMU ended", now="its disks at the destination are the truth")
+    assert not attempt.source.running()
+    assert attempt.destination.disks[0].path.exists()
+
+
 def test_a_destination_that_died_when_it_was_told_to_run_the_guest_is_for_a_person_to_judge(bench: Bench) -> None:
     attempt = bench.attempt_at("started")
     attempt.signal(signal.SIGSTOP)
@@ -178,7 +187,7 @@ def test_cleanup_brings_the_guest_back_when_all_our_processes_were_killed(bench:
     assert job in command("jobs").stdout
     cleaned = command("cleanup", job).succeeded()
     assert "the guest runs at the source" in cleaned.stdout
-    command("cleanup", job).failed(3, f"there is no job {job}")
+    command("cleanup", job).failed(3, f"there is no job '{job}'")
     assert command("jobs").stdout == ""
     attempt.assert_source_has_it()
 
@@ -189,7 +198,7 @@ def test_cleanup_completes_a_handover_when_all_our_processes_were_killed(bench: 
     job = _kill_both(attempt)
     cleaned = command("cleanup", job).succeeded()
     assert "the guest runs at the destination" in cleaned.stdout
-    command("cleanup", job).failed(3, f"there is no job {job}")
+    command("cleanup", job).failed(3, f"there is no job '{job}'")
     attempt.assert_destination_has_it()
 
 

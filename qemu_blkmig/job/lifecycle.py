@@ -16,6 +16,7 @@ from qemu_blkmig.errors import (
     MigrationError,
     Refused,
     RequestError,
+    Undecided,
 )
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
@@ -49,6 +50,7 @@ class Lifecycle:
         self._exports: ExportServer | None = None
         self._agent: AgentClient | None = None
         self._at_rest = False
+        self._ended_there = False
         self._signals = contextlib.ExitStack()
         self.target: TargetQemu | None = None
 
@@ -178,6 +180,12 @@ class Lifecycle:
         except (Exception, asyncio.CancelledError) as error:
             self._interrupts.settling()
             raise await self._fail(error) from error
+        if self._ended_there:
+            raise Undecided(
+                "the guest was handed over, but then the destination QEMU ended (or the guest shut down)",
+                state="the guest runs nowhere; its disks at the destination are the truth, those at the source are old",
+                advice="start the guest from the destination's images, never from the source's",
+            )
         return result
 
     async def settle(self) -> Settlement:
@@ -193,6 +201,7 @@ class Lifecycle:
             self._agent = None
         if self.job.record.owner is Owner.DESTINATION:
             settlement = await self.settle()
+            self._ended_there = settlement.ended
             result.warnings.extend(settlement.facts[1:])
         else:
             await self._leave_source(result)

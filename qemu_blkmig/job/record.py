@@ -111,12 +111,14 @@ class Job:
         """A job that was left behind. Raises `Refused` if there is none, it lives, or its record is damaged."""
         directory = state_directory() / name
         if not (directory / "record.json").exists():
-            raise Refused(f"there is no job {name} in {state_directory()}", advice="qemu-blkmig jobs lists them")
+            raise Refused(f"there is no job {name!r} in {state_directory()}", advice="qemu-blkmig jobs lists them")
         try:
             lock = _lock(directory)
         except BlockingIOError:
             raise Refused(
-                f"job {name} is still being worked on by its own processes", advice="cancel it there"
+                f"job {name} is still being worked on by its own processes",
+                advice="interrupt the qemu-blkmig that runs it (Ctrl-C there); if that was killed, its watchdog is at "
+                "work and takes up to a minute or so: try again",
             ) from None
         try:
             return cls(directory, read_record(directory), lock)

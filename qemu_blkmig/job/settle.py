@@ -46,10 +46,14 @@ NOT_STARTED = ("inmigrate", "paused", "prelaunch", "postmigrate")
 
 @dataclass
 class Settlement:
-    """How things stand: who owns the guest, and in sentences what is so. `decided`: nothing is left to be done."""
+    """How things stand: who owns the guest, and in sentences what is so. `decided`: nothing is left to be done.
+
+    `ended`: the destination has the guest, but its QEMU has ended since.
+    """
 
     owner: Owner
     decided: bool = True
+    ended: bool = False
     facts: list[str] = field(default_factory=list)
 
 
@@ -380,6 +384,7 @@ def _tell_overwritten(job: Job, settlement: Settlement) -> None:
 
 async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
     if there.gone:
+        settlement.ended = True
         fact = "the guest was handed over, and the destination QEMU has ended since; its disks hold what it wrote"
     elif job.record.was_running:
         fact = "the guest runs at the destination"

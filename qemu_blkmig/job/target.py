@@ -116,8 +116,9 @@ class TargetQemu:
 
     def describe(self, error: BlkmigError) -> DestinationFailed:
         """`error` with what the QEMU last said, where we can hear it."""
-        said = _tail(self._output) if self._output is not None else ""
-        return DestinationFailed(f"{error}" + (f" (it said: {said})" if said else ""))
+        if self._output is None:
+            return DestinationFailed(f"{error}; what it said is where its output goes")
+        return DestinationFailed(f"{error}; {_tail(self._output)}")
 
     async def close(self) -> None:
         """Let go of it; it runs on."""
@@ -139,7 +140,8 @@ def counterpart(disk: Disk, candidates: Sequence[Disk]) -> Disk | None:
 def _tail(output: IO[bytes]) -> str:
     output.seek(0, 2)
     output.seek(max(0, output.tell() - OUTPUT))
-    return output.read().decode(errors="replace").strip() or "it said nothing"
+    said = output.read().decode(errors="replace").strip()
+    return f"it said: {said}" if said else "it said nothing"
 
 
 def in_place_of_the_shell(command: str) -> str:

@@ -42,7 +42,8 @@ class GuestAgent:
             async with asyncio.timeout(_CONNECT_LIMIT):
                 streams = await asyncio.open_unix_connection(path, limit=_LINE_LIMIT)
         except (OSError, TimeoutError) as error:
-            raise RequestError(f"guest agent: cannot connect to {path}: {error or 'it does not accept'}") from error
+            why = error.strerror or "it does not accept"
+            raise RequestError(f"the guest agent's socket {path} cannot be connected to: {why}") from error
         return cls(path, *streams)
 
     async def ping(self, timeout: float = _PING_LIMIT) -> None:  # noqa: ASYNC109

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,17 +158,28 @@ async def obstacles(monitor: Monitor, disks: Sequence[Disk], *, ours: str) -> li
         if await _property(monitor, disk.qdev, "type") == "scsi-block"
     ]
     owner = {layer.node: disk.name for disk in disks for layer in disk.layers}
+    named = [(export["node-name"], export["id"]) for export in exports if export["id"].startswith(OUR_NAMES)]
+    named += [(node["node-name"], bitmap.get("name", "")) for node in nodes for bitmap in node.get("dirty-bitmaps", [])]
     for export in exports:
         disk = owner.get(export["node-name"])
-        if disk and not export["id"].startswith(ours):
+        if disk and not export["id"].startswith((ours, OUR_NAMES)):
             found.append(f"disk {disk}: somebody exports it ({export['type']} export {export['id']})")
-    for node in nodes:
-        for bitmap in node.get("dirty-bitmaps", []):
-            name = bitmap.get("name", "")
-            disk = owner.get(node["node-name"])
-            if disk and name.startswith(OUR_NAMES) and not name.startswith(ours):
-                found.append(f"disk {disk}: another migration records its writes, or left its bitmap {name} behind")
-    return found
+    return found + _of_other_jobs(
+        (owner[node], name) for node, name in named if node in owner and not name.startswith(ours)
+    )
+
+
+def _of_other_jobs(named: Iterable[tuple[str, str]]) -> list[str]:
+    """What other jobs of ours have, or left, on disks: `named` has the disks and the names."""
+    left: dict[tuple[str, str], list[str]] = {}
+    for disk, name in named:
+        if name.startswith(OUR_NAMES):
+            left.setdefault((disk, name.removeprefix(OUR_NAMES).partition("-")[0]), []).append(name)
+    return [
+        f"disk {disk}: job {job} of qemu-blkmig works on it, or was left behind ({', '.join(names)}); "
+        f"if it runs no more: qemu-blkmig cleanup {job}"
+        for (disk, job), names in left.items()
+    ]
 
 
 async def _unsafe_iothreads(monitor: Monitor, disks: Sequence[Disk]) -> list[str]:

@@ -24,6 +24,9 @@ _UNLIMITED = 1 << 40
 """Bytes a second; QEMU's own default of 128 MiB/s is a limit, and it knows no value for none."""
 _CHANNEL = "blkmig-ram"
 _POLL = 0.01
+_MOMENT = 0.2
+_END_LIMIT = 1.0
+"""Seconds in which a destination QEMU ends that could not take the guest."""
 _CANCEL_LIMIT = 30.0
 _ENDED = {"none", "completed", "failed", "cancelled"}
 
@@ -152,6 +155,8 @@ class RamMigration:
         loss = asyncio.ensure_future(self._destination.wait_lost())
         try:
             await asyncio.wait((arrival, loss), return_when=asyncio.FIRST_COMPLETED)
+            # A destination also ends because the source has: that tells it in a moment.
+            await asyncio.wait((arrival,), timeout=_MOMENT)
             if arrival.done():
                 return arrival.result()
         finally:
@@ -160,9 +165,14 @@ class RamMigration:
         raise DestinationFailed("the destination QEMU is gone: it exited, or its QMP connection broke")
 
     async def _failure(self, status: str) -> BlkmigError:
-        if self._destination.lost:
-            return DestinationFailed("the destination QEMU is gone: it exited, or its QMP connection broke")
         reason = _reason(await self._migration(self._source))
+        if status == "failed":
+            # A destination that cannot take the guest ends over it, and says why; the source sees a broken socket.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_LIMIT):
+                    await self._destination.wait_lost()
+        if self._destination.lost:
+            return DestinationFailed(f"the destination QEMU is gone, before all had arrived (source QEMU: {reason})")
         return MigrationError(f"the migration of RAM was ended by the source QEMU ({status}): {reason}")
 
     async def _migration(self, monitor: Monitor) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_state_directory_that_cannot_be_read_is_not_taken_for_empty(
 
 def test_a_job_that_is_not_there_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cleanup", "nothing"]) == 3
-    assert "there is no job nothing" in capsys.readouterr().err
+    assert "there is no job 'nothing'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["demo", "check", "migrate", "copy", "jobs", "cleanup"])

@@ -49,7 +49,7 @@ def test_a_job_that_is_being_worked_on_cannot_be_loaded(state: Path) -> None:
 
 
 def test_an_unknown_job_is_refused(state: Path) -> None:
-    with pytest.raises(Refused, match="no job nonesuch"):
+    with pytest.raises(Refused, match="no job 'nonesuch'"):
         Job.load("nonesuch")
 
 

@@ -119,5 +119,5 @@ async def test_an_agent_that_hangs_up_is_lost(tmp_path: Path) -> None:
 
 
 async def test_no_such_channel(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="cannot connect"):
+    with pytest.raises(RequestError, match="cannot be connected to: No such file"):
         await GuestAgent.connect(str(tmp_path / "none"))

@@ -144,7 +144,8 @@ async def test_obstacles_are_told_in_words(pair: Qemu, tmp_path: Path) -> None:
     assert await obstacles(pair.monitor, disks, ours="blkmig-mine") == [
         "the block job job0 (backup) is running",
         "disk sb: somebody exports it (nbd export other)",
-        "disk sb: another migration records its writes, or left its bitmap blkmig-old-b7 behind",
+        "disk sb: job old of qemu-blkmig works on it, or was left behind (blkmig-old-b7); "
+        "if it runs no more: qemu-blkmig cleanup old",
     ]
 
 
