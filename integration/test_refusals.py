@@ -301,7 +301,7 @@ def test_of_two_migrations_of_one_guest_the_second_is_refused_and_the_first_comp
         control.execute("stop")
     arrived = lab.destination(guest)
     command = ("--launch", guest.launch_command(lab.target), "--output", "json", "--verify", "full")
-    first = start(arguments("migrate", guest, lab.target, *command, "--progress", "json", "--bandwidth", "8M"))
+    first = start(arguments("migrate", guest, lab.target, *command, "--progress", "json", "--bandwidth", "1M"))
     assert first.stderr is not None
     while (line := json.loads(first.stderr.readline())).get("stage") != "bulk":
         assert line
@@ -310,7 +310,7 @@ def test_of_two_migrations_of_one_guest_the_second_is_refused_and_the_first_comp
     through_the_same = run("migrate", guest, elsewhere, "--pause-only")
     through_the_same.failed(3, "already in use by another client", now="nothing was touched")
     through_another = run("migrate", f"qmp:{guest.monitor}", elsewhere, "--pause-only")
-    through_another.failed(3, "another migration", now="the guest is at the source")
+    through_another.failed(3, "of qemu-blkmig works on it", now="the guest is at the source")
     assert not list(elsewhere.iterdir())
     finish(first).succeeded()
     arrived.resume()
@@ -340,3 +340,13 @@ def test_an_encrypted_disk_goes_to_plain_text_only_when_that_is_allowed(lab: Lab
     assert plain.path.stat().st_size == plain.size
     assert_records_sound(plain, acked)
     compare_images(disk, replace(disk, path=lab.target / "disk"))
+
+
+def test_a_destination_that_cannot_take_the_guest_says_why(lab: Lab) -> None:
+    guest = lab.boot([lab.disk("disk", 4 * MIB)])
+    guest.wait_for_writing()
+    lab.destination(guest)
+    command = guest.launch_command(lab.target).replace("-m 160", "-m 128")
+    outcome = run("migrate", guest, lab.target, "--launch", command)
+    outcome.failed(1, "the destination QEMU", "Size mismatch", now="the guest runs at the source")
+    assert_runs_on(lab, guest, lab.target)

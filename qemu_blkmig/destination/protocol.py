@@ -158,10 +158,14 @@ class Problem(Message, frozen=True):
 
 
 class InspectReply(Message, frozen=True, tag="inspect"):
-    """`free`: bytes free on the file system of the first image to be created; None where none is to be."""
+    """`free`: bytes free on the file system of the first image to be created; None where none is to be.
+
+    `there`: paths of images that might have been created, and are there already.
+    """
 
     problems: list[Problem]
     free: int | None
+    there: list[str] = []
 
 
 class PrepareReply(Message, frozen=True, tag="prepare"):
@@ -215,6 +219,7 @@ class Failure(Message, frozen=True, tag="failure"):
     disk: str | None = None
     offset: int | None = None
     errno: int | None = None
+    advice: str | None = None
 
 
 Outcome = (

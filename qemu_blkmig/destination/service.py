@@ -81,7 +81,8 @@ class Service:
                 return _hello(op)
             case protocol.Inspect():
                 problems, free = await asyncio.to_thread(images.inspect, op.images)
-                return protocol.InspectReply(problems, free)
+                there = [image.path for image in op.images if image.create and os.path.lexists(image.path)]
+                return protocol.InspectReply(problems, free, there)
             case protocol.Prepare():
                 return await self._prepare(op)
             case protocol.Discard():
@@ -251,7 +252,7 @@ def failure(error: Exception) -> protocol.Failure:
         case errors.DestinationWriteError():
             return protocol.Failure("destination-write", what, disk, error.offset, error.errno)
         case errors.Refused():
-            return protocol.Failure("refused", what, disk)
+            return protocol.Failure("refused", what, disk, advice=error.advice)
     _log.error("internal error", exc_info=error)
     return protocol.Failure("internal", what, disk)
 

@@ -240,6 +240,7 @@ class Planner:
     async def _check_destination(self, disks: Sequence[Disk], images: dict[str, Image]) -> None:
         reply = await self._agent.expect(Inspect(list(images.values())), InspectReply)
         self._problems += [f"disk {p.disk}: {p.what}" if p.disk else p.what for p in reply.problems]
+        self._warnings += [f"{path} is there already: it is overwritten" for path in reply.there]
         needed = sum(disk.allocated or 0 for disk in disks)
         if reply.free is not None and needed > reply.free:
             self._warnings.append(

@@ -166,7 +166,7 @@ def error_of(failure: protocol.Failure) -> errors.BlkmigError:
             number = failure.errno or 0
             return errors.DestinationWriteError(what, disk=disk or "?", offset=failure.offset, errno=number)
         case "refused":
-            return errors.Refused(what, disk=disk)
+            return errors.Refused(what, disk=disk, advice=failure.advice)
         case "cancelled":
             return CopyCancelled(what, disk=disk)
         case "internal":

@@ -16,10 +16,11 @@ import pytest
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import locks, protocol
+from qemu_blkmig.destination.service import failure
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.ports import CopyKind
 from qemu_blkmig.job.process import ProcessId
-from qemu_blkmig.transport.client import AgentClient, CopyCancelled
+from qemu_blkmig.transport.client import AgentClient, CopyCancelled, error_of
 from qemu_blkmig.transport.local import start_local
 from qemu_blkmig.transport.mover import RemoteMover
 from tests.nbd.servers import nbdkit, qemu_export, running
@@ -266,3 +267,15 @@ async def test_a_line_that_is_no_request_ends_the_agent(tmp_path: Path) -> None:
     answer, _ = await agent.communicate(b'{"id": 7, "op": {"type": "explode"}}\nnonsense\n')
     assert b'"id":7' in answer and b'"refused"' in answer
     assert agent.returncode == 2
+
+
+async def test_what_would_be_overwritten_is_told(agent: AgentClient, tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(bytes(MIB))
+    wanted = [image(tmp_path / "there", MIB), image(tmp_path / "new", MIB, disk="e")]
+    reply = await agent.expect(protocol.Inspect(wanted), protocol.InspectReply)
+    assert (reply.problems, reply.there) == ([], [str(tmp_path / "there")])
+
+
+def test_the_advice_of_a_refusal_crosses_to_the_coordinator() -> None:
+    refused = errors.Refused("libnbd is missing", advice="install it")
+    assert error_of(failure(refused)).advice == "install it"
