@@ -194,7 +194,11 @@ def main(arguments: list[str]) -> None:
     directory, lock, parent = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    coordinator = os.pidfd_open(parent)
+    try:
+        coordinator = os.pidfd_open(parent)
+    except ProcessLookupError:
+        stand_in(directory, lock)
+        return
     _answer(b"standing")
     if watch(sys.stdin.fileno(), coordinator, lambda: _answer(b"armed")):
         stand_in(directory, lock)

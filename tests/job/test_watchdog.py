@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +76,11 @@ def test_a_silent_coordinator_that_is_not_armed_is_left_alone(coordinator: Coord
     threading.Event().wait(1.0)
     assert coordinator.verdict == []
     assert coordinator.process.poll() is None
+
+
+def test_a_coordinator_that_is_gone_before_the_watchdog_stands_is_no_traceback(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    command = [sys.executable, "-m", "qemu_blkmig.job.watchdog", str(tmp_path), "-1", str(gone.pid)]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
