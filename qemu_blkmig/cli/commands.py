@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from qemu_blkmig.cli import show
+from qemu_blkmig.cli import show, stream_commands
 from qemu_blkmig.demo.run import DemoOptions, demo
 from qemu_blkmig.destination import agent
 from qemu_blkmig.errors import BlkmigError, Interrupted, Refused, UsageError
@@ -53,6 +53,7 @@ def add_all(commands: Commands) -> None:
     _add_jobs(commands)
     _add_cleanup(commands)
     _add_receive(commands)
+    stream_commands.add_all(commands)
 
 
 def _add_migrate(commands: Commands) -> None:
