@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import StreamError
@@ -51,33 +52,49 @@ class ChunkMap:
     def missing(self, size: int) -> Iterator[Extent]:
         """What of the device's `size` bytes never came, joined."""
         begin: int | None = None
-        for chunk in range(-(-size // CHUNK)):
-            if self.state(chunk) != NEVER:
-                if begin is not None:
-                    yield Extent(begin, chunk * CHUNK - begin)
+        for chunk, came in self._turns(-(-size // CHUNK)):
+            if came and begin is not None:
+                yield Extent(begin * CHUNK, (chunk - begin) * CHUNK)
                 begin = None
-            elif begin is None:
-                begin = chunk * CHUNK
+            elif not came and begin is None:
+                begin = chunk
         if begin is not None:
-            yield Extent(begin, size - begin)
+            yield Extent(begin * CHUNK, size - begin * CHUNK)
 
     def picture(self, width: int) -> str:
         """At most `width` characters: # data, 0 zero, . nothing came, + some of each."""
         chunks = -(-self.end // CHUNK)
         per = max(1, -(-chunks // width))
+        touched = sorted(self._regions)
         signs = {frozenset({NEVER}): ".", frozenset({ZERO}): "0", frozenset({DATA}): "#"}
         cells = (range(begin, min(chunks, begin + per)) for begin in range(0, chunks, per))
-        return "".join(signs.get(self._states(cell), "+") for cell in cells)
+        return "".join(signs.get(self._states(cell, touched), "+") for cell in cells)
 
-    def _states(self, chunks: range) -> frozenset[int]:
-        """The states that occur; in a region that nothing came for, one look is enough."""
-        found: set[int] = set()
-        at = chunks.start
-        while at < chunks.stop:
-            region = self._regions.get(at // REGION)
-            end = min(chunks.stop, (at // REGION + 1) * REGION)
-            found.update(region[at % REGION : at % REGION + end - at] if region else (NEVER,))
-            at = end
+    def _turns(self, chunks: int) -> Iterator[tuple[int, bool]]:
+        """From which chunk on they came, and from which on they did not; regions nothing came for are passed over."""
+        if not chunks:
+            return
+        after = 0
+        for number in sorted(self._regions):
+            first = number * REGION
+            if first >= chunks:
+                break
+            if first > after:
+                yield after, False
+            for chunk, state in enumerate(self._regions[number][: chunks - first], first):
+                yield chunk, state != NEVER
+            after = first + REGION
+        if after < chunks:
+            yield after, False
+
+    def _states(self, chunks: range, touched: Sequence[int]) -> frozenset[int]:
+        """The states that occur among `chunks`; `touched`: the regions that there are, ascending."""
+        first, last = chunks.start // REGION, (chunks.stop - 1) // REGION
+        concerned = touched[bisect_left(touched, first) : bisect_right(touched, last)]
+        found: set[int] = set() if len(concerned) == last - first + 1 else {NEVER}
+        for number in concerned:
+            begin = number * REGION
+            found.update(self._regions[number][max(0, chunks.start - begin) : chunks.stop - begin])
         return frozenset(found)
 
 
