@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 
 from qemu_blkmig.cli import show, stream_commands
+from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.demo.run import DemoOptions, demo
 from qemu_blkmig.destination import agent
 from qemu_blkmig.errors import BlkmigError, Interrupted, Refused, UsageError
@@ -30,18 +30,6 @@ from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.units import parse_rate, parse_size
 
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
-
-
-class RealClock:
-    """The machine's monotonic clock."""
-
-    def now(self) -> float:
-        """Monotonic seconds."""
-        return time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait."""
-        await asyncio.sleep(seconds)
 
 
 def add_all(commands: Commands) -> None:

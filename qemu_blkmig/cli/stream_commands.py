@@ -10,25 +10,108 @@ from typing import Any
 
 import msgspec
 
-from qemu_blkmig.cli import show_stream
+from qemu_blkmig.cli import show, show_stream
+from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.load import LoadOptions, load
+from qemu_blkmig.job.options import SaveOptions, Selection, Transfer
+from qemu_blkmig.job.save import save
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.observe.progress import progress
-from qemu_blkmig.stream.channel import FORMS, open_source
-from qemu_blkmig.stream.events import Block
+from qemu_blkmig.stream.channel import FORMS, SOCKETS, check, open_source
+from qemu_blkmig.stream.events import CHUNK, Block
 from qemu_blkmig.stream.framing import PAGE_SIZE, Decoder
 from qemu_blkmig.stream.survey import BUFFER, survey
-from qemu_blkmig.units import parse_size
+from qemu_blkmig.units import parse_rate, parse_size
 
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
+
+SAVE_REQUESTS = 16
+"""Chunks of 1 MiB in flight, as many bytes as other commands have."""
 
 
 def add_all(commands: Commands) -> None:
     """Add the commands to the parser."""
+    _add_save(commands)
     _add_load(commands)
     _add_inspect(commands)
+
+
+def _add_save(commands: Commands) -> None:
+    usual = Transfer()
+    parser = commands.add_parser("save", help="write a guest's disks, or an image file, as a stream; the guest stays")
+    parser.add_argument("source", metavar="SOURCE", help="qmp:/path/to.sock or image:/path")
+    parser.add_argument("--to", required=True, metavar="URI", help=FORMS)
+    parser.add_argument("--name", action="append", default=[], metavar="DISK=ID",
+                        help="what the disk is called in the stream (default: its drive id)")  # fmt: skip
+    parser.add_argument("--migrate-disks", metavar="LIST", help="only these disks, by drive id, device id or node name")
+    parser.add_argument("--shared-base", action="store_true", help="only what overlays hold above their backing files")
+    parser.add_argument("--allow-plaintext", action="store_true", help="an encrypted disk may be written in plain text")
+    parser.add_argument("--source-format", metavar="FMT", help="format of an image: source (default: as recognized)")
+    parser.add_argument(
+        "--agent", metavar="SOCK", help="the guest agent's unix socket: file systems are frozen at the end"
+    )
+    group = parser.add_argument_group("the receiver")
+    group.add_argument("--for-qemu", action=argparse.BooleanOptionalAction, default=None,
+                       help="a real QEMU receives (default: on unix: and tcp:)")  # fmt: skip
+    group.add_argument("--machine", metavar="NAME", help="machine type to be named (default: the source's)")
+    group.add_argument("--no-configuration", action="store_true", help="name none (machine types before 2.4)")
+    group.add_argument("--no-footers", action="store_true", help="no section footers (machine types before 2.4)")
+    group.add_argument("--no-zero-blocks", action="store_true", help="send zeroes as data (QEMU before 1.6)")
+    group = parser.add_argument_group("tuning (sizes take k, M, G, T)")
+    group.add_argument("--bandwidth", type=parse_rate, metavar="RATE", help="MiB/s, or bytes a second with a suffix")
+    group.add_argument("--connections", type=int, default=usual.connections, metavar="N")
+    group.add_argument(
+        "--requests", type=int, default=SAVE_REQUESTS, metavar="N", help="chunks in flight on a connection"
+    )
+    group.add_argument(
+        "--downtime", type=int, default=300, metavar="MS", help="longest pause of the guest (default 300)"
+    )
+    group.add_argument("--max-rounds", type=int, default=30, metavar="N", help="dirty rounds before it is a stall")
+    group.add_argument("--freeze-limit", type=float, default=10.0, metavar="SECONDS",
+                       help="longest time that the guest may be frozen or paused (default 10)")  # fmt: skip
+    parser.add_argument("--progress", choices=["auto", "bar", "json", "none"], default="auto")
+    parser.add_argument("--output", choices=["text", "json"], default="text")
+    parser.set_defaults(run=_save)
+
+
+def _save(arguments: argparse.Namespace) -> int:
+    kind, _, place = arguments.source.partition(":")
+    if kind not in ("qmp", "image") or not place:
+        raise UsageError(f"not a source: {arguments.source!r}", advice="write qmp:/path/to.sock or image:/path")
+    names = arguments.migrate_disks
+    options = SaveOptions(
+        to=arguments.to,
+        source=place if kind == "qmp" else None,
+        image=place if kind == "image" else None,
+        image_format=arguments.source_format,
+        agent=arguments.agent,
+        selection=Selection(
+            disks=tuple(name.strip() for name in names.split(",")) if names is not None else None,
+            shared_base=arguments.shared_base,
+            allow_plaintext=arguments.allow_plaintext,
+        ),
+        transfer=Transfer(
+            granularity=CHUNK,
+            connections=arguments.connections,
+            requests=arguments.requests,
+            bandwidth=arguments.bandwidth,
+        ),
+        downtime=arguments.downtime / 1000,
+        max_rounds=arguments.max_rounds,
+        freeze_limit=arguments.freeze_limit,
+        for_qemu=check(arguments.to)[0] in SOCKETS if arguments.for_qemu is None else arguments.for_qemu,
+        machine=arguments.machine,
+        configuration=not arguments.no_configuration,
+        footers=not arguments.no_footers,
+        zero_blocks=not arguments.no_zero_blocks,
+        names=dict(_assignments(arguments.name)),
+    )
+    with progress(arguments.progress) as reporter:
+        result = asyncio.run(save(options, reporter, Interrupts(reporter.note), RealClock()))
+    print(_json(result) if arguments.output == "json" else show.result(result))
+    return 0
 
 
 def _add_load(commands: Commands) -> None:

@@ -27,7 +27,8 @@ from qemu_blkmig.errors import (
 )
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.reporting import Reporter
-from qemu_blkmig.nbd.control import Cancelled, Control
+from qemu_blkmig.nbd.control import Control
+from qemu_blkmig.stream.blocking import run_blocking
 from qemu_blkmig.stream.channel import Channel, check, open_source, open_target
 from qemu_blkmig.stream.events import CHUNK, DeviceState
 from qemu_blkmig.stream.framing import PAGE_SIZE
@@ -345,15 +346,7 @@ class _Load:
         )
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        """Run what blocks; a cancellation is passed on to it, and returns only once it has ended."""
-        working = asyncio.ensure_future(asyncio.to_thread(work))
-        try:
-            return await asyncio.shield(working)
-        except asyncio.CancelledError:
-            self._control.cancel()
-            with contextlib.suppress(Cancelled, BlkmigError):
-                await working
-            raise
+        return await run_blocking(work, self._control)
 
 
 def _flush(target: _Target) -> None:
