@@ -17,8 +17,8 @@ from qemu_blkmig.errors import BlkmigError, ConnectionLost, MigrationError, Refu
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.load import LoadOptions, LoadResult, load
 from qemu_blkmig.observe.progress import progress
-from qemu_blkmig.stream.events import CHUNK
-from tests.stream.streams import block, captured, captured_chunk, disks_only
+from qemu_blkmig.stream.events import CHUNK, BlockData, DeviceState
+from tests.stream.streams import block, captured, captured_chunk, decode, disks_only, passed
 
 DATA = random.Random(3).randbytes(CHUNK)
 OTHER = random.Random(4).randbytes(CHUNK)
@@ -283,3 +283,36 @@ async def test_a_source_that_waits_for_answers_is_told_to_the_user(tmp_path: Pat
         source.sendall(b"QEVM" + bytes([0, 0, 0, 3, 8, 0, 1, 0, 0]))
         with pytest.raises(StreamError, match="return-path off"):
             await loading
+
+
+async def test_everything_but_the_disks_is_forwarded_untouched(tmp_path: Path) -> None:
+    stream = captured("two-disks")
+    paths = {"vda": str(tmp_path / "a"), "vdb": str(tmp_path / "b")}
+    options = LoadOptions(saved(tmp_path, stream), paths, create=True, forward=f"exec:cat >{tmp_path}/rest")
+    await loaded(options)
+    assert (tmp_path / "rest").read_bytes() == passed(decode(stream, pass_on=True))
+    assert (tmp_path / "a").read_bytes() == DISK
+
+
+async def test_device_state_is_not_forwarded_unless_the_disks_are_as_expected(tmp_path: Path) -> None:
+    stream = captured("incremental")
+    rest = tmp_path / "rest"
+    options = LoadOptions(
+        saved(tmp_path, stream), {"vda": str(tmp_path / "a")}, create=True, require_complete=True,
+        forward=f"exec:trap '' TERM; cat >{rest}",
+    )  # fmt: skip
+    await failing(options, MigrationError, "never came")
+    before = next(event.offset for event in decode(stream) if isinstance(event, DeviceState))
+    blocks = sum(len(bytes(event.data)) for event in decode(stream) if isinstance(event, BlockData))
+    assert rest.stat().st_size < before - blocks
+    assert not (tmp_path / "a").exists()
+
+
+async def test_a_receiver_of_the_rest_that_goes_away_is_told(tmp_path: Path) -> None:
+    options = LoadOptions(
+        saved(tmp_path, captured("full")),
+        {"vda": str(tmp_path / "a")},
+        create=True,
+        forward="exec:head -c 200 >/dev/null",
+    )
+    await failing(options, ConnectionLost, "cannot be written|status")
