@@ -27,9 +27,6 @@ from qemu_blkmig.units import parse_rate, parse_size
 
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
 
-SAVE_REQUESTS = 16
-"""Chunks of 1 MiB in flight, as many bytes as other commands have."""
-
 
 def add_all(commands: Commands) -> None:
     """Add the commands to the parser."""
@@ -62,9 +59,8 @@ def _add_save(commands: Commands) -> None:
     group = parser.add_argument_group("tuning (sizes take k, M, G, T)")
     group.add_argument("--bandwidth", type=parse_rate, metavar="RATE", help="MiB/s, or bytes a second with a suffix")
     group.add_argument("--connections", type=int, default=usual.connections, metavar="N")
-    group.add_argument(
-        "--requests", type=int, default=SAVE_REQUESTS, metavar="N", help="chunks in flight on a connection"
-    )
+    group.add_argument("--requests", type=int, default=usual.requests, metavar="N", help="in flight on a connection")
+    group.add_argument("--request-size", type=parse_size, default=usual.request_size, metavar="SIZE")
     group.add_argument(
         "--downtime", type=int, default=300, metavar="MS", help="longest pause of the guest (default 300)"
     )
@@ -96,6 +92,7 @@ def _save(arguments: argparse.Namespace) -> int:
             granularity=CHUNK,
             connections=arguments.connections,
             requests=arguments.requests,
+            request_size=arguments.request_size,
             bandwidth=arguments.bandwidth,
         ),
         downtime=arguments.downtime / 1000,

@@ -168,6 +168,8 @@ class SaveOptions:
         _check_copy(self)
         if self.transfer.granularity != 1 << 20:
             raise UsageError("a stream has chunks of 1 MiB, so writes are tracked in units of 1 MiB")
+        if self.transfer.request_size < 1 << 20:
+            raise UsageError("--request-size must be at least 1M: a stream has chunks of that size")
         if self.machine is not None and not self.configuration:
             raise UsageError("--machine and --no-configuration contradict each other")
         if self.for_qemu and self.image is not None and self.machine is None and self.configuration:

@@ -20,6 +20,7 @@ from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Classify
+from qemu_blkmig.nbd.pump import Limits
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.stream.blocking import run_blocking
 from qemu_blkmig.stream.channel import Channel, check, open_target
@@ -188,7 +189,7 @@ class StreamCarriage:
             connections,
             self._stream,
             self._throttle,
-            requests=self._options.transfer.requests,
+            limits=Limits(self._options.transfer.requests, self._options.transfer.request_size),
             classify=_above_base(private_layers(disk)) if self._is_shared(disk) else zero_or_data,
             refuse_tail=self._options.for_qemu,
         )

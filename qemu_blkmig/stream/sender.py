@@ -35,8 +35,9 @@ class ChunkThrottle(Throttle):
     """However low the limit: a chunk is the unit, and one always proceeds."""
 
     def largest_request(self, wish: int) -> int:
-        """All of it."""
-        return wish
+        """Whole chunks, at least one."""
+        allowed = super().largest_request(wish)
+        return max(CHUNK, allowed - allowed % CHUNK)
 
 
 class StreamSender:
@@ -168,18 +169,21 @@ class DiskSender:
         stream: StreamSender,
         throttle: ChunkThrottle,
         *,
-        requests: int,
+        limits: Limits,
         classify: Classify,
         refuse_tail: bool,
     ) -> None:
-        """`device`: its name in the stream. `refuse_tail`: a short last chunk must be zero (a real QEMU's bound)."""
+        """`device`: its name in the stream. `limits`: requests of at least a chunk.
+
+        `refuse_tail`: a short last chunk must be zero (a real QEMU's bound).
+        """
         self._name = name
         self._device = device.encode()
         self._connections = connections
         self._stream = stream
         self._classify = classify
         self._tail = connections[0].size // CHUNK * CHUNK if refuse_tail else None
-        self._pump = Pump(name, connections, Limits(requests, CHUNK), throttle)
+        self._pump = Pump(name, connections, limits, throttle)
         self.sent = 0
 
     @property
@@ -208,17 +212,21 @@ class DiskSender:
         self._stream.zeroes(self._device, positions, control)
         self.sent += 0 if self._stream.zero_blocks else len(positions) * CHUNK
 
-    def send(self, position: int, data: memoryview, control: Control) -> bool:
-        """A chunk that was read; whether it turned out to be zero."""
-        if _is_zero(data):
-            self._stream.zeroes(self._device, range(position, position + 1), control)
-            self.sent += 0 if self._stream.zero_blocks else CHUNK
-            return True
+    def send(self, position: int, data: memoryview, control: Control) -> None:
+        """Chunks that were read; some may turn out to be zero. They are counted in `control.tally`."""
+        for start in range(0, len(data), CHUNK):
+            self._send_chunk(position + start, data[start : start + CHUNK], control)
+
+    def _send_chunk(self, position: int, chunk: memoryview, control: Control) -> None:
+        if _is_zero(chunk):
+            self.send_zeroes(Piece(position, len(chunk), Action.ZERO), control)
+            control.tally.zeroed += len(chunk)
+            return
         if position == self._tail:
             raise MigrationError(_bad_tail(self.size), disk=self._name, advice=_BAD_TAIL_ADVICE)
-        self._stream.data(self._device, position, data, control)
+        self._stream.data(self._device, position, chunk, control)
         self.sent += CHUNK
-        return False
+        control.tally.copied += len(chunk)
 
 
 def require_loadable_tail(connection: Connection, disk: str) -> None:
@@ -274,7 +282,7 @@ class _StreamSink:
             self._attempt(lambda: self._zero(piece))
 
     def data(self, lease: Lease) -> None:
-        """A chunk was read."""
+        """Chunks were read."""
         self._attempt(lambda: self._data(lease))
         lease.release()
 
@@ -284,10 +292,7 @@ class _StreamSink:
         self._advance(piece.length)
 
     def _data(self, lease: Lease) -> None:
-        if self._disk.send(lease.piece.offset, lease.view, self._control):
-            self._control.tally.zeroed += lease.piece.length
-        else:
-            self._control.tally.copied += lease.piece.length
+        self._disk.send(lease.piece.offset, lease.view, self._control)
         self._advance(lease.piece.length)
 
     def _advance(self, count: int) -> None:
