@@ -79,13 +79,23 @@ def waiting_destination(lab: Lab, guest: Guest, place: Path) -> Guest:
     return destination
 
 
-@pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_guest_moves_from_an_old_qemu_to_one_without_block_migration(lab: Lab, format: Format) -> None:
+@pytest.mark.parametrize(
+    ("format", "return_path"),
+    [("raw", False), ("qcow2", False), ("raw", True)],
+    ids=["raw", "qcow2", "with a return path"],
+)
+def test_a_guest_moves_from_an_old_qemu_to_one_without_block_migration(
+    lab: Lab, format: Format, return_path: bool
+) -> None:
     disk = lab.disk("one", SIZE, format, data=[(SIZE // 2, SIZE // 2)])
     guest = lab.boot([disk], ORDERS, Hardware(style="drive"))
     guest.wait_for_writing()
     old, new = lab.directory / "old.sock", lab.directory / "new.sock"
     destination = waiting_destination(lab, guest, new)
+    if return_path:
+        for qemu in (guest, destination):
+            capability = {"capability": "return-path", "state": True}
+            qemu.execute("migrate-set-capabilities", {"capabilities": [capability]})
     moved = destination.disks[0]
     loading = blkmig(
         "load", "--from", f"unix:{old}", "--forward", f"unix:{new}", "--format", format, "--require-complete",

@@ -17,6 +17,8 @@ from qemu_blkmig.job.streaming import StreamCarriage
 IMAGE_MACHINE = "pc"
 """What a stream from an image file names; only a QEMU cares."""
 
+QEMU_DECIDES = "the stream was sent to its end; whether the QEMU has loaded it, only that QEMU tells (query-migrate)"
+
 
 async def save(options: SaveOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
     """Save disks. Raises a `BlkmigError` that tells the state of things; the guest runs on whatever happens."""
@@ -37,7 +39,8 @@ async def save(options: SaveOptions, reporter: Reporter, interrupts: Interrupts,
                 result = await life.conduct(copy_image(life, options, into_stream, reporter, clock))
             else:
                 result = await life.conduct(GuestCopy(life, options, into_stream, reporter, clock).whole())
-            return msgspec.structs.replace(result, outcome="saved")
+            warnings = [*result.warnings, QEMU_DECIDES] if options.for_qemu else result.warnings
+            return msgspec.structs.replace(result, outcome="saved", warnings=warnings)
     finally:
         for carriage in carriages:
             carriage.abandon()

@@ -62,6 +62,11 @@ class Channel:
             except OSError as error:
                 raise ConnectionLost(f"{self.where} cannot be written: {error.strerror}") from error
 
+    def end_writing(self) -> None:
+        """Tell the peer of a socket that nothing more is written to it; it may be gone already."""
+        with _as_socket(self.descriptor) as peer, contextlib.suppress(OSError):
+            peer.shutdown(socket.SHUT_WR)
+
     def sync(self) -> None:
         """Make what was written to a file stable; elsewhere nothing can be done. Raises `ConnectionLost`."""
         if self.is_file:

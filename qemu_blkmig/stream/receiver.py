@@ -96,7 +96,7 @@ class Receiver:
             connection for landing in landings.values() for connection in landing.writer.connections
         ]
         self._failure: Exception | None = None
-        self._block: Block | None = None
+        self._answers_over = False
         self._landing: Landing | None = None
         self._position = 0
         self._fresh = False
@@ -189,7 +189,7 @@ class Receiver:
         landing.chunks.mark(block)
         if landing.reads_as_zero and block.position % CHUNK:
             landing.reads_as_zero = False
-        self._block, self._landing, self._position = block, landing, block.position
+        self._landing, self._position = landing, block.position
         if block.zero:
             self._zero(landing, block.position, min(CHUNK, landing.size - block.position))
 
@@ -286,6 +286,7 @@ class Receiver:
         if source is not None:
             poller.register(source.descriptor, select.POLLIN)
         answering = self._forward if self._forward is not None and self._forward.is_socket else None
+        answering = None if self._answers_over else answering
         if answering is not None:
             poller.register(answering.descriptor, select.POLLIN)
         ready = dict(poller.poll())
@@ -305,13 +306,21 @@ class Receiver:
             raise self._failure
 
     def _return_answers(self, answering: Channel) -> None:
-        """What the destination QEMU says on the return path goes to the source, if that listens."""
+        """What the destination QEMU says on the return path goes to the source, if that listens; its end, too.
+
+        It closes the connection once it has loaded everything, before the source does.
+        """
         answer = bytearray(4096)
         count = answering.read(memoryview(answer), self._control)
-        if not count:
+        if not count and self.end is None:
             raise ConnectionLost(f"{answering.where} closed the connection")
-        if self._source.is_socket:
+        self._answers_over = not count
+        if not self._source.is_socket:
+            return
+        if count:
             self._source.write(bytes(answer[:count]), self._control)
+        else:
+            self._source.end_writing()
 
 
 def grower(descriptor: int) -> Callable[[int], None]:

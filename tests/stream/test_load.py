@@ -7,6 +7,7 @@ import contextlib
 import random
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -316,3 +317,18 @@ async def test_a_receiver_of_the_rest_that_goes_away_is_told(tmp_path: Path) -> 
         forward="exec:head -c 200 >/dev/null",
     )
     await failing(options, ConnectionLost, "cannot be written|status")
+
+
+async def test_an_image_whose_load_was_killed_is_marked_and_can_be_loaded_again(tmp_path: Path) -> None:
+    image, mark = tmp_path / "a", tmp_path / "a.incomplete"
+    source = saved(tmp_path, captured("full"))
+    command = [sys.executable, "-m", "qemu_blkmig", "load", "--from", f"exec:head -c 2000000 {source[5:]}; sleep 5"]
+    loading = await asyncio.create_subprocess_exec(
+        *command, "--create", "--size", "4M", f"vda={image}", start_new_session=True
+    )
+    await until_there(mark)
+    loading.kill()
+    await loading.wait()
+    assert str(image) in mark.read_text()
+    await loaded(LoadOptions(source, {"vda": str(image)}, sizes={}, format="raw", incremental=True))
+    assert not mark.exists()
