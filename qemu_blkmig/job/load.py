@@ -41,6 +41,8 @@ MARK = ".incomplete"
 CONNECTIONS = 2
 """To the NBD server of an image that is not raw."""
 
+PERCENT_STEP = 10
+
 _T = TypeVar("_T")
 
 
@@ -148,6 +150,7 @@ class _Load:
         self._forward: Channel | None = None
         self._targets: list[_Target] = []
         self._landed = False
+        self._percent = 0
 
     async def whole(self) -> LoadResult:
         """All of it."""
@@ -164,7 +167,15 @@ class _Load:
             forward = options.forward
             self._forward = await self._in_thread(lambda: open_target(forward))
         landings = {target.name: await self._open(target) for target in self._targets}
-        receiver = Receiver(source, landings, self._control, page_size=options.page_size, forward=self._forward)
+        loop = asyncio.get_running_loop()
+        receiver = Receiver(
+            source,
+            landings,
+            self._control,
+            page_size=options.page_size,
+            forward=self._forward,
+            on_progress=functools.partial(loop.call_soon_threadsafe, self._tell_percent),
+        )
         self._reporter.stage("load")
         await self._in_thread(receiver.receive_disks)
         warnings = self._judge()
@@ -173,6 +184,12 @@ class _Load:
         await self._in_thread(receiver.pass_rest)
         await self._finish_channels()
         return self._result(receiver, warnings)
+
+    def _tell_percent(self, percent: int) -> None:
+        """What the sender says of its progress, in steps."""
+        if percent // PERCENT_STEP > self._percent // PERCENT_STEP:
+            self._reporter.note(f"the sender has read {percent} % of its disks")
+        self._percent = max(self._percent, percent)
 
     async def give_up(self) -> str:
         """After a failure: let go of everything, remove what was created. What has become of the images, in words."""

@@ -81,7 +81,7 @@ class Receiver:
         *,
         page_size: int,
         forward: Channel | None = None,
-        on_progress: Callable[[int], None] = lambda _percent: None,
+        on_progress: Callable[[int], object],
     ) -> None:
         self._source = source
         self._landings = landings
