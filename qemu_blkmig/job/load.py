@@ -168,13 +168,17 @@ class _Load:
             self._forward = await self._in_thread(lambda: open_target(forward))
         landings = {target.name: await self._open(target) for target in self._targets}
         loop = asyncio.get_running_loop()
+
+        def on_progress(percent: int) -> None:
+            loop.call_soon_threadsafe(self._tell_percent, percent)
+
         receiver = Receiver(
             source,
             landings,
             self._control,
             page_size=options.page_size,
             forward=self._forward,
-            on_progress=functools.partial(loop.call_soon_threadsafe, self._tell_percent),
+            on_progress=on_progress,
         )
         self._reporter.stage("load")
         await self._in_thread(receiver.receive_disks)

@@ -81,7 +81,7 @@ class Receiver:
         *,
         page_size: int,
         forward: Channel | None = None,
-        on_progress: Callable[[int], object],
+        on_progress: Callable[[int], None],
     ) -> None:
         self._source = source
         self._landings = landings
