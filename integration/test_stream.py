@@ -178,7 +178,8 @@ def test_a_writing_guest_is_saved_and_goes_on(lab: Lab, kind: str) -> None:
 
 def save_into_qemu(lab: Lab, guest: Guest, loaded: Disk) -> str:
     """Save into a QEMU that runs nothing, which then writes out its image."""
-    os.truncate(os.open(loaded.path, os.O_CREAT | os.O_RDWR, 0o600), loaded.size)
+    loaded.path.touch()
+    os.truncate(loaded.path, loaded.size)
     place = lab.directory / "in"
     command = ["qemu-system-x86_64", "-M", guest.hardware.machine, "-accel", "tcg", "-m", "16", "-nodefaults", "-S"]
     command += ["-display", "none", "-incoming", f"unix:{place}", "-qmp", f"unix:{lab.directory}/q,server=on,wait=off"]
