@@ -3,6 +3,7 @@
     BlkmigError                    exit 1   base; never raised itself
      +- RequestError                        one request was refused; the connection is intact: it may be repeated
      +- ConnectionLost                      the peer is gone and the fate of what was under way is unknown: reconnect
+     +- StreamError                         what was read is no stream of the old wire format (offset)
      +- MigrationError                      the migration failed, the source guest is the truth
      |   +- TopologyChanged                 a snapshot, pivot, unplug, hot-plug, block job or backup came in between
      |   +- GuestStateError                 the guest shut down, crashed, or is in a state that cannot be migrated
@@ -48,6 +49,14 @@ class RequestError(BlkmigError):
 
 class ConnectionLost(BlkmigError):
     """The peer is gone; what became of the requests under way cannot be known."""
+
+
+class StreamError(BlkmigError):
+    """A migration stream is truncated, corrupt, or of a form that is not understood, at `offset` (bytes)."""
+
+    def __init__(self, what: str, *, offset: int, disk: str | None = None) -> None:
+        super().__init__(f"byte {offset} of the stream: {what}", disk=disk)
+        self.offset = offset
 
 
 class MigrationError(BlkmigError):

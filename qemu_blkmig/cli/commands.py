@@ -8,14 +8,14 @@ import os
 import signal
 import stat
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from qemu_blkmig.cli import show
+from qemu_blkmig.cli import show, stream_commands
+from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.demo.run import DemoOptions, demo
 from qemu_blkmig.destination import agent
 from qemu_blkmig.errors import BlkmigError, Interrupted, Refused, UsageError
@@ -32,18 +32,6 @@ from qemu_blkmig.units import parse_rate, parse_size
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
 
 
-class RealClock:
-    """The machine's monotonic clock."""
-
-    def now(self) -> float:
-        """Monotonic seconds."""
-        return time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait."""
-        await asyncio.sleep(seconds)
-
-
 def add_all(commands: Commands) -> None:
     """Add every command to the parser."""
     _add_demo(commands)
@@ -53,6 +41,7 @@ def add_all(commands: Commands) -> None:
     _add_jobs(commands)
     _add_cleanup(commands)
     _add_receive(commands)
+    stream_commands.add_all(commands)
 
 
 def _add_migrate(commands: Commands) -> None:

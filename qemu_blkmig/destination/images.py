@@ -113,6 +113,12 @@ def size_of(path: str, image_format: str) -> int:
     return int(_info(path, image_format)["virtual-size"])
 
 
+def recognized(path: str) -> str:
+    """The format that qemu-img takes an existing image for. Raises `Refused`."""
+    told = _qemu_img("info", "--force-share", "--output=json", os.path.realpath(path))
+    return str(json.loads(told)["format"])
+
+
 def allocated(descriptor: int) -> int:
     """Bytes that the image occupies; a block device occupies all it has."""
     status = os.fstat(descriptor)

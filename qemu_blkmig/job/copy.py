@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.migration import BlockMigration
-from qemu_blkmig.engine.ports import Clock
+from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
 from qemu_blkmig.errors import BlkmigError, MigrationError, Stalled
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.imagefile import ImageSource
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
-from qemu_blkmig.job.options import CopyOptions
-from qemu_blkmig.job.plan import Planner
+from qemu_blkmig.job.options import CopyOptions, SaveOptions
+from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
-from qemu_blkmig.job.result import Downtime, Result
+from qemu_blkmig.job.result import DiskResult, Downtime, Result
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.units import show_seconds
@@ -27,24 +29,66 @@ FREEZE = 5.0
 THAW_TRIES = 3
 
 
+class Carrying(Protocol):
+    """What brings disks over: `job.carriage.Carriage`, `job.streaming.StreamCarriage`."""
+
+    async def prepare(self) -> None:
+        """Refuse what would fail; make what is needed at the destination."""
+
+    async def open(self, socket: str, exports: dict[str, str]) -> None:
+        """Connect to the source's exports (by disk name) on the unix socket `socket`."""
+
+    async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
+        """The engine over the disks."""
+
+    async def compare(self) -> None:
+        """Compare both sides."""
+
+    async def close(self) -> None:
+        """All has been brought over: make it stable, and let go."""
+
+    def results(self, engine: BlockMigration) -> list[DiskResult]:
+        """What was done, disk by disk."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the disks of a plan get to where they are copied to."""
+
+    planner: Planner
+    carriage: Callable[[Plan], Carrying]
+
+
+OpenWay = Callable[[Lifecycle], Awaitable[Way]]
+"""Called once the source, if it is a guest, is connected."""
+
+
 async def copy(options: CopyOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
     """Copy disks. Raises a `BlkmigError` that tells the state of things; the guest runs on whatever happens."""
+
+    async def to_images(life: Lifecycle) -> Way:
+        agent = await life.start_agent()
+        planner = Planner(agent, options.selection, options.target.directory)
+        return Way(planner, lambda plan: Carriage(life.job, plan, agent, options.transfer, reporter))
+
     async with Lifecycle(reporter, interrupts) as life:
         if options.image is not None:
-            return await life.conduct(_copy_image(life, options, reporter, clock))
-        return await life.conduct(_GuestCopy(life, options, reporter, clock).whole())
+            return await life.conduct(copy_image(life, options, to_images, reporter, clock))
+        return await life.conduct(GuestCopy(life, options, to_images, reporter, clock).whole())
 
 
-async def _copy_image(life: Lifecycle, options: CopyOptions, reporter: Reporter, clock: Clock) -> Result:
+async def copy_image(
+    life: Lifecycle, options: CopyOptions | SaveOptions, open_way: OpenWay, reporter: Reporter, clock: Clock
+) -> Result:
     """The same engine over a disk that nobody writes to."""
     watch = Stopwatch(clock, reporter)
     with watch.phase("prepare"):
-        agent = await life.start_agent()
+        way = await open_way(life)
         source = await ImageSource.serve(str(options.image), options.image_format, life.job.runtime)
     try:
-        plan = await Planner(agent, options.selection, options.target.directory).plan_image(source.disk)
+        plan = await way.planner.plan_image(source.disk)
         plan.require()
-        carriage = Carriage(life.job, plan, agent, options.transfer, reporter)
+        carriage = way.carriage(plan)
         await carriage.prepare()
         await carriage.open(str(source.socket), {source.disk.name: ""})
         engine = await carriage.engine(source, source, clock)
@@ -73,13 +117,21 @@ async def _copy_image(life: Lifecycle, options: CopyOptions, reporter: Reporter,
     )
 
 
-class _GuestCopy:
+class GuestCopy:
     """The copy of a running guest's disks: bulk and rounds while it runs, the last round with it frozen and paused."""
 
-    def __init__(self, life: Lifecycle, options: CopyOptions, reporter: Reporter, clock: Clock) -> None:
+    def __init__(
+        self,
+        life: Lifecycle,
+        options: CopyOptions | SaveOptions,
+        open_way: OpenWay,
+        reporter: Reporter,
+        clock: Clock,
+    ) -> None:
         self._life = life
         self._job = life.job
         self._options = options
+        self._open_way = open_way
         self._reporter = reporter
         self._clock = clock
         self._watch = Stopwatch(clock, reporter)
@@ -102,15 +154,14 @@ class _GuestCopy:
     async def _prepare(self) -> None:
         options, life = self._options, self._life
         source = await life.connect_source(str(options.source))
-        agent = await life.start_agent()
-        planner = Planner(agent, options.selection, options.target.directory)
-        self._plan = await planner.plan(source, None, self._job.record.prefix, with_ram=False)
+        way = await self._open_way(life)
+        self._plan = await way.planner.plan(source, None, self._job.record.prefix, with_ram=False)
         self._plan.require()
         for warning in self._plan.warnings:
             self._reporter.note(warning)
         self._guest = QemuGuest(source)
         self._job.record.was_running = not await self._guest.is_paused()
-        self._carriage = Carriage(self._job, self._plan, agent, options.transfer, self._reporter)
+        self._carriage = way.carriage(self._plan)
         await self._carriage.prepare()
         self._guard = life.guard()
         shared = options.selection.shared_base

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qemu_blkmig.errors import UsageError
@@ -130,10 +131,56 @@ class CopyOptions:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        _check_convergence(self.downtime, self.max_rounds)
-        if not 0.1 <= self.freeze_limit <= 3600:
-            raise UsageError("--freeze-limit must be from 0.1 to 3600 seconds")
-        if self.image is not None and self.agent is not None:
-            raise UsageError("--agent is for a running guest (qmp:SOCK); an image file has none")
-        if self.source is not None and self.image_format is not None:
-            raise UsageError("--source-format is for an image file (image:PATH); a guest's QEMU tells the formats")
+        _check_copy(self)
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """`qemu-blkmig save`: disks of a running guest (`source`) or an image file into a stream of the old wire format.
+
+    `to`: where (`stream.channel.FORMS`). `for_qemu`: a real QEMU receives. `machine`: the machine type that the stream
+    names; None: the source's own. `configuration`: whether it names one at all. `names`: by disk, in the stream.
+    """
+
+    to: str
+    source: str | None = None
+    image: str | None = None
+    image_format: str | None = None
+    agent: str | None = None
+    selection: Selection = Selection()
+    transfer: Transfer = Transfer(granularity=1 << 20)
+    downtime: float = 0.3
+    max_rounds: int | None = 30
+    freeze_limit: float = 10.0
+    for_qemu: bool = False
+    machine: str | None = None
+    configuration: bool = True
+    footers: bool = True
+    zero_blocks: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def verify(self) -> bool:
+        """A stream cannot be compared with its source."""
+        return False
+
+    def __post_init__(self) -> None:
+        _check_copy(self)
+        if self.transfer.granularity != 1 << 20:
+            raise UsageError("a stream has chunks of 1 MiB, so writes are tracked in units of 1 MiB")
+        if self.transfer.request_size < 1 << 20:
+            raise UsageError("--request-size must be at least 1M: a stream has chunks of that size")
+        if self.machine is not None and not self.configuration:
+            raise UsageError("--machine and --no-configuration contradict each other")
+        if self.for_qemu and self.image is not None and self.machine is None and self.configuration:
+            raise UsageError("a QEMU compares the machine type: name it by --machine, or say --no-configuration")
+
+
+def _check_copy(options: CopyOptions | SaveOptions) -> None:
+    _check_convergence(options.downtime, options.max_rounds)
+    if not 0.1 <= options.freeze_limit <= 3600:
+        raise UsageError("--freeze-limit must be from 0.1 to 3600 seconds")
+    if options.image is not None and options.agent is not None:
+        raise UsageError("--agent is for a running guest (qmp:SOCK); an image file has none")
+    if options.source is not None and options.image_format is not None:
+        raise UsageError("--source-format is for an image file (image:PATH); a guest's QEMU tells the formats")

@@ -59,7 +59,8 @@ def _same_name(one: str, other: str) -> bool:
 class Planner:
     """Collects the plan from the source QEMU, the destination's agent and, where there is one, its QEMU."""
 
-    def __init__(self, agent: AgentClient, selection: Selection, directory: Path) -> None:
+    def __init__(self, agent: AgentClient | None, selection: Selection, directory: Path | None) -> None:
+        """Without an agent and a directory there are no images: the disks go into a stream."""
         self._agent = agent
         self._selection = selection
         self._directory = directory
@@ -176,6 +177,8 @@ class Planner:
         self._warnings += [f"{other.name} is not migrated: {other.reason}" for other in skipped]
 
     def _directory_images(self, disks: Sequence[Disk]) -> dict[str, Image]:
+        if self._directory is None:
+            return {}
         names = Counter(Path(disk.filename).name for disk in disks)
         images = {}
         for disk in disks:
@@ -238,6 +241,8 @@ class Planner:
         return images
 
     async def _check_destination(self, disks: Sequence[Disk], images: dict[str, Image]) -> None:
+        if self._agent is None:
+            return
         reply = await self._agent.expect(Inspect(list(images.values())), InspectReply)
         self._problems += [f"disk {p.disk}: {p.what}" if p.disk else p.what for p in reply.problems]
         self._warnings += [f"{path} is there already: it is overwritten" for path in reply.there]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qemu_blkmig.cli.commands import RealClock
+from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.errors import GuestStateError, RequestError
 from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qemu_blkmig.cli.commands import RealClock
+from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.job.migrate import _Run
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 

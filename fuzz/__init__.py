@@ -1,0 +1,1 @@
+"""Fuzz targets; what they check is replayed by the tests."""
