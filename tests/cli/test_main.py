@@ -27,7 +27,7 @@ MIGRATE = ["migrate", "qmp:/nothing", "local:/tmp", "--pause-only"]
     ("arguments", "words"),
     [
         ([], "COMMAND"),
-        (["load"], "'load'"),
+        (["teleport"], "'teleport'"),
         (["migrate"], "SOURCE, DEST"),
         ([*MIGRATE, "--downtime", "300ms"], "--downtime: not a whole number: '300ms'"),
         ([*MIGRATE, "--launch", "true"], "exactly one way"),
