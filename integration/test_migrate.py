@@ -233,7 +233,7 @@ def test_a_stalled_migration_told_to_wait_goes_on_until_the_guest_is_paused_and_
         assert line, process.communicate()
         rounds = json.loads(line).get("round", 0)
     process.send_signal(signal.SIGUSR1)
-    while not (line := process.stderr.readline()).startswith("dirty "):
+    while not (line := process.stderr.readline()).startswith("dirty"):
         assert line, process.communicate()
     assert "pending" in line and "round" in line
     guest.pause()
@@ -257,7 +257,7 @@ def test_a_source_that_is_kept_is_warned_of_and_holds_nothing_of_ours(lab: Lab) 
     assert_writes_soundly(arrived)
     assert_nothing_left(lab, guest)
     again, _ = migrate(lab, guest)
-    again.failed(3, "it lives elsewhere now", now="what an earlier migration left behind")
+    again.failed(3, "it lives elsewhere now", now="what another migration left behind")
 
 
 def test_a_guest_stopped_by_a_write_error_moves_stopped_and_loses_nothing_when_it_goes_on(lab: Lab) -> None:

@@ -33,7 +33,9 @@ REACH = 20.0
 """Seconds in which a QEMU that is alive must become reachable; its QMP socket may be taken by another for a while."""
 SETTLE = 15.0
 """Seconds in which a QEMU's own migration must come to an end, one way or the other."""
-ATTEMPTS = 3
+DYING = 0.5
+"""Seconds that a QEMU which hung up is given to end, before it is looked for again."""
+ATTEMPTS = 5
 """A QEMU that dies while it is being settled is found gone by the next attempt."""
 ANSWER = 10.0
 """Seconds in which a destination QEMU must answer while the guest is paused."""
@@ -170,6 +172,7 @@ async def settle(
             except ConnectionLost:
                 if attempt == ATTEMPTS - 1:
                     raise
+                await asyncio.sleep(DYING)
     except (BlkmigError, OSError, TimeoutError) as error:
         log.warning("settling job %s: %s", record.job, error, exc_info=log.isEnabledFor(logging.DEBUG))
         settlement.decided = False
