@@ -173,5 +173,4 @@ async def _describe(path: str, image_format: str | None) -> Disk:
         cluster_size=info.get("cluster-size"),
         encrypted=bool(info.get("encrypted")) or info["format"] == "luks",
         allocated=info.get("actual-size"),
-        data_file=None,
     )

@@ -16,6 +16,7 @@ from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.target import TargetQemu, counterpart
 from qemu_blkmig.qmp.disks import Backing, Disk, Layer, Skipped, inventory, obstacles, plain_filename, select
 from qemu_blkmig.qmp.features import probe
+from qemu_blkmig.qmp.guest import UNDER_WAY
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.units import show_bytes
@@ -118,7 +119,7 @@ class Planner:
                 "a migration of this guest failed while it was paused (run state postmigrate): its QEMU migrates it "
                 "only after it has run again (QMP commands cont, stop)"
             )
-        if migration in ("setup", "active", "pre-switchover", "device", "cancelling"):
+        if migration in UNDER_WAY:
             self._problems.append(f"another migration of this guest is under way (status {migration})")
 
         if with_ram:

@@ -69,7 +69,6 @@ class Disk:
     cluster_size: int | None
     encrypted: bool
     allocated: int | None
-    data_file: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +273,6 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
     layers = tuple(_layer(nodes[node]) for node in chain if node in nodes)
     image_layer = next((layer for layer in layers if not layer.filter), layers[-1])
     image = nodes[image_layer.node]["image"]
-    details = image.get("format-specific", {}).get("data", {})
     return Disk(
         name=name,
         device=drive["device"],
@@ -288,7 +286,6 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
         cluster_size=image.get("cluster-size"),
         encrypted=any(_encrypted(nodes[layer.node]) for layer in layers),
         allocated=image.get("actual-size"),
-        data_file=details.get("data-file"),
     )
 
 
