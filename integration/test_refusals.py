@@ -272,7 +272,7 @@ def test_a_command_line_that_makes_no_sense_is_a_usage_error(options: tuple[str,
         ("image:/a/path", "local:/b", ("no running guest",)),
         ("qmp:", "local:/b", ("not a source",)),
         ("qmp:/a", "/b", ("not a destination", "local:")),
-        ("qmp:/a", "ssh://host/b", ("not a destination",)),
+        ("qmp:/a", "ssh://host", ("not a destination", "ssh://[user@]host")),
     ],
 )
 def test_sources_and_destinations_are_written_in_one_way(source: str, destination: str, words: tuple[str, ...]) -> None:

@@ -24,6 +24,7 @@ from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.migrate import migrate
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall, Selection, Target, Transfer
+from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
 from qemu_blkmig.job.record import STATE_VARIABLE, Job, left_behind, state_directory
 from qemu_blkmig.job.settle import settle, unsettled
 from qemu_blkmig.observe.progress import progress
@@ -135,7 +136,7 @@ def _add_copy(commands: Commands) -> None:
 def _copy(arguments: argparse.Namespace) -> int:
     kind, place = _source(arguments.source)
     options = CopyOptions(
-        target=Target(_directory(arguments.destination)),
+        target=Target(_place(arguments)),
         source=place if kind == "qmp" else None,
         image=place if kind == "image" else None,
         image_format=arguments.source_format,
@@ -308,8 +309,14 @@ def _add_ends(parser: argparse.ArgumentParser, *, images: bool) -> None:
     parser.add_argument(
         "destination",
         metavar="DEST",
-        help="local:/directory for the images; they get the names, formats and sizes of the source's. "
+        help=f"directory for the images, {FORMS}; they get the names, formats and sizes of the source's. "
         "One that is there must have the same size; it is overwritten",
+    )
+    parser.add_argument(
+        "--remote-command",
+        metavar="CMD",
+        default=REMOTE_COMMAND,
+        help=f"how qemu-blkmig is called on the host of an ssh:// destination (default: {REMOTE_COMMAND})",
     )
 
 
@@ -424,15 +431,12 @@ def _guest(text: str) -> str:
     return place
 
 
-def _directory(text: str) -> Path:
-    kind, _, place = text.partition(":")
-    if kind != "local" or not place:
-        raise UsageError(f"not a destination: {text!r}", advice="write local:/directory; there are no others yet")
-    return Path(place).absolute()
+def _place(arguments: argparse.Namespace) -> Place:
+    return parse_place(arguments.destination, arguments.remote_command)
 
 
 def _target(arguments: argparse.Namespace) -> Target:
-    return Target(_directory(arguments.destination), arguments.target_qmp, arguments.launch)
+    return Target(_place(arguments), arguments.target_qmp, arguments.launch)
 
 
 def _selection(arguments: argparse.Namespace) -> Selection:

@@ -22,6 +22,7 @@ from qemu_blkmig.errors import Refused, UsageError
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.migrate import migrate
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Selection, Target
+from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.qmp.monitor import Monitor
@@ -164,7 +165,7 @@ class _Demo:
     async def _migrate(self, kernel: Kernel) -> Result:
         options = MigrateOptions(
             source=str(self._source / "qmp"),
-            target=Target(self._destination, launch=shlex.join(self._command(kernel, self._destination))),
+            target=Target(Local(str(self._destination)), launch=shlex.join(self._command(kernel, self._destination))),
             selection=Selection(shared_base=self._options.shared_base),
             on_stall=OnStall.PAUSE,
             verify=True,

@@ -27,6 +27,7 @@ from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.mover import RemoteMover
 
 COMPARE_LEAST, COMPARE_SPEED = 60.0, 8 << 20
@@ -40,9 +41,12 @@ ZERO_UNITS = range(4 << 10, 64 << 10)
 class Carriage:
     """The disks' way to the destination, from prepared images to closed ones."""
 
-    def __init__(self, job: Job, plan: Plan, agent: AgentClient, transfer: Transfer, reporter: Reporter) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, host: Host, agent: AgentClient, transfer: Transfer, reporter: Reporter
+    ) -> None:
         self._job = job
         self._plan = plan
+        self._host = host
         self._agent = agent
         self._transfer = transfer
         self._reporter = reporter
@@ -57,14 +61,15 @@ class Carriage:
         self._job.save()
 
     async def open(self, socket: str, exports: dict[str, str]) -> None:
-        """Connect the mover to the source's exports (by disk name), reached through the unix socket `socket`."""
+        """Connect the mover to the source's exports (by disk name), reached through the unix socket `socket` here."""
         self._job.record.filling = True
         self._job.save()
+        there = await self._host.expose(socket)
         for disk in self._plan.disks:
             await self._agent.request(
                 Open(
                     disk=disk.name,
-                    socket=socket,
+                    socket=there,
                     export=exports[disk.name],
                     connections=self._transfer.connections,
                     requests=self._transfer.requests,

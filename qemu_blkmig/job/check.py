@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
+from pathlib import Path
 
 import msgspec
 
 from qemu_blkmig.errors import BlkmigError
 from qemu_blkmig.job.options import Selection, Target
+from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.record import state_directory
 from qemu_blkmig.job.target import TargetQemu, program_missing
 from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.qmp.monitor import Monitor
-from qemu_blkmig.transport.local import start_local
 
 
 class CheckedDisk(msgspec.Struct, frozen=True):
@@ -70,13 +72,18 @@ async def _plan(source: str, target: Target, selection: Selection) -> Plan:
     async with contextlib.AsyncExitStack() as stack:
         monitor = await Monitor.connect(source, who="source QEMU")
         stack.push_async_callback(monitor.close)
-        agent = await start_local()
+        runtime = stack.enter_context(tempfile.TemporaryDirectory(prefix="blkmig-check-"))
+        host = host_of(target.place, Path(runtime))
+        stack.push_async_callback(host.close)
+        agent = await host.start_agent()
         stack.push_async_callback(agent.close)
         qemu = None
         if target.qmp is not None:
             qemu = await TargetQemu.attach(target.qmp)
             stack.push_async_callback(qemu.close)
-        return await Planner(agent, selection, target.directory).plan(monitor, qemu, "blkmig-(none)", with_ram=True)
+        return await Planner(agent, selection, Path(target.place.directory)).plan(
+            monitor, qemu, "blkmig-(none)", with_ram=True
+        )
 
 
 def _state_directory_trouble() -> str | None:

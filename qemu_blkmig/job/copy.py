@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
@@ -67,9 +68,9 @@ async def copy(options: CopyOptions, reporter: Reporter, interrupts: Interrupts,
     """Copy disks. Raises a `BlkmigError` that tells the state of things; the guest runs on whatever happens."""
 
     async def to_images(life: Lifecycle) -> Way:
-        agent = await life.start_agent()
-        planner = Planner(agent, options.selection, options.target.directory)
-        return Way(planner, lambda plan: Carriage(life.job, plan, agent, options.transfer, reporter))
+        agent = await life.start_agent(options.target.place)
+        planner = Planner(agent, options.selection, Path(options.target.place.directory))
+        return Way(planner, lambda plan: Carriage(life.job, plan, life.host, agent, options.transfer, reporter))
 
     async with Lifecycle(reporter, interrupts) as life:
         if options.image is not None:

@@ -20,6 +20,7 @@ from qemu_blkmig.errors import (
 )
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.place import Place, host_of
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
@@ -34,7 +35,7 @@ from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.removal import remove_all
 from qemu_blkmig.qmp.topology import Topology
 from qemu_blkmig.transport.client import AgentClient
-from qemu_blkmig.transport.local import start_local
+from qemu_blkmig.transport.host import Host
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Lifecycle:
         self._guard: Guard | None = None
         self._source: Monitor | None = None
         self._exports: ExportServer | None = None
+        self._host: Host | None = None
         self._agent: AgentClient | None = None
         self._at_rest = False
         self._ended_there = False
@@ -105,10 +107,20 @@ class Lifecycle:
         self.job.save()
         return self._source
 
-    async def start_agent(self) -> AgentClient:
-        """Start the agent beside the destination's storage."""
-        self._agent = await start_local()
+    async def start_agent(self, place: Place) -> AgentClient:
+        """Start the agent beside the destination's storage at `place`. Raises `Refused`, `DestinationFailed`."""
+        self.job.record.target_place = place
+        self.job.save()
+        self._host = host_of(place, self.job.runtime)
+        self._agent = await self._host.start_agent()
         return self._agent
+
+    @property
+    def host(self) -> Host:
+        """The destination host, once its agent is started."""
+        if self._host is None:
+            raise RuntimeError("the destination host is not known yet")
+        return self._host
 
     async def attach_target(self, path: str) -> None:
         """Connect to a destination QEMU that already waits. Raises `Refused`."""
@@ -263,6 +275,8 @@ class Lifecycle:
             await self._source.close()
         if self.target is not None:
             await self.target.close()
+        if self._host is not None:
+            await self._host.close()
 
 
 def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError:

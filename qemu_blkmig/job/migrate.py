@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.migration import BlockMigration
@@ -81,10 +82,10 @@ class _Run:
     async def _prepare(self) -> None:
         options, life = self._options, self._life
         source = await life.connect_source(options.source)
-        agent = await life.start_agent()
+        agent = await life.start_agent(options.target.place)
         if options.target.qmp is not None:
             await life.attach_target(options.target.qmp)
-        planner = Planner(agent, options.selection, options.target.directory)
+        planner = Planner(agent, options.selection, Path(options.target.place.directory))
         self._plan: Plan = await planner.plan(
             source, life.target, self._job.record.prefix, with_ram=not options.pause_only
         )
@@ -94,7 +95,7 @@ class _Run:
         self._job.record.keep_source = options.keep_source
         self._guest = QemuGuest(source)
         self._job.record.was_running = not await self._guest.is_paused()
-        self._carriage = Carriage(self._job, self._plan, agent, options.transfer, self._reporter)
+        self._carriage = Carriage(self._job, self._plan, life.host, agent, options.transfer, self._reporter)
         await self._carriage.prepare()
         if options.target.launch is not None:
             await self._launch()
@@ -105,8 +106,10 @@ class _Run:
         self._engine: BlockMigration = await self._carriage.engine(recording, self._guest, self._clock)
 
     async def _launch(self) -> None:
-        target = await self._life.launch_target(str(self._options.target.launch), self._options.target.directory)
-        verify_launched(self._plan, (await target.inventory()).disks)
+        target = await self._life.launch_target(
+            str(self._options.target.launch), Path(self._options.target.place.directory)
+        )
+        verify_launched(self._plan, (await qemu.inventory()).disks)
 
     async def _converge(self) -> None:
         """Rounds until the last one would fit. Raises `Stalled` when it does not and the user wants no more."""

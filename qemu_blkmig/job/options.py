@@ -6,9 +6,9 @@ import enum
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from qemu_blkmig.errors import UsageError
+from qemu_blkmig.job.place import Place
 
 
 def _power_of_two(number: int) -> bool:
@@ -52,9 +52,9 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Target:
-    """Where to: images in `directory`; a QEMU already waiting at `qmp`, or one to be started by `launch`, or none."""
+    """Where to: images at `place`; there a QEMU already waiting at `qmp`, or one to be started by `launch`, or none."""
 
-    directory: Path
+    place: Place
     qmp: str | None = None
     launch: str | None = None
 

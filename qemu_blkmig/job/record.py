@@ -20,6 +20,7 @@ import msgspec
 
 from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.process import ProcessId
 
 STATE_VARIABLE = "QEMU_BLKMIG_STATE_DIR"
@@ -41,6 +42,7 @@ class Record(msgspec.Struct):
     `nbd_server`: the source QEMU's NBD server is ours, or about to be. `images`: what the destination QEMU uses.
     `created`: those of them that we made. `filling`: something may have been written to
     them. `frozen_by`: the guest agent's socket while file systems are frozen.
+    `target_place`: where the images are; None until that is known.
     `started_there`: the destination was told to run the guest, or is about to be: it may have written there.
     """
 
@@ -62,6 +64,7 @@ class Record(msgspec.Struct):
     filling: bool = False
     frozen_by: str | None = None
     started_there: bool = False
+    target_place: Place | None = None
 
     @property
     def prefix(self) -> str:

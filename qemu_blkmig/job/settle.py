@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from qemu_blkmig.destination.protocol import Discard, DiscardReply
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError, Undecided
 from qemu_blkmig.job.activation import activate
+from qemu_blkmig.job.place import Local, host_of
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.qmp.agent import GuestAgent
@@ -25,7 +26,6 @@ from qemu_blkmig.qmp.guest import MIGRATED, UNDER_WAY, migration_status
 from qemu_blkmig.qmp.monitor import Monitor, NoAnswer
 from qemu_blkmig.qmp.ram import cancel_migration
 from qemu_blkmig.qmp.removal import remove_all
-from qemu_blkmig.transport.local import start_local
 
 log = logging.getLogger(__name__)
 
@@ -366,11 +366,15 @@ async def _thaw(path: str, settlement: Settlement) -> None:
 async def _discard(job: Job, settlement: Settlement) -> None:
     if not job.record.created:
         return
-    agent = await start_local()
+    host = host_of(job.record.target_place or Local("/"), job.runtime)
     try:
-        reply = await agent.expect(Discard(job.record.created), DiscardReply)
+        agent = await host.start_agent()
+        try:
+            reply = await agent.expect(Discard(job.record.created), DiscardReply)
+        finally:
+            await agent.close()
     finally:
-        await agent.close()
+        await host.close()
     if reply.left:
         settlement.facts.append(f"incomplete images were left at the destination: {', '.join(reply.left)}")
     else:

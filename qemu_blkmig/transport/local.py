@@ -1,4 +1,4 @@
-"""Starts the agent as a child process on this host."""
+"""This host as the destination: the agent is a child process, and every path is what it is."""
 
 from __future__ import annotations
 
@@ -10,28 +10,41 @@ from qemu_blkmig.destination import protocol
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 
 
-async def start_local(on_progress: OnProgress | None = None) -> AgentClient:
-    """An agent that has answered hello, in a session of its own, so that Ctrl-C reaches only the coordinator.
+class LocalHost:
+    """See `transport.host.Host`."""
 
-    Raises `DestinationFailed` when it cannot be started, `Refused` when it speaks another protocol.
-    """
-    try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "qemu_blkmig.destination.agent",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=protocol.LINE_LIMIT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise errors.DestinationFailed(f"the agent cannot be started: {error}") from error
-    client = AgentClient(process, on_progress)
-    try:
-        await client.hello()
-    except BaseException:
-        await client.abandon()
-        raise
-    return client
+    name = "this host"
+
+    async def start_agent(self, on_progress: OnProgress | None = None) -> AgentClient:
+        """See `Host`. The agent is in a session of its own, so that Ctrl-C reaches only the coordinator."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "qemu_blkmig.destination.agent",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=protocol.LINE_LIMIT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise errors.DestinationFailed(f"the agent cannot be started: {error}") from error
+        client = AgentClient(process, on_progress)
+        try:
+            await client.hello()
+        except BaseException:
+            await client.abandon()
+            raise
+        return client
+
+    async def expose(self, socket: str) -> str:
+        """See `Host`: the same path."""
+        return socket
+
+    async def reach(self, socket: str) -> str:
+        """See `Host`: the same path."""
+        return socket
+
+    async def close(self) -> None:
+        """See `Host`: there is nothing to let go of."""

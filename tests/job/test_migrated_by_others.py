@@ -14,6 +14,7 @@ from qemu_blkmig.errors import GuestStateError, RequestError
 from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import CopyOptions, Target, Transfer
+from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.record import STATE_VARIABLE, Job
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.observe.progress import progress
@@ -84,7 +85,9 @@ async def test_a_copy_ends_when_the_guest_is_migrated_away_and_leaves_it_there(
     await qemu.monitor.close()
     target = tmp_path / "target"
     target.mkdir()
-    options = CopyOptions(Target(target), source=str(qemu.directory / "qmp.sock"), transfer=Transfer(bandwidth=4 << 20))
+    options = CopyOptions(
+        Target(Local(str(target))), source=str(qemu.directory / "qmp.sock"), transfer=Transfer(bandwidth=4 << 20)
+    )
     with progress("none") as reporter:
         copying = asyncio.create_task(_copied(options, reporter))
         while not list(target.iterdir()) or not await qemu.exports():  # noqa: ASYNC110

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.options import MigrateOptions, Target, Transfer
+from qemu_blkmig.job.place import Local
 from qemu_blkmig.units import parse_rate, parse_size, show_bytes, show_seconds
 
 
@@ -36,9 +35,9 @@ def test_bytes_and_seconds_are_shown_for_people() -> None:
 
 def test_the_destination_qemu_is_named_in_exactly_one_way() -> None:
     for target, pause_only in (
-        (Target(Path("/x")), False),
-        (Target(Path("/x"), qmp="/q", launch="qemu"), False),
-        (Target(Path("/x"), qmp="/q"), True),
+        (Target(Local("/x")), False),
+        (Target(Local("/x"), qmp="/q", launch="qemu"), False),
+        (Target(Local("/x"), qmp="/q"), True),
     ):
         with pytest.raises(UsageError, match="exactly one way"):
             MigrateOptions(source="/s", target=target, pause_only=pause_only)
@@ -64,6 +63,6 @@ def test_tuning_out_of_bounds_is_refused(wrong: dict[str, int]) -> None:
 
 def test_a_launch_command_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(UsageError, match="no shell command"):
-        Target(Path("/x"), launch="qemu 'unclosed")
+        Target(Local("/x"), launch="qemu 'unclosed")
     with pytest.raises(UsageError, match="empty"):
-        Target(Path("/x"), launch="  ")
+        Target(Local("/x"), launch="  ")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.job.migrate import _Run
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
+from qemu_blkmig.job.place import Local
 
 
 class SlowRounds:
@@ -42,7 +42,7 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
         job=job, watchdog=SimpleNamespace(arm=nothing), target=SimpleNamespace(claim=nothing), source=None
     )
     options = MigrateOptions(
-        source="/s", target=Target(Path("/d"), qmp="/q"), downtime=0.05, on_stall=OnStall.WAIT, max_rounds=1
+        source="/s", target=Target(Local("/d"), qmp="/q"), downtime=0.05, on_stall=OnStall.WAIT, max_rounds=1
     )
     run: Any = _Run(life, options, Any, Any, RealClock())  # type: ignore[arg-type]
     engine = run._engine = SlowRounds()

@@ -11,7 +11,7 @@ import pytest
 
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.plan import Plan, Planner
-from qemu_blkmig.transport.local import start_local
+from qemu_blkmig.transport.local import LocalHost
 from tests.qmp.conftest import MakeImage, Qemu, StartQemu
 
 BACKING_FORMAT = bytes.fromhex("e2792aca")
@@ -20,7 +20,7 @@ UNKNOWN = bytes.fromhex("12345678")
 
 async def plan(qemu: Qemu, directory: Path, *, shared_base: bool = False, with_ram: bool = False) -> Plan:
     directory.mkdir(exist_ok=True)
-    agent = await start_local()
+    agent = await LocalHost().start_agent()
     try:
         planner = Planner(agent, replace(Selection(), shared_base=shared_base), directory)
         return await planner.plan(qemu.monitor, None, "blkmig-test", with_ram=with_ram)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from qemu_blkmig.errors import Stalled
 from qemu_blkmig.job.migrate import _Run
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
+from qemu_blkmig.job.place import Local
 
 
 class FakeRam:
@@ -33,7 +33,7 @@ def run_with(on_stall: OnStall, done: list[str]) -> Any:
     async def pause() -> None:
         done.append("paused")
 
-    options = MigrateOptions(source="/s", target=Target(Path("/d"), qmp="/q"), max_rounds=3, on_stall=on_stall)
+    options = MigrateOptions(source="/s", target=Target(Local("/d"), qmp="/q"), max_rounds=3, on_stall=on_stall)
     reporter: Any = SimpleNamespace(note=lambda text: done.append(text))
     clock: Any = SimpleNamespace(sleep=sleep, now=lambda: 0.0)
     life: Any = SimpleNamespace(job=None)

@@ -9,7 +9,7 @@ import pytest
 
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.transport.client import AgentClient
-from qemu_blkmig.transport.local import start_local
+from qemu_blkmig.transport.local import LocalHost
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -17,7 +17,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 @pytest.fixture
 async def agent() -> AsyncIterator[AgentClient]:
     """A local agent; abandoned in the end."""
-    client = await start_local()
+    client = await LocalHost().start_agent()
     yield client
     await client.abandon()
 

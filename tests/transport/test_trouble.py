@@ -21,7 +21,7 @@ from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.ports import CopyKind
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.transport.client import AgentClient, CopyCancelled, error_of
-from qemu_blkmig.transport.local import start_local
+from qemu_blkmig.transport.local import LocalHost
 from qemu_blkmig.transport.mover import RemoteMover
 from tests.nbd.servers import nbdkit, qemu_export, running
 from tests.transport.conftest import KIB, MIB, bulk, dirty, image, opened, opening
@@ -134,7 +134,7 @@ async def test_nobody_at_the_source_is_an_error(agent: AgentClient, tmp_path: Pa
 
 
 async def test_a_killed_agent_takes_its_server_along_and_leaves_no_socket(tmp_path: Path) -> None:
-    agent = await start_local()
+    agent = await LocalHost().start_agent()
     with nbdkit(tmp_path, "--filter=delay", "pattern", f"size={64 * MIB}", "rdelay=50ms") as listening:
         destination = image(tmp_path / "destination", 64 * MIB, format="qcow2")
         before = set(Path("/tmp").glob("blkmig-*"))
@@ -156,7 +156,7 @@ async def test_a_killed_agent_takes_its_server_along_and_leaves_no_socket(tmp_pa
 async def test_an_agent_left_in_mid_copy_removes_what_it_made_and_exits(
     tmp_path: Path, image_format: str, how: str
 ) -> None:
-    agent = await start_local()
+    agent = await LocalHost().start_agent()
     with nbdkit(tmp_path, "--filter=delay", "pattern", f"size={64 * MIB}", "rdelay=50ms") as listening:
         destination = image(tmp_path / "destination", 64 * MIB, format=image_format)
         await opened(agent, destination, opening(listening, export="", request_size=256 * KIB))
@@ -176,7 +176,7 @@ async def test_an_agent_left_in_mid_copy_removes_what_it_made_and_exits(
 
 
 async def test_an_existing_or_a_closed_image_is_never_removed(tmp_path: Path) -> None:
-    agent = await start_local()
+    agent = await LocalHost().start_agent()
     there = tmp_path / "there"
     there.write_bytes(bytes(MIB))
     made = image(tmp_path / "made", MIB)
