@@ -106,9 +106,8 @@ class _Run:
         self._engine: BlockMigration = await self._carriage.engine(recording, self._guest, self._clock)
 
     async def _launch(self) -> None:
-        target = await self._life.launch_target(
-            str(self._options.target.launch), Path(self._options.target.place.directory)
-        )
+        target = self._options.target
+        qemu = await self._life.launch_target(str(target.launch), Path(target.place.directory))
         verify_launched(self._plan, (await qemu.inventory()).disks)
 
     async def _converge(self) -> None:
