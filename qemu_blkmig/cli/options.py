@@ -1,0 +1,240 @@
+"""What commands have in common: groups of options, what is made of them, how a result is printed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import msgspec
+
+from qemu_blkmig.errors import BlkmigError, UsageError
+from qemu_blkmig.job.options import Selection, Target, Transfer
+from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
+from qemu_blkmig.units import parse_rate, parse_size
+
+Commands = Any  # argparse keeps the type of its sub-parsers' collection private
+
+
+class Common(TypedDict):
+    """What `migrate` and `copy` take alike, as `MigrateOptions` and `CopyOptions` have it."""
+
+    selection: Selection
+    transfer: Transfer
+    downtime: float
+    max_rounds: int | None
+    verify: bool
+
+
+def common(arguments: argparse.Namespace) -> Common:
+    """What was given of it. Raises `UsageError`."""
+    return Common(
+        selection=selection(arguments),
+        transfer=transfer(arguments),
+        downtime=arguments.downtime / 1000,
+        max_rounds=arguments.max_rounds,
+        verify=arguments.verify == "full",
+    )
+
+
+def command(commands: Commands, name: str, what: str, usage: str, examples: str = "") -> argparse.ArgumentParser:
+    """A command's parser; `what` is its help, `usage` what stands behind its name."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        usage=f"%(prog)s {usage}",
+        epilog=f"examples:{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show causes and what is done in detail"
+    )
+    return parser
+
+
+def add_ends(parser: argparse.ArgumentParser, *, images: bool) -> None:
+    """SOURCE and DEST; `images`: the source may be an image file."""
+    other = "; or image:/path of an image file that no guest uses" if images else ""
+    parser.add_argument("source", metavar="SOURCE", help=f"qmp:/path/to.sock, the running guest's QMP socket{other}")
+    parser.add_argument(
+        "destination",
+        metavar="DEST",
+        help=f"directory for the images, {FORMS}; they get the names, formats and sizes of the source's. "
+        "One that is there must have the same size; it is overwritten",
+    )
+    parser.add_argument(
+        "--remote-command",
+        metavar="CMD",
+        default=REMOTE_COMMAND,
+        help=f"how qemu-blkmig is called on the host of an ssh:// destination (default: {REMOTE_COMMAND})",
+    )
+
+
+def add_target(parser: argparse.ArgumentParser) -> Any:
+    """Which QEMU the guest moves to; returns the group."""
+    group = parser.add_argument_group("destination QEMU (one of)")
+    group.add_argument(
+        "--launch",
+        metavar="CMD",
+        help="start it by this shell command, run in DEST, with the same devices as the source's and the images in "
+        "DEST; we append -S -incoming defer -qmp ...",
+    )
+    group.add_argument(
+        "--target-qmp", metavar="SOCK", help="the QMP socket of one that waits already, with -incoming defer"
+    )
+    return group
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Which disks."""
+    group = parser.add_argument_group("which disks, and what the destination has already")
+    group.add_argument(
+        "--migrate-disks",
+        metavar="LIST",
+        help="only these disks, by drive id, device id or node name, such as vda,vdb (default: all writable ones)",
+    )
+    group.add_argument(
+        "--shared-base", action="store_true", help="the destination has the backing files: send the overlays only"
+    )
+    group.add_argument(
+        "--target-is-zero", action="store_true", help="existing destination images read as zeroes: do not write any"
+    )
+    group.add_argument("--allow-plaintext", action="store_true", help="an encrypted disk may be written in plain text")
+
+
+def add_transfer(parser: argparse.ArgumentParser) -> None:
+    """How bytes are carried."""
+    usual = Transfer()
+    group = parser.add_argument_group("tuning (sizes take k, M, G, T: powers of 1024)")
+    group.add_argument(
+        "--bandwidth",
+        type=argument(parse_rate),
+        metavar="RATE",
+        help="most MiB/s, such as 100; or bytes a second with a suffix, such as 512k (default: no limit)",
+    )
+    group.add_argument("--connections", type=argument(count), default=usual.connections, metavar="N",
+                       help=f"NBD connections for each disk, 1 to 64 (default: {usual.connections})")  # fmt: skip
+    group.add_argument("--requests", type=argument(count), default=usual.requests, metavar="N",
+                       help=f"requests in flight on a connection, 1 to 64 (default: {usual.requests})")  # fmt: skip
+    group.add_argument("--request-size", type=argument(parse_size), default=usual.request_size, metavar="SIZE",
+                       help="largest request, 64k to 32M (default: 4M)")  # fmt: skip
+    group.add_argument("--chunk-size", type=argument(parse_size), default=usual.chunk_size, metavar="SIZE",
+                       help="unit of the first pass, 64k to 32M (default: 1M)")  # fmt: skip
+    group.add_argument("--granularity", type=argument(parse_size), default=usual.granularity, metavar="SIZE",
+                       help="unit in which QEMU notes what the guest writes, 512 to 2G (default: 64k)")  # fmt: skip
+
+
+def add_convergence(parser: argparse.ArgumentParser) -> Any:
+    """How long the guest may stand still; returns the group."""
+    group = parser.add_argument_group("the guest's pause")
+    group.add_argument("--downtime", type=argument(count), default=300, metavar="MS",
+                       help="longest pause of the guest to aim at, in milliseconds (default: 300)")  # fmt: skip
+    group.add_argument("--max-rounds", type=argument(count), default=30, metavar="N",
+                       help="how often what the guest has written meanwhile is copied, before it is a stall "
+                       "(default: 30)")  # fmt: skip
+    group.add_argument("--verify", choices=["none", "full"], default="none",
+                       help="full: compare both sides completely while the guest is paused: certain, but the pause is "
+                       "as long as reading both sides takes (default: none)")  # fmt: skip
+    return group
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """How progress and result are told."""
+    parser.add_argument("--progress", choices=["auto", "bar", "json", "none"], default="auto",
+                        help="on stderr: a bar, one JSON object a line, or nothing (default: auto, a bar on a "
+                        "terminal, else a line for each phase)")  # fmt: skip
+    add_form(parser)
+
+
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """How the result is told."""
+    parser.add_argument("--output", choices=["text", "json"], default="text",
+                        help="the result on stdout, as text (default) or one JSON object; with json an error is one, "
+                        'too: {"error": {"exit_code", "kind", "what", "disk", "state", "advice"}}')  # fmt: skip
+
+
+def count(text: str) -> int:
+    """A whole number. Raises `UsageError`."""
+    if not text.strip().lstrip("-").isdecimal():
+        raise UsageError(f"not a whole number: {text!r}", advice="write digits only, such as 300")
+    return int(text)
+
+
+def argument(parse: Callable[[str], int]) -> Callable[[str], int]:
+    """`parse` as argparse wants it, which then names the option in its message."""
+
+    def parsed(text: str) -> int:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(f"{error}: {error.advice}") from error
+
+    return parsed
+
+
+def source(text: str) -> tuple[str, str]:
+    """`qmp` or `image`, and the path. Raises `UsageError`."""
+    kind, _, path = text.partition(":")
+    if kind not in ("qmp", "image") or not path:
+        raise UsageError(
+            f"not a source: {text!r}", advice="write qmp:/path/to.sock (copy: or image:/path); there are no others yet"
+        )
+    return kind, path
+
+
+def guest(text: str) -> str:
+    """The QMP socket of a source that is a guest. Raises `UsageError`."""
+    kind, path = source(text)
+    if kind != "qmp":
+        raise UsageError(f"{text!r} is no running guest", advice="write qmp:/path/to.sock; `copy` takes image:/path")
+    return path
+
+
+def place(arguments: argparse.Namespace) -> Place:
+    """Where the images go. Raises `UsageError`."""
+    return parse_place(arguments.destination, arguments.remote_command)
+
+
+def target(arguments: argparse.Namespace) -> Target:
+    """Which QEMU the guest moves to, and where the images go. Raises `UsageError`."""
+    return Target(place(arguments), arguments.target_qmp, arguments.launch)
+
+
+def selection(arguments: argparse.Namespace) -> Selection:
+    """Which disks."""
+    names = arguments.migrate_disks
+    return Selection(
+        disks=tuple(name.strip() for name in names.split(",")) if names is not None else None,
+        shared_base=arguments.shared_base,
+        target_is_zero=arguments.target_is_zero,
+        allow_plaintext=arguments.allow_plaintext,
+    )
+
+
+def transfer(arguments: argparse.Namespace) -> Transfer:
+    """How bytes are carried. Raises `UsageError`."""
+    return Transfer(
+        chunk_size=arguments.chunk_size,
+        granularity=arguments.granularity,
+        connections=arguments.connections,
+        requests=arguments.requests,
+        request_size=arguments.request_size,
+        bandwidth=arguments.bandwidth,
+    )
+
+
+def print_outcome(outcome: msgspec.Struct, form: str, render: Any) -> int:
+    """Print a result in `form` (text, by `render`, or json); returns the exit code. Raises `BlkmigError`."""
+    text = msgspec.json.format(msgspec.json.encode(outcome)).decode() if form == "json" else render(outcome)
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Python would try to flush it once more when it exits, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise BlkmigError(
+            f"the result could not be written to stdout: {error.strerror}", state="what was asked for is done"
+        ) from error
+    return 0
