@@ -7,20 +7,19 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
-from qemu_blkmig.engine.migration import BlockMigration
-from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
+from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, MigrationError, Stalled
 from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.connected import Carrying, connect
 from qemu_blkmig.job.imagefile import ImageSource
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import CopyOptions, SaveOptions
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
-from qemu_blkmig.job.result import DiskResult, Downtime, Result
+from qemu_blkmig.job.result import Downtime, Result
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.units import show_seconds
@@ -28,28 +27,6 @@ from qemu_blkmig.units import show_seconds
 FREEZE = 5.0
 """Seconds in which a guest agent must freeze; one that hangs is given up on."""
 THAW_TRIES = 3
-
-
-class Carrying(Protocol):
-    """What brings disks over: `job.carriage.Carriage`, `job.streaming.StreamCarriage`."""
-
-    async def prepare(self) -> None:
-        """Refuse what would fail; make what is needed at the destination."""
-
-    async def open(self, socket: str, exports: dict[str, str]) -> None:
-        """Connect to the source's exports (by disk name) on the unix socket `socket`."""
-
-    async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
-        """The engine over the disks."""
-
-    async def compare(self) -> None:
-        """Compare both sides."""
-
-    async def close(self) -> None:
-        """All has been brought over: make it stable, and let go."""
-
-    def results(self, engine: BlockMigration) -> list[DiskResult]:
-        """What was done, disk by disk."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +141,8 @@ class GuestCopy:
         self._job.record.was_running = not await self._guest.is_paused()
         self._carriage = way.carriage(self._plan)
         await self._carriage.prepare()
-        self._guard = life.guard()
-        shared = options.selection.shared_base
-        recording, exports = await life.open_source(self._plan, options.transfer.granularity, shared)
-        await self._carriage.open(str(life.exports.socket_path), exports)
-        self._engine: BlockMigration = await self._carriage.engine(recording, self._guest, self._clock)
+        connected = await connect(life, self._plan, self._carriage, self._guest, options, self._clock)
+        self._guard, self._engine = connected.guard, connected.engine
 
     async def _converge(self) -> None:
         policy = Policy(downtime=self._options.downtime, max_rounds=self._options.max_rounds)

@@ -27,10 +27,10 @@ class Reporter(Protocol):
 
 
 class Stopwatch:
-    """Seconds by phase; phases follow each other, one that comes again is added up."""
+    """Seconds by phase, told by `clock`; phases follow each other, one that comes again is added up."""
 
     def __init__(self, clock: Clock, reporter: Reporter) -> None:
-        self._clock = clock
+        self.clock = clock
         self._reporter = reporter
         self.phases: dict[str, float] = {}
 
@@ -38,8 +38,8 @@ class Stopwatch:
     def phase(self, name: str) -> Iterator[None]:
         """Time what is done inside, and tell the reporter that it begins."""
         self._reporter.stage(name)
-        began = self._clock.now()
+        began = self.clock.now()
         try:
             yield
         finally:
-            self.phases[name] = self.phases.get(name, 0.0) + self._clock.now() - began
+            self.phases[name] = self.phases.get(name, 0.0) + self.clock.now() - began

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from qemu_blkmig.cli.clock import RealClock
-from qemu_blkmig.job.migrate import _Run
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.switchover import Switchover
 
 
 class SlowRounds:
@@ -44,12 +44,14 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
     options = MigrateOptions(
         source="/s", target=Target(Local("/d"), qmp="/q"), downtime=0.05, on_stall=OnStall.WAIT, max_rounds=1
     )
-    run: Any = _Run(life, options, Any, Any, RealClock())  # type: ignore[arg-type]
-    engine = run._engine = SlowRounds()
-    run._guest = SimpleNamespace(check_still_here=nothing)
+    engine = SlowRounds()
+    connected: Any = SimpleNamespace(
+        engine=engine, guest=SimpleNamespace(check_still_here=nothing), guard=None, carriage=None
+    )
+    over: Any = Switchover(life, options, Any, Any, SimpleNamespace(clock=RealClock()), connected, Any)  # type: ignore[arg-type]
     ram = SimpleNamespace(start=nothing, wait_paused=lambda: asyncio.sleep(0.01))
     began = RealClock().now()
     async with asyncio.timeout(20):
-        paused = await run._migrate_ram(ram)
+        paused = await over._migrate_ram(ram)
     assert engine.stop_requested and engine.cancelled
     assert began < paused < RealClock().now()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from qemu_blkmig.errors import Stalled
-from qemu_blkmig.job.migrate import _Run
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.switchover import Switchover
 
 
 class FakeRam:
@@ -25,7 +25,7 @@ class FakeRam:
 
 
 def run_with(on_stall: OnStall, done: list[str]) -> Any:
-    """A migration's run, of which only what bounds RAM is there."""
+    """A switchover of which only what bounds RAM is there."""
 
     async def sleep(_seconds: float) -> None:
         done.append("slept")
@@ -37,11 +37,14 @@ def run_with(on_stall: OnStall, done: list[str]) -> Any:
     reporter: Any = SimpleNamespace(note=lambda text: done.append(text))
     clock: Any = SimpleNamespace(sleep=sleep, now=lambda: 0.0)
     life: Any = SimpleNamespace(job=None)
-    interrupts: Any = None
-    run: Any = _Run(life, options, reporter, interrupts, clock)
-    run._guest = SimpleNamespace(pause=pause)
-    run._guard = SimpleNamespace(ignore_pauses=lambda: done.append("the pause is ours"))
-    return run
+    connected: Any = SimpleNamespace(
+        engine=None,
+        carriage=None,
+        guest=SimpleNamespace(pause=pause),
+        guard=SimpleNamespace(ignore_pauses=lambda: done.append("the pause is ours")),
+    )
+    unused: Any = None
+    return Switchover(life, options, reporter, unused, SimpleNamespace(clock=clock), connected, unused)  # type: ignore[arg-type]
 
 
 async def test_too_many_passes_abort_the_migration_when_so_asked() -> None:

@@ -1,0 +1,65 @@
+"""A job whose preparations are done: the guest is watched, its disks are exported, and the mover reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from qemu_blkmig.engine.migration import BlockMigration
+from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
+from qemu_blkmig.job.guard import Guard
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.options import CopyOptions, MigrateOptions, SaveOptions
+from qemu_blkmig.job.plan import Plan
+from qemu_blkmig.job.result import DiskResult
+from qemu_blkmig.qmp.guest import QemuGuest
+
+
+class Carrying(Protocol):
+    """What brings disks over: `job.carriage.Carriage`, `job.streaming.StreamCarriage`."""
+
+    async def prepare(self) -> None:
+        """Refuse what would fail; make what is needed at the destination."""
+
+    async def open(self, socket: str, exports: dict[str, str]) -> None:
+        """Connect to the source's exports (by disk name) on the unix socket `socket`."""
+
+    async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
+        """The engine over the disks."""
+
+    async def compare(self) -> None:
+        """Compare both sides."""
+
+    async def close(self) -> None:
+        """All has been brought over: make it stable, and let go."""
+
+    def results(self, engine: BlockMigration) -> list[DiskResult]:
+        """What was done, disk by disk."""
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The guest, what carries its disks, what watches it, and the engine over its disks."""
+
+    guest: QemuGuest
+    carriage: Carrying
+    guard: Guard
+    engine: BlockMigration
+
+
+async def connect(
+    life: Lifecycle,
+    plan: Plan,
+    carriage: Carrying,
+    guest: QemuGuest,
+    options: MigrateOptions | CopyOptions | SaveOptions,
+    clock: Clock,
+) -> Connected:
+    """Watch the guest, export its disks and connect the mover to them.
+
+    Raises what ends a job: `Refused`, `TopologyChanged`, `GuestStateError`, and what the agent raises.
+    """
+    guard = life.guard()
+    log, exports = await life.open_source(plan, options.transfer.granularity, options.selection.shared_base)
+    await carriage.open(str(life.exports.socket_path), exports)
+    return Connected(guest, carriage, guard, await carriage.engine(log, guest, clock))

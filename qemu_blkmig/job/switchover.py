@@ -1,0 +1,283 @@
+"""The switchover: the guest paused, the last round, RAM by QEMU's own migration, the handover.
+
+RAM migrates while rounds go on; the last round is copied in `pre-switchover`, with the guest paused. Until the record
+says "undecided" the source is the truth and everything can be undone; after it `settle` finds out who has the guest
+(DESIGN.md, "Switchover").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from qemu_blkmig.engine.convergence import Policy
+from qemu_blkmig.errors import BlkmigError, GuestStateError, MigrationError, RequestError, Stalled
+from qemu_blkmig.job.activation import activate
+from qemu_blkmig.job.connected import Connected
+from qemu_blkmig.job.guard import Guard
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.options import MigrateOptions, OnStall
+from qemu_blkmig.job.record import Owner
+from qemu_blkmig.job.reporting import Reporter, Stopwatch
+from qemu_blkmig.job.result import Downtime
+from qemu_blkmig.job.target import TargetQemu
+from qemu_blkmig.qmp.guest import is_virtualized
+from qemu_blkmig.qmp.monitor import NotSent
+from qemu_blkmig.qmp.ram import RamMigration
+
+SHARE_OF_DISKS = 0.5
+"""The disks' share of the downtime that the rounds aim at; the rest is for RAM and device state."""
+LEAST_FOR_RAM = 0.01
+"""Seconds of downtime that RAM is left at least."""
+PATIENCE = 10.0
+"""Seconds that the last pass may take at least, whatever was predicted, before the guest is given back."""
+HANDOVER = 60.0
+"""Seconds in which RAM's rest and device state must have crossed, at least."""
+RAM_POLL = 0.5
+"""Seconds between two looks at how often RAM has been passed over."""
+ATTEMPTS = 3
+"""Times that RAM is migrated anew when the disks were too dirty at the pause."""
+
+
+def disks_budget(options: MigrateOptions) -> float:
+    """Seconds that the last round of the disks is to fit."""
+    return options.downtime * (1.0 if options.pause_only else SHARE_OF_DISKS)
+
+
+class Switchover:
+    """Takes the guest, whose disks are in step, over to the destination, or pauses it here for good.
+
+    `again` makes ready for another attempt, when the disks were too dirty at the pause: a new destination QEMU, and
+    rounds until the last one would fit; it returns what guards that.
+    """
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        options: MigrateOptions,
+        reporter: Reporter,
+        interrupts: Interrupts,
+        watch: Stopwatch,
+        connected: Connected,
+        again: Callable[[], Awaitable[Guard]],
+    ) -> None:
+        self._life = life
+        self._job = life.job
+        self._options = options
+        self._reporter = reporter
+        self._interrupts = interrupts
+        self._clock = watch.clock
+        self._watch = watch
+        self._carriage = connected.carriage
+        self._guest = connected.guest
+        self._engine = connected.engine
+        self._guard = connected.guard
+        self._again = again
+        self._budget = disks_budget(options)
+
+    async def run(self) -> Downtime | None:
+        """Switch over; how long the guest stood still, where that can be told."""
+        return await (self._pause_here() if self._options.pause_only else self._switch_over())
+
+    async def _pause_here(self) -> Downtime | None:
+        await self._take_run_state(migrating=False)
+        self._guard.ignore_pauses()
+        with self._watch.phase("switchover"):
+            paused = self._clock.now()
+            await self._guest.pause()
+            await self._complete()
+        await self._verify()
+        await self._carriage.close()
+        await self._check_still_paused()
+        await self._engine.finish()
+        took = self._clock.now() - paused
+        return self._downtime(took, took)
+
+    async def _check_still_paused(self) -> None:
+        """Nobody but us knows that the guest is to stay paused: a `cont` makes both sides differ."""
+        dirty = sum(disk.dirty for disk in (await self._engine.refresh()).disks)
+        if dirty or not await self._guest.is_paused():
+            raise MigrationError(
+                f"the guest was resumed by somebody else after its last round ({dirty} bytes are dirty since)"
+            )
+
+    async def _switch_over(self) -> Downtime | None:
+        for attempt in itertools.count(1):
+            ram = RamMigration(self._life.source, self._target().monitor)
+            async with self._called_off_on_error(ram):
+                with self._watch.phase("ram"):
+                    paused = await self._migrate_ram(ram)
+                if await self._fits_now():
+                    with self._watch.phase("switchover"):
+                        await self._complete()
+                    await self._verify()
+                    break
+                # The destination QEMU exits when its stream breaks off; that is no failure now.
+                await self._guard.stand_down()
+                await ram.cancel()
+            await self._too_dirty(attempt)
+        return await self._hand_over(ram, paused)
+
+    @contextlib.asynccontextmanager
+    async def _called_off_on_error(self, ram: RamMigration) -> AsyncIterator[None]:
+        """Call the migration of RAM off on any error: the guest and the QEMUs' settings are given back.
+
+        The destination QEMU ends when its stream breaks off, so the reason is asked for before.
+        """
+        try:
+            yield
+        except BaseException as error:
+            reason = await self._guard.explain(error) if isinstance(error, BlkmigError) else error
+            await self._guard.stand_down()
+            with contextlib.suppress(BlkmigError):
+                await ram.cancel()
+            raise reason from error
+
+    async def _migrate_ram(self, ram: RamMigration) -> float:
+        """QEMU's own migration up to the pause, while the disks are kept in step; when the pause began."""
+        await self._take_run_state(migrating=True)
+        await self._target().claim()
+        predicted = self._engine.figures().predicted or 0.0
+        await ram.start(
+            downtime=max(LEAST_FOR_RAM, self._options.downtime - predicted),
+            bandwidth=await self._bandwidth_of_ram(),
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                rounds = group.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
+                bound = group.create_task(self._bound_ram(ram))
+                await ram.wait_paused()
+                paused = self._clock.now()
+                bound.cancel()
+                self._engine.request_stop()
+                # What a longer round still holds is left to the last one, which --bandwidth does not slow down.
+                await asyncio.wait({rounds}, timeout=self._budget)
+                rounds.cancel()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        return paused
+
+    async def _bandwidth_of_ram(self) -> int | None:
+        """The user's limit, but none where the guest is emulated: see docs/decisions/009-ram-under-tcg.md."""
+        limit = self._options.transfer.bandwidth
+        if limit is None or await is_virtualized(self._life.source):
+            return limit
+        self._reporter.note("--bandwidth does not limit RAM here: QEMU may damage an emulated (TCG) guest that way")
+        return None
+
+    async def _bound_ram(self, ram: RamMigration) -> None:
+        """RAM may be dirtied faster than it crosses: --max-rounds bounds its passes as it does the disks' rounds."""
+        options = self._options
+        if options.on_stall is OnStall.WAIT or options.max_rounds is None:
+            return
+        while await ram.passes() <= options.max_rounds:
+            await self._clock.sleep(RAM_POLL)
+        text = f"after {options.max_rounds} passes RAM is still dirtied faster than it crosses"
+        if options.on_stall is OnStall.ABORT:
+            raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
+        self._reporter.note(f"{text}; the guest is paused until it has (--on-stall pause)")
+        self._guard.ignore_pauses()
+        await self._guest.pause()
+
+    async def _fits_now(self) -> bool:
+        """With the guest paused: whether what is dirty fits the downtime that was asked for, if it ran at all."""
+        figures = await self._engine.refresh()
+        may_last = self._options.on_stall is OnStall.PAUSE or not self._job.record.was_running
+        return may_last or not figures.pending or (figures.predicted or 0.0) <= self._options.downtime
+
+    async def _too_dirty(self, attempt: int) -> None:
+        options = self._options
+        text = "when RAM was ready the disks were too dirty for --downtime, the guest was given back"
+        if options.target.launch is None:
+            raise Stalled(
+                f"{text}; the destination QEMU cannot wait a second time",
+                advice="start it anew and try again, with a higher --downtime or --on-stall pause",
+            )
+        if attempt >= ATTEMPTS and options.on_stall is OnStall.ABORT:
+            raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
+        self._reporter.note(f"{text}: trying again")
+        self._job.record.run_state_taken = self._job.record.migrating = False
+        self._job.save()
+        self._life.watchdog.disarm()
+        await self._life.drop_target()
+        self._guard = await self._again()
+
+    async def _complete(self) -> None:
+        predicted = self._engine.figures().predicted or 0.0
+        limit = max(PATIENCE, 10 * self._options.downtime, 4 * predicted)
+        try:
+            async with asyncio.timeout(limit):
+                await self._engine.complete()
+        except TimeoutError:
+            raise MigrationError(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None
+
+    async def _verify(self) -> None:
+        if self._options.verify:
+            with self._watch.phase("verify"):
+                await self._carriage.compare()
+
+    async def _hand_over(self, ram: RamMigration, paused: float) -> Downtime | None:
+        target, record = self._target(), self._job.record
+        resumed: float | None = None
+        with self._watch.phase("handover"), self._interrupts.deferred(), target.monitor.events("RESUME") as starts:
+            await self._carriage.close()
+            await self._life.exports.stop()
+            disks_took = self._clock.now() - paused
+            await self._guard.stand_down()
+            record.owner = Owner.UNDECIDED
+            self._job.save()
+            try:
+                async with asyncio.timeout(max(HANDOVER, 20 * self._options.downtime)):
+                    await ram.proceed()
+                    await ram.wait_completed()
+                await self._activate(target)
+                record.owner = Owner.DESTINATION
+                self._job.save()
+                with contextlib.suppress(TimeoutError):
+                    resumed = (await starts.get(timeout=5)).seconds if record.was_running else None
+            except (BlkmigError, TimeoutError, OSError) as error:
+                if (await self._life.settle()).owner is not Owner.DESTINATION:
+                    raise
+                self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")
+        if resumed is None or ram.paused_at is None:
+            return None
+        total = resumed - ram.paused_at
+        return self._downtime(total, disks_took)
+
+    def _downtime(self, total: float, until_closed: float) -> Downtime:
+        verify = self._watch.phases.get("verify", 0.0)
+        return Downtime(total=total, disk=until_closed - verify, verify=verify, ram=max(0.0, total - until_closed))
+
+    async def _activate(self, target: TargetQemu) -> None:
+        """The proof of success: the guest starts, or, if it is to stay paused, the images are held for writing."""
+        if self._job.record.was_running:
+            self._job.record.started_there = True
+            # This host's end would be the source QEMU's end, too: there is nothing to be told apart after it.
+            self._job.save(synced=False)
+            try:
+                await target.start_guest()
+            except (RequestError, NotSent) as error:
+                self._job.record.started_there = False
+                self._job.save(synced=False)
+                raise target.describe(error) from error
+        else:
+            await activate(target.monitor, self._job.record.images)
+
+    async def _take_run_state(self, *, migrating: bool) -> None:
+        """Before any pause: the watchdog is armed, and the record says that the pause, and a migration, are ours.
+
+        Raises `GuestStateError` when somebody else migrates the guest.
+        """
+        await self._life.watchdog.arm(PATIENCE)
+        await self._guest.check_still_here()
+        self._job.record.run_state_taken = True
+        self._job.record.migrating = migrating
+        self._job.save()
+
+    def _target(self) -> TargetQemu:
+        if self._life.target is None:
+            raise GuestStateError("there is no destination QEMU")
+        return self._life.target
