@@ -1,0 +1,129 @@
+"""What a network may do to the two hosts of integration.hosts: be cut, lose or reset packets, be slow or far away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from integration.hosts import ADDRESSES, PORT, REPOSITORY, Hosts
+from integration.lab import LabError, wait_until
+
+RELAY_PORT = 2223
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The network between the hosts; every fault stays until it is undone."""
+
+    hosts: Hosts
+
+    def down(self) -> None:
+        """Pull the cable: nothing arrives, nobody is told."""
+        self.hosts.run("ip", "link", "set", "net0", "down", far=True)
+
+    def up(self) -> None:
+        """Plug it in again."""
+        self.hosts.run("ip", "link", "set", "net0", "up", far=True)
+
+    def cut(self, seconds: float) -> None:
+        """Have it down for so long; returns when it is up again."""
+        self.down()
+        time.sleep(seconds)
+        self.up()
+
+    @contextlib.contextmanager
+    def losing(self, share: float) -> Iterator[None]:
+        """Lose this share (0 to 1) of the packets that arrive in hosta."""
+        rule = ("INPUT", "-i", "net0", "-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP")
+        self.hosts.run("iptables", "-A", *rule)
+        try:
+            yield
+        finally:
+            self.hosts.run("iptables", "-D", *rule)
+
+    @contextlib.contextmanager
+    def resetting(self) -> Iterator[None]:
+        """Answer every packet to hostb's sshd with a reset, as a firewall does that has forgotten its connections."""
+        reset = ("-j", "REJECT", "--reject-with", "tcp-reset")
+        rule = ("INPUT", "-i", "net0", "-p", "tcp", "--dport", str(PORT), *reset)
+        self.hosts.run("iptables", "-A", *rule, far=True)
+        try:
+            yield
+        finally:
+            self.hosts.run("iptables", "-D", *rule, far=True)
+
+    def limit(self, mbit: int | None) -> None:
+        """Limit each direction to so many Mbit/s; None: no limit."""
+        for far in (False, True):
+            with contextlib.suppress(LabError):
+                self.hosts.run("tc", "qdisc", "del", "dev", "net0", "root", far=far)
+            if mbit is not None:
+                shape = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "200ms")
+                self.hosts.run("tc", "qdisc", "add", "dev", "net0", "root", *shape, far=far)
+
+    @contextlib.contextmanager
+    def delayed(self, seconds: float) -> Iterator[int]:
+        """A port of hosta's localhost that leads to hostb's sshd, each way taking so many seconds."""
+        command = [*self.hosts.enter, sys.executable, "-m", "integration.network", str(seconds)]
+        relay = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
+        try:
+            if relay.stdout is None or relay.stdout.readline() != b"ready\n":
+                raise LabError("the relay does not start")
+            yield RELAY_PORT
+        finally:
+            relay.kill()
+            relay.communicate()
+
+    def kill_connections(self) -> int:
+        """SIGKILL each sshd process of hostb that serves a connection; how many there were."""
+        found = self.hosts.connections()
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not set(found) & set(self.hosts.connections()), "the end of the connections", 10)
+        return len(found)
+
+
+async def _relay(delay: float) -> None:
+    """Forward connections, every piece of data `delay` seconds late."""
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        late: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=1024)
+
+        async def pour() -> None:
+            with contextlib.suppress(OSError):
+                while data := await reader.read(1 << 16):
+                    await late.put((loop.time() + delay, data))
+            await late.put((loop.time() + delay, b""))
+
+        pouring = asyncio.create_task(pour())
+        with contextlib.suppress(OSError):
+            while True:
+                when, data = await late.get()
+                await asyncio.sleep(when - loop.time())
+                if not data:
+                    break
+                writer.write(data)
+                await writer.drain()
+        pouring.cancel()
+        writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(ADDRESSES["hostb"], PORT)
+        await asyncio.gather(forward(reader, there[1]), forward(there[0], writer))
+
+    server = await asyncio.start_server(connect, "127.0.0.1", RELAY_PORT)
+    print("ready", flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(_relay(float(sys.argv[1])))
