@@ -12,7 +12,7 @@ import signal
 import socket
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fcntl import F_SETPIPE_SZ, fcntl
 from pathlib import Path
 
@@ -25,14 +25,64 @@ FORMS = "file:PATH, fd:NUMBER, exec:COMMAND, unix:PATH or tcp:HOST:PORT"
 SOCKETS = ("unix", "tcp")
 
 _END = 30.0
+_MULTIFD = (0x11223344).to_bytes(4, "big")
+"""What a further connection of a source begins with, if it is to carry RAM (QEMU's migration/multifd.h)."""
+_INTRODUCTION = 1.0
+"""Seconds in which whoever makes a further connection must have said so."""
+
+
+class Listener:
+    """Where a source connects to. It goes on listening after the first connection, to tell what a further one means."""
+
+    def __init__(self, kind: str, place: str) -> None:
+        """Raises `OSError`."""
+        self._path = Path(place) if kind == "unix" else None
+        self._socket = _listening(kind, place)
+        self._socket.setblocking(False)
+        if kind == "tcp":
+            place = f"{place.rpartition(':')[0]}:{self._socket.getsockname()[1]}"
+        self.where = f"{kind}:{place}"
+
+    @property
+    def descriptor(self) -> int:
+        """Readable when somebody connects; -1 when nobody can any more."""
+        return self._socket.fileno()
+
+    def accept(self) -> int:
+        """A connection, for the caller to close."""
+        return self._socket.accept()[0].detach()
+
+    def explain_another(self) -> None:
+        """Somebody has connected once more. Raises `Refused` if it is the source, whose RAM comes that way."""
+        with contextlib.suppress(OSError), self._socket.accept()[0] as another:
+            another.settimeout(_INTRODUCTION)
+            if another.recv(len(_MULTIFD), socket.MSG_WAITALL) == _MULTIFD:
+                raise Refused(
+                    "the source's RAM comes over connections of its own (multifd), which a single stream cannot "
+                    "carry: turn its capability multifd off",
+                )
+        self.close()
+
+    def close(self) -> None:
+        """Listen no more. Harmless when repeated."""
+        if self._path is not None and self.descriptor >= 0:
+            self._path.unlink(missing_ok=True)
+        self._socket.close()
 
 
 class Channel:
-    """One open end of a stream; `where` is how the user named it. It owns its descriptor."""
+    """One open end of a stream; `where` is how the user named it. It owns its descriptor, and its listener."""
 
-    def __init__(self, where: str, descriptor: int, process: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        where: str,
+        descriptor: int,
+        process: subprocess.Popen[bytes] | None = None,
+        listener: Listener | None = None,
+    ) -> None:
         self.where = where
         self.descriptor = descriptor
+        self._listener = listener
         mode = os.fstat(descriptor).st_mode
         self.is_file = stat.S_ISREG(mode)
         self.is_socket = stat.S_ISSOCK(mode)
@@ -44,17 +94,29 @@ class Channel:
 
     def read(self, into: memoryview, control: Control) -> int:
         """Wait for bytes and read them; 0 at the end. Raises `ConnectionLost`, `Cancelled`."""
-        self._wait(select.POLLIN, control)
+        self._wait_input(control)
         try:
             return os.readv(self.descriptor, [into])
         except OSError as error:
             raise ConnectionLost(f"{self.where} cannot be read: {error.strerror}") from error
 
+    def register(self, poller: select.poll) -> None:
+        """Let `poller` wake up when there is something for `has_input` to judge."""
+        poller.register(self.descriptor, select.POLLIN)
+        if self._listener is not None and self._listener.descriptor >= 0:
+            poller.register(self._listener.descriptor, select.POLLIN)
+
+    def has_input(self, ready: Mapping[int, int]) -> bool:
+        """Whether, by what the poller told, there is something to read. Raises `Refused` if there never will be."""
+        if self._listener is not None and self._listener.descriptor in ready:
+            self._listener.explain_another()
+        return self.descriptor in ready
+
     def write(self, data: memoryview | bytes, control: Control) -> None:
         """Write all of `data`. Raises `ConnectionLost` when the reader is gone or the disk is full, `Cancelled`."""
         view = memoryview(data)
         while view:
-            self._wait(select.POLLOUT, control)
+            self._wait_output(control)
             try:
                 view = view[self._write_some(view) :]
             except BlockingIOError:
@@ -97,6 +159,8 @@ class Channel:
             self._process.wait()
 
     def _close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -107,12 +171,24 @@ class Channel:
                 return peer.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         return os.write(self.descriptor, view)
 
-    def _wait(self, events: int, control: Control) -> None:
-        if self._can_block:
-            if control.cancelled:
-                raise Cancelled
+    def _wait_input(self, control: Control) -> None:
+        if self._goes_on_by_itself(control):
             return
-        _wait_for(self.descriptor, events, control)
+        poller = select.poll()
+        self.register(poller)
+        while not self.has_input(_await(poller, control)):
+            poller = select.poll()
+            self.register(poller)
+
+    def _wait_output(self, control: Control) -> None:
+        if not self._goes_on_by_itself(control):
+            _wait_for(self.descriptor, select.POLLOUT, control)
+
+    def _goes_on_by_itself(self, control: Control) -> bool:
+        """Whether reading and writing need no waiting for."""
+        if self._can_block and control.cancelled:
+            raise Cancelled
+        return self._can_block
 
 
 def check(text: str) -> tuple[str, str]:
@@ -141,14 +217,14 @@ def open_source(text: str, control: Control, tell: Callable[[str], None]) -> Cha
         if kind == "exec":
             process = _run(place, stdin=None, stdout=subprocess.PIPE)
             return Channel(text, _pipe_of(process), process)
-        with _listener(kind, place) as listener:
-            tell(f"waiting for a connection on {text}")
-            try:
-                _wait_for(listener.fileno(), select.POLLIN, control)
-                return Channel(text, listener.accept()[0].detach())
-            finally:
-                if kind == "unix":
-                    Path(place).unlink(missing_ok=True)
+        listener = Listener(kind, place)
+        try:
+            tell(f"waiting for a connection on {listener.where}")
+            _wait_for(listener.descriptor, select.POLLIN, control)
+            return Channel(text, listener.accept(), listener=listener)
+        except BaseException:
+            listener.close()
+            raise
 
 
 def open_target(text: str) -> Channel:
@@ -190,7 +266,7 @@ def _pipe_of(process: subprocess.Popen[bytes]) -> int:
         return os.dup(pipe.fileno())
 
 
-def _listener(kind: str, place: str) -> socket.socket:
+def _listening(kind: str, place: str) -> socket.socket:
     if kind == "tcp":
         host, _, port = place.rpartition(":")
         return socket.create_server((host.strip("[]"), int(port)), family=_family(host))
@@ -245,10 +321,14 @@ def _wait_for(descriptor: int, events: int, control: Control) -> None:
     """Wait until the descriptor is ready or its peer is gone. Raises `Cancelled`."""
     poller = select.poll()
     poller.register(descriptor, events)
+    while descriptor not in _await(poller, control):
+        pass
+
+
+def _await(poller: select.poll, control: Control) -> dict[int, int]:
+    """What is ready. Raises `Cancelled`."""
     poller.register(control.wake, select.POLLIN)
-    while True:
-        ready = dict(poller.poll())
-        if control.cancelled:
-            raise Cancelled
-        if descriptor in ready:
-            return
+    ready = dict(poller.poll())
+    if control.cancelled:
+        raise Cancelled
+    return ready

@@ -41,6 +41,8 @@ FOOTER = 0x7E
 PAGE_SIZE = 4096
 """Of most machines, x86 among them."""
 
+_OFF = {"dirty-bitmap": ": turn the source's capability dirty-bitmaps off"}
+"""What can be done about a section, by its name."""
 _POSTCOPY_ADVISE = 3
 _PACKAGED = 6
 _MOST_CAPABILITIES = 256
@@ -186,7 +188,7 @@ class Decoder:
         if name not in known or instance:
             raise StreamError(
                 f"section {name!r} (instance {instance}) has no lengths and a form that is not known here, so it "
-                "cannot be skipped; only block and ram can",
+                f"cannot be skipped; only block and ram can{_OFF.get(name, '')}",
                 offset=begin,
             )
         if version not in known[name]:

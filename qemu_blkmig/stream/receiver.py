@@ -284,7 +284,7 @@ class Receiver:
                 raise connection.loss("the image's NBD server is gone")
             connection.register(poller)
         if source is not None:
-            poller.register(source.descriptor, select.POLLIN)
+            source.register(poller)
         answering = self._forward if self._forward is not None and self._forward.is_socket else None
         answering = None if self._answers_over else answering
         if answering is not None:
@@ -295,7 +295,7 @@ class Receiver:
         if answering is not None and answering.descriptor in ready:
             self._return_answers(answering)
         self._settle()
-        return source is not None and source.descriptor in ready
+        return source is not None and source.has_input(ready)
 
     def _settle(self) -> None:
         for connection in self._connections:

@@ -44,7 +44,8 @@ def make_image(path: Path, image_format: str, size: int, fill: int | None = None
 
 
 async def until_there(path: Path) -> None:
-    while not path.exists():  # noqa: ASYNC110 - nothing tells of it
+    """And, if it is a file, that something is in it."""
+    while not path.exists() or (path.is_file() and not path.stat().st_size):  # noqa: ASYNC110 - nothing tells of it
         await asyncio.sleep(0.01)
 
 
@@ -164,6 +165,32 @@ def _sender(kind: str, directory: Path) -> Iterator[str]:
         with subprocess.Popen(["python3", "-c", script, *arguments]) as sender:
             yield where
             assert sender.wait(20) == 0
+
+
+@pytest.mark.parametrize("introduction", [b"\x11\x22\x33\x44", b"GET / HTTP/1.1", b""], ids=["RAM", "other", "silent"])
+async def test_a_source_that_connects_once_more_for_its_ram_is_refused_and_others_are_not_heard(
+    tmp_path: Path, introduction: bytes
+) -> None:
+    sock = tmp_path / "sock"
+    loading = asyncio.create_task(loaded(LoadOptions(f"unix:{sock}", {"vda": str(tmp_path / "image")}, create=True)))
+    await until_there(sock)
+    _, source = await asyncio.open_unix_connection(str(sock))
+    source.write(captured("full")[:100])
+    await source.drain()
+    _, another = await asyncio.open_unix_connection(str(sock))
+    another.write(introduction)
+    if introduction[:1] == b"\x11":
+        with pytest.raises(Refused, match="turn its capability multifd off"):
+            await loading
+    else:
+        another.close()
+        source.write(captured("full")[100:])
+        source.close()
+        await loading
+        assert (tmp_path / "image").read_bytes() == DISK
+    assert not sock.exists()
+    source.close()
+    another.close()
 
 
 async def failing(options: LoadOptions, kind: type[BlkmigError], words: str) -> BlkmigError:
