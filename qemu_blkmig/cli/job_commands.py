@@ -10,8 +10,9 @@ import sys
 from qemu_blkmig.cli import options, show
 from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import Interrupted, Refused
-from qemu_blkmig.job.record import STATE_VARIABLE, Job, left_behind, state_directory
+from qemu_blkmig.job.record import Job, left_behind
 from qemu_blkmig.job.settle import settle, unsettled
+from qemu_blkmig.places import STATE_VARIABLE, state_directory
 
 
 def add_all(commands: Commands) -> None:

@@ -103,6 +103,11 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "--target-is-zero", action="store_true", help="existing destination images read as zeroes: do not write any"
     )
     group.add_argument("--allow-plaintext", action="store_true", help="an encrypted disk may be written in plain text")
+    group.add_argument(
+        "--ignore-ownership",
+        action="store_true",
+        help="migrate from an image although a record beside it says that it is incomplete, or was moved away",
+    )
 
 
 def add_transfer(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +216,7 @@ def selection(arguments: argparse.Namespace) -> Selection:
         shared_base=arguments.shared_base,
         target_is_zero=arguments.target_is_zero,
         allow_plaintext=arguments.allow_plaintext,
+        ignore_ownership=arguments.ignore_ownership,
     )
 
 

@@ -45,6 +45,9 @@ def _add_save(commands: Commands) -> None:
     parser.add_argument("--migrate-disks", metavar="LIST", help="only these disks, by drive id, device id or node name")
     parser.add_argument("--shared-base", action="store_true", help="only what overlays hold above their backing files")
     parser.add_argument("--allow-plaintext", action="store_true", help="an encrypted disk may be written in plain text")
+    parser.add_argument(
+        "--ignore-ownership", action="store_true", help="also from an image that a record calls incomplete or moved"
+    )
     parser.add_argument("--source-format", metavar="FMT", help="format of an image: source (default: as recognized)")
     parser.add_argument(
         "--agent", metavar="SOCK", help="the guest agent's unix socket: file systems are frozen at the end"
@@ -87,6 +90,7 @@ def _save(arguments: argparse.Namespace) -> int:
             disks=tuple(name.strip() for name in names.split(",")) if names is not None else None,
             shared_base=arguments.shared_base,
             allow_plaintext=arguments.allow_plaintext,
+            ignore_ownership=arguments.ignore_ownership,
         ),
         transfer=Transfer(
             granularity=CHUNK,

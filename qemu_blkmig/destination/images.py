@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import stat
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qemu_blkmig import errors
-from qemu_blkmig.destination import locks
+from qemu_blkmig.destination import locks, ownership
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem
 
@@ -21,17 +22,20 @@ WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc
 
 _QEMU_IMG_TIMEOUT = 60.0
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """An image that is ours to write: `descriptor` is open for it and holds the job lock.
 
-    `created` is None where the image was there before.
+    `created` is None where the image was there before. `job`: whose ownership record it has.
     """
 
     image: Image
     descriptor: int
     created: Created | None
+    job: str | None = None
 
     @property
     def reads_as_zero(self) -> bool:
@@ -55,8 +59,8 @@ def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
     return problems, next((_free(image) for image in images if _is_to_be_made(image)), None)
 
 
-def prepare(images: Sequence[Image]) -> list[Prepared]:
-    """Check, create and lock the images, all or none.
+def prepare(images: Sequence[Image], job: str | None = None) -> list[Prepared]:
+    """Check, create and lock the images, all or none, and record that they are `job`'s.
 
     Raises `Refused` naming every fault, or `DestinationWriteError` where creating fails; what was created until then
     is removed again.
@@ -68,18 +72,20 @@ def prepare(images: Sequence[Image]) -> list[Prepared]:
     prepared: list[Prepared] = []
     try:
         for image in images:
-            prepared.append(_create(image) if _is_to_be_made(image) else _adopt(image))
+            prepared.append(_prepare(image, job))
     except BaseException:
         for each in prepared:
-            give_up(each)
+            give_up(each, untouched=True)
         raise
     return prepared
 
 
-def give_up(prepared: Prepared) -> None:
-    """Let go of the image, and remove it if it was made here."""
+def give_up(prepared: Prepared, *, untouched: bool = False) -> None:
+    """Let go of the image, and remove it if it was made here. `untouched`: nothing was written to it."""
     if prepared.created is not None and _is_still(prepared.created):
         Path(prepared.created.path).unlink()
+    if prepared.job is not None and (untouched or prepared.created is not None):
+        _withdraw(prepared.image.path, prepared.job)
     with contextlib.suppress(OSError):
         os.close(prepared.descriptor)
 
@@ -90,16 +96,30 @@ def discard(images: Sequence[Created]) -> tuple[list[str], list[str]]:
     for image in images:
         try:
             if not os.path.lexists(image.path):
+                ownership.withdraw(image.path)
                 continue
             reason = _reason_to_keep(image)
             if reason is None:
                 Path(image.path).unlink()
                 removed.append(image.path)
+                ownership.withdraw(image.path)
                 continue
         except OSError as error:
             reason = str(error)
         left.append(f"{image.path}: {reason}")
     return removed, left
+
+
+def mark(images: Sequence[str], job: str, state: str) -> None:
+    """Bring ownership records of `job` to `state` (see `protocol.Mark`). Raises `Refused`."""
+    for path in images:
+        try:
+            if state == "complete":
+                ownership.complete(path, job)
+            else:
+                ownership.withdraw(path, job)
+        except (OSError, ownership.Damaged) as error:
+            raise errors.Refused(f"the ownership record of {path} cannot be written: {error}") from error
 
 
 def size_of(path: str, image_format: str) -> int:
@@ -224,6 +244,33 @@ def _free(image: Image) -> int | None:
     return None
 
 
+def _prepare(image: Image, job: str | None) -> Prepared:
+    """The record comes first: no crash leaves an incomplete image that nothing tells of."""
+    if job is not None:
+        _announce(image, job)
+    try:
+        return replace(_create(image) if _is_to_be_made(image) else _adopt(image), job=job)
+    except BaseException:
+        if job is not None:
+            _withdraw(image.path, job)
+        raise
+
+
+def _announce(image: Image, job: str) -> None:
+    try:
+        ownership.announce(image.path, job, image.disk, image.origin)
+    except OSError as error:
+        what = f"the ownership record of {image.path} cannot be written: {error.strerror}"
+        raise errors.DestinationWriteError(what, disk=image.disk, offset=None, errno=error.errno or 0) from error
+
+
+def _withdraw(path: str, job: str) -> None:
+    try:
+        ownership.withdraw(path, job)
+    except OSError as error:
+        _log.error("the ownership record of %s cannot be removed: %s", path, error)
+
+
 def _adopt(image: Image) -> Prepared:
     try:
         descriptor = _open_for_writing(image.path)
@@ -250,10 +297,10 @@ def _create(image: Image) -> Prepared:
         os.fsync(descriptor)
         sync_directory(image.path)
     except OSError as error:
-        give_up(prepared)
+        give_up(prepared, untouched=True)
         raise _cannot_create(image, error) from error
     except BaseException:
-        give_up(prepared)
+        give_up(prepared, untouched=True)
         raise
     return prepared
 

@@ -37,6 +37,7 @@ class Image(Message, frozen=True):
 
     `create`: make it if it is not there. What is there must have this format, size and backing file.
     `known_zero`: the user vouches that the existing image reads as zeroes (a created one always does).
+    `origin`: where the disk comes from, in words, for the ownership record.
     """
 
     disk: str
@@ -47,6 +48,7 @@ class Image(Message, frozen=True):
     known_zero: bool = False
     backing: Backing | None = None
     cluster_size: int | None = None
+    origin: str = ""
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -61,9 +63,10 @@ class Inspect(Message, frozen=True, tag="inspect"):
 
 
 class Prepare(Message, frozen=True, tag="prepare"):
-    """Check, lock and create the images; all or none."""
+    """Check, lock and create the images; all or none. With a `job` its ownership records say so from now on."""
 
     images: list[Image]
+    job: str | None = None
 
 
 class Open(Message, frozen=True, tag="open"):
@@ -120,9 +123,24 @@ class Close(Message, frozen=True, tag="close"):
 
 
 class Discard(Message, frozen=True, tag="discard"):
-    """Remove images that an agent created, told by the identity in `Created`; others and those in use are left."""
+    """Remove images that an agent created, told by the identity in `Created`; others and those in use are left.
+
+    Their ownership records go with them.
+    """
 
     images: list[Created]
+
+
+class Mark(Message, frozen=True, tag="mark"):
+    """Bring the ownership records of `job`'s images (paths) to `state`.
+
+    complete: the guest is theirs. untouched: nothing was written to them, what was recorded before holds again.
+    Records of others are left alone.
+    """
+
+    job: str
+    images: list[str]
+    state: Literal["complete", "untouched"]
 
 
 class Bye(Message, frozen=True, tag="bye"):
@@ -137,7 +155,9 @@ class Created(Message, frozen=True):
     inode: int
 
 
-Operation = Hello | Inspect | Prepare | Open | Copy | Flush | Compare | Bandwidth | Cancel | Close | Discard | Bye
+Operation = (
+    Hello | Inspect | Prepare | Open | Copy | Flush | Compare | Bandwidth | Cancel | Close | Discard | Mark | Bye
+)
 
 
 class Request(Message, frozen=True):

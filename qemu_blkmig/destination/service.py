@@ -31,7 +31,7 @@ Tell = Callable[[protocol.Progress], Awaitable[None]]
 
 @dataclass
 class _Disk:
-    """A prepared disk. `thread` does all that blocks for it, one thing at a time."""
+    """A prepared disk. `thread` does all that blocks for it, one thing at a time. `touched`: it may be written to."""
 
     prepared: images.Prepared
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
@@ -40,6 +40,7 @@ class _Disk:
     writer: Writer | None = None
     mover: DiskMover | None = None
     control: Control | None = None
+    touched: bool = False
 
     @property
     def name(self) -> str:
@@ -87,6 +88,9 @@ class Service:
                 return await self._prepare(op)
             case protocol.Discard():
                 return protocol.DiscardReply(*await asyncio.to_thread(images.discard, op.images))
+            case protocol.Mark():
+                await asyncio.to_thread(images.mark, op.images, op.job, op.state)
+                return protocol.Done()
             case protocol.Bandwidth():
                 return self._limit(op.rate)
             case protocol.Open():
@@ -113,10 +117,10 @@ class Service:
         for image in op.images:
             if image.disk in self._disks:
                 raise errors.Refused("is prepared already", disk=image.disk)
-        prepared = await asyncio.to_thread(images.prepare, op.images)
+        prepared = await asyncio.to_thread(images.prepare, op.images, op.job)
         if self._ended:
             for each in prepared:
-                images.give_up(each)
+                images.give_up(each, untouched=True)
             raise errors.Refused("the agent is ending")
         self._disks.update((each.image.disk, _Disk(each)) for each in prepared)
         return protocol.PrepareReply([each.created for each in prepared if each.created is not None])
@@ -127,6 +131,7 @@ class Service:
         async with disk.turn:
             if disk.mover is not None:
                 raise errors.Refused("is open already", disk=op.disk)
+            disk.touched = True
             disk.writer = disk.writer or await self._start_writer(disk, settings.connections)
             writer, image = disk.writer, disk.prepared.image
             disk.mover = await disk.run(
@@ -224,7 +229,7 @@ class Service:
             with contextlib.suppress(errors.DestinationFailed):
                 await disk.server.stop()
         if remove:
-            images.give_up(disk.prepared)
+            images.give_up(disk.prepared, untouched=not disk.touched)
 
     def _disk(self, name: str) -> _Disk:
         if name not in self._disks:

@@ -22,6 +22,7 @@ from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
 from qemu_blkmig.errors import ContentsDiffer, DestinationFailed
 from qemu_blkmig.job.options import Transfer
+from qemu_blkmig.job.place import host_name
 from qemu_blkmig.job.plan import Plan, private_layers
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
@@ -55,8 +56,11 @@ class Carriage:
     async def prepare(self) -> None:
         """Create or check, and lock, the destination's images."""
         images = list(self._plan.images.values())
-        self._job.record.images = [image.path for image in images]
-        reply = await self._agent.expect(Prepare(images), PrepareReply)
+        record = self._job.record
+        record.images = [image.path for image in images]
+        record.moving = self._plan.source_images(host_name(record.target_place))
+        self._job.save()
+        reply = await self._agent.expect(Prepare(images, record.job), PrepareReply)
         self._job.record.created = reply.created
         self._job.save()
 

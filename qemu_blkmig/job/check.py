@@ -13,9 +13,9 @@ from qemu_blkmig.errors import BlkmigError
 from qemu_blkmig.job.options import Selection, Target
 from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.plan import Plan, Planner
-from qemu_blkmig.job.record import state_directory
 from qemu_blkmig.job.target import TargetQemu, program_missing
 from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.places import state_directory
 from qemu_blkmig.qmp.monitor import Monitor
 
 

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
 
+from qemu_blkmig.destination.protocol import Mark
 from qemu_blkmig.errors import (
     BlkmigError,
     ConnectionLost,
@@ -209,6 +210,7 @@ class Lifecycle:
         if self._guard is not None:
             await self._guard.stand_down()
         if self._agent is not None:
+            await self._mark(self._agent, result)
             await self._agent.close()
             self._agent = None
         if self.job.record.owner is Owner.DESTINATION:
@@ -219,6 +221,15 @@ class Lifecycle:
             await self._leave_source(result)
         await self._let_go()
         self._forget()
+
+    async def _mark(self, agent: AgentClient, result: Result) -> None:
+        """The images hold all there is: their ownership records say so."""
+        record = self.job.record
+        try:
+            await agent.request(Mark(record.job, record.images, "complete"))
+            record.marked = True
+        except BlkmigError as error:
+            result.warnings.append(str(error))
 
     async def _leave_source(self, result: Result) -> None:
         """After a success that leaves the guest here: what of ours is still there goes; if not, that is no failure."""

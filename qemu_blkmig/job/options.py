@@ -77,6 +77,7 @@ class Selection:
     shared_base: bool = False
     target_is_zero: bool = False
     allow_plaintext: bool = False
+    ignore_ownership: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import msgspec
@@ -63,6 +64,11 @@ def _parse_ssh(text: str, rest: str, remote_command: str) -> Ssh:
     if port is not None and not 1 <= int(port) <= 65535:
         raise UsageError(f"not a port: {port}", advice="from 1 to 65535")
     return Ssh(host, str(Path(match["dir"])), match["user"], int(port) if port else None, remote_command)
+
+
+def host_name(place: Place | None) -> str:
+    """What the host of `place` is called; None: this one."""
+    return place.host if isinstance(place, Ssh) else socket.gethostname()
 
 
 def host_of(place: Place, runtime: Path) -> Host:

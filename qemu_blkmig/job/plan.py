@@ -13,6 +13,7 @@ from qemu_blkmig.destination.protocol import Image, Inspect, InspectReply
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.files import FileId, file_id, file_id_for, opened_by
 from qemu_blkmig.job.options import Selection
+from qemu_blkmig.job.source_images import SourceImage, absolute, origin, troubles
 from qemu_blkmig.job.target import TargetQemu, counterpart
 from qemu_blkmig.qmp.disks import Backing, Disk, Layer, Skipped, inventory, obstacles, plain_filename, select
 from qemu_blkmig.qmp.features import probe
@@ -27,13 +28,22 @@ MIGRATABLE = ("running", "paused", "io-error", "suspended", "watchdog", "prelaun
 
 @dataclass(frozen=True)
 class Plan:
-    """`images`: by disk name. `problems`: why it cannot be done; `warnings`: what the user should know."""
+    """`images`: by disk name. `problems`: why it cannot be done; `warnings`: what the user should know.
+
+    `process`: the source QEMU's process id, where it has one and it is known.
+    """
 
     disks: tuple[Disk, ...]
     skipped: tuple[Skipped, ...]
     images: dict[str, Image]
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
+    process: int | None = None
+
+    def source_images(self, host: str) -> list[SourceImage]:
+        """The source's own image files and devices, with where they go to on `host`."""
+        paths = {disk.name: absolute(disk.filename, self.process) for disk in self.disks}
+        return [SourceImage(name, path, f"{host}:{self.images[name].path}") for name, path in paths.items() if path]
 
     def require(self) -> None:
         """Raise `Refused` with all the problems, if there are any."""
@@ -67,12 +77,14 @@ class Planner:
         self._directory = directory
         self._problems: list[str] = []
         self._warnings: list[str] = []
+        self._process: int | None = None
 
     async def plan(self, source: Monitor, target: TargetQemu | None, prefix: str, *, with_ram: bool) -> Plan:
         """The plan for a guest. `target`: a QEMU that waits with images of its own. `prefix`: of what is ours.
 
         `with_ram`: its RAM is to move, too.
         """
+        self._process = source.peer_pid
         await self._check_source(source, with_ram)
         found = await inventory(source)
         try:
@@ -102,7 +114,7 @@ class Planner:
             self._check_disk(disk)
         if images:
             await self._check_destination(disks, images)
-        return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings))
+        return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings), self._process)
 
     async def _check_source(self, source: Monitor, with_ram: bool) -> None:
         features = await probe(source)
@@ -149,6 +161,8 @@ class Planner:
                 f"disk {disk.name} is encrypted and would be written to the destination in plain text; "
                 "--allow-plaintext permits it"
             )
+        if not self._selection.ignore_ownership:
+            self._problems += troubles(disk, self._process)
         if self._selection.shared_base and disk.backing is None:
             self._warnings.append(f"disk {disk.name} has no backing file: it is copied whole")
         if self._selection.shared_base and disk.backing is not None:
@@ -201,6 +215,7 @@ class Planner:
             known_zero=self._selection.target_is_zero,
             backing=self._base(disk),
             cluster_size=disk.cluster_size,
+            origin=origin(disk, self._process),
         )
 
     def _base(self, disk: Disk) -> SharedBase | None:
@@ -238,6 +253,7 @@ class Planner:
                     size=other.size,
                     create=False,
                     known_zero=self._selection.target_is_zero,
+                    origin=origin(disk, self._process),
                 )
         return images
 

@@ -22,8 +22,8 @@ from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.process import ProcessId
-
-STATE_VARIABLE = "QEMU_BLKMIG_STATE_DIR"
+from qemu_blkmig.job.source_images import SourceImage
+from qemu_blkmig.places import STATE_VARIABLE, state_directory
 
 
 class Owner(enum.Enum):
@@ -44,6 +44,7 @@ class Record(msgspec.Struct):
     them. `frozen_by`: the guest agent's socket while file systems are frozen.
     `target_place`: where the images are; None until that is known.
     `started_there`: the destination was told to run the guest, or is about to be: it may have written there.
+    `moving`: the source's own images. `marked`: the ownership records at the destination say that it has the guest.
     """
 
     job: str
@@ -65,20 +66,13 @@ class Record(msgspec.Struct):
     frozen_by: str | None = None
     started_there: bool = False
     target_place: Place | None = None
+    moving: list[SourceImage] = []
+    marked: bool = False
 
     @property
     def prefix(self) -> str:
         """What the names of all that we make on the source begin with."""
         return f"blkmig-{self.job}"
-
-
-def state_directory() -> Path:
-    """Where job records live: $QEMU_BLKMIG_STATE_DIR, else /var/lib/qemu-blkmig for root, else the XDG state home."""
-    if chosen := os.environ.get(STATE_VARIABLE):
-        return Path(chosen)
-    if os.geteuid() == 0:
-        return Path("/var/lib/qemu-blkmig")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qemu-blkmig"
 
 
 class Job:

@@ -12,20 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-from qemu_blkmig.destination.protocol import Discard, DiscardReply
+from qemu_blkmig.destination.protocol import Discard, DiscardReply, Mark
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError, Undecided
 from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.place import Local, host_of
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
+from qemu_blkmig.job.source_images import mark_moved
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import MIGRATED, UNDER_WAY, migration_status
 from qemu_blkmig.qmp.monitor import Monitor, NoAnswer
 from qemu_blkmig.qmp.ram import cancel_migration
 from qemu_blkmig.qmp.removal import remove_all
+from qemu_blkmig.transport.client import AgentClient
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +159,8 @@ async def settle(
     record = job.record
     here = Peer("source QEMU", record.source_qmp, record.source_process, source)
     there = Peer("destination QEMU", record.target_qmp, record.target_process, destination)
-    settlement = Settlement(record.owner)
+    before = record.owner
+    settlement = Settlement(before)
     try:
         for attempt in range(ATTEMPTS):
             settlement.facts.clear()
@@ -168,6 +171,8 @@ async def settle(
                 if record.owner is Owner.SOURCE:
                     await _discard(job, settlement)
                     _tell_overwritten(job, settlement)
+                elif record.owner is Owner.DESTINATION:
+                    await _mark(job, settlement)
                 break
             except ConnectionLost:
                 if attempt == ATTEMPTS - 1:
@@ -179,6 +184,8 @@ async def settle(
         settlement.facts.append(f"job {record.job} could not be brought to rest: {error}")
     finally:
         settlement.owner = record.owner
+        if record.source_qmp is not None:
+            _tell_why(before, settlement)
         for peer in (here, there):
             await peer.close()
     if settlement.owner is Owner.UNDECIDED:
@@ -363,22 +370,67 @@ async def _thaw(path: str, settlement: Settlement) -> None:
         settlement.facts.append(f"the guest's file systems may still be frozen: {error}")
 
 
-async def _discard(job: Job, settlement: Settlement) -> None:
-    if not job.record.created:
-        return
+@contextlib.asynccontextmanager
+async def _agent_there(job: Job) -> AsyncIterator[AgentClient]:
+    """An agent beside the destination's images, of our own."""
     host = host_of(job.record.target_place or Local("/"), job.runtime)
     try:
         agent = await host.start_agent()
         try:
-            reply = await agent.expect(Discard(job.record.created), DiscardReply)
+            yield agent
         finally:
             await agent.close()
     finally:
         await host.close()
+
+
+async def _mark(job: Job, settlement: Settlement) -> None:
+    """The ownership records follow what was decided (see `destination/ownership.py`)."""
+    record = job.record
+    settlement.facts += await asyncio.to_thread(mark_moved, record.moving, record.job)
+    if record.marked or not record.images:
+        return
+    try:
+        async with _agent_there(job) as agent:
+            await agent.request(Mark(record.job, record.images, "complete"))
+        record.marked = True
+    except BlkmigError as error:
+        settlement.facts.append(f"the images at the destination are complete, but their records do not say so: {error}")
+
+
+async def _discard(job: Job, settlement: Settlement) -> None:
+    record = job.record
+    untouched = [path for path in record.images if not record.filling]
+    if not record.created and not untouched:
+        return
+    async with _agent_there(job) as agent:
+        if untouched:
+            await _mark_untouched(agent, record.job, untouched, settlement)
+        reply = await agent.expect(Discard(record.created), DiscardReply)
+    if not record.created:
+        return
     if reply.left:
         settlement.facts.append(f"incomplete images were left at the destination: {', '.join(reply.left)}")
     else:
         settlement.facts.append("the incomplete images at the destination were removed")
+
+
+async def _mark_untouched(agent: AgentClient, job: str, images: list[str], settlement: Settlement) -> None:
+    try:
+        await agent.request(Mark(job, images, "untouched"))
+    except Refused as error:
+        settlement.facts.append(str(error))
+
+
+def _tell_why(before: Owner, settlement: Settlement) -> None:
+    """Why the guest is whose it is, after something failed."""
+    match before, settlement.owner:
+        case Owner.SOURCE, Owner.SOURCE:
+            settlement.facts.append("this job had not handed it over")
+        case Owner.UNDECIDED, Owner.SOURCE:
+            settlement.facts.append("in the handover the destination did not take it, and no longer can")
+        case Owner.UNDECIDED, Owner.DESTINATION:
+            settlement.facts.append("the destination took it in the handover")
 
 
 def _tell_overwritten(job: Job, settlement: Settlement) -> None:

@@ -15,9 +15,10 @@ from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import CopyOptions, Target, Transfer
 from qemu_blkmig.job.place import Local
-from qemu_blkmig.job.record import STATE_VARIABLE, Job
+from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.observe.progress import progress
+from qemu_blkmig.places import STATE_VARIABLE
 from qemu_blkmig.qmp.guest import QemuGuest, migration_status, run_state
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.ram import RamMigration

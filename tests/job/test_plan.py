@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qemu_blkmig.destination import ownership
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.transport.local import LocalHost
@@ -18,11 +18,14 @@ BACKING_FORMAT = bytes.fromhex("e2792aca")
 UNKNOWN = bytes.fromhex("12345678")
 
 
-async def plan(qemu: Qemu, directory: Path, *, shared_base: bool = False, with_ram: bool = False) -> Plan:
+async def plan(
+    qemu: Qemu, directory: Path, *, shared_base: bool = False, with_ram: bool = False, ignore_ownership: bool = False
+) -> Plan:
     directory.mkdir(exist_ok=True)
     agent = await LocalHost().start_agent()
     try:
-        planner = Planner(agent, replace(Selection(), shared_base=shared_base), directory)
+        selection = Selection(shared_base=shared_base, ignore_ownership=ignore_ownership)
+        planner = Planner(agent, selection, directory)
         return await planner.plan(qemu.monitor, None, "blkmig-test", with_ram=with_ram)
     finally:
         await agent.close()
@@ -113,3 +116,32 @@ async def test_what_qemu_will_not_migrate_is_told_before(start_qemu: StartQemu, 
     [problem] = (await plan(qemu, tmp_path / "target", with_ram=True)).problems
     assert "QEMU cannot migrate this guest" in problem and "nvme" in problem
     assert (await plan(qemu, tmp_path / "target")).problems == ()
+
+
+@pytest.mark.parametrize("state", ["incoming", "moved"])
+async def test_an_image_that_its_record_forbids_is_not_migrated_unless_told_to(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path, state: str
+) -> None:
+    image = make_image("disk.img", format="raw")
+    if state == "incoming":
+        ownership.announce(str(image), "1a2b", "vda", "hosta:/old/disk.img")
+    else:
+        ownership.move(str(image), "1a2b", "vda", "hostb:/new/disk.img")
+    qemu = await start_qemu("-drive", f"if=none,id=d,format=raw,file={image}", "-device", "virtio-blk,drive=d")
+    [problem] = (await plan(qemu, tmp_path / "target")).problems
+    assert "job 1a2b" in problem and ":/" in problem and "--ignore-ownership" in problem
+    assert (await plan(qemu, tmp_path / "target", ignore_ownership=True)).problems == ()
+
+
+async def test_the_base_of_an_overlay_may_have_moved_but_not_be_incomplete(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    base = make_image("base")
+    overlay = make_image("overlay", backing=base)
+    drive = f"if=none,id=d,format=qcow2,file={overlay}"
+    qemu = await start_qemu("-drive", drive, "-device", "virtio-blk,drive=d")
+    ownership.move(str(base), "1a2b", "vda", "hostb:/new/base")
+    assert (await plan(qemu, tmp_path / "target")).problems == ()
+    ownership.announce(str(base), "1a2b", "vda", "hosta:/old/base")
+    [problem] = (await plan(qemu, tmp_path / "target")).problems
+    assert f"{base} is incomplete" in problem

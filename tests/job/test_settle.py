@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from qemu_blkmig.destination import ownership
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.settle import Settlement, settle, unsettled
+from qemu_blkmig.job.source_images import SourceImage
 
 
 @pytest.fixture
@@ -36,3 +38,51 @@ def test_the_advice_goes_by_who_has_the_guest(owner: Owner, words: str) -> None:
     assert error.advice is not None
     assert words in error.advice
     assert error.advice.endswith("qemu-blkmig cleanup 1a2b")
+
+
+def records(*images: Path) -> list[str | None]:
+    """The states that the ownership records tell."""
+    told = [ownership.read(str(image)) for image in images]
+    return [record.state if record else None for record in told]
+
+
+@pytest.mark.parametrize("before", ["neither", "source", "destination"])
+async def test_after_a_crash_in_between_the_ownership_records_follow_the_job_s(
+    job: Job, tmp_path: Path, before: str
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    job.record.owner = Owner.DESTINATION
+    job.record.images, job.record.moving = [str(there)], [SourceImage("vda", str(here), f"hostb:{there}")]
+    ownership.announce(str(there), job.record.job, "vda", f"hosta:{here}")
+    if before == "source":
+        ownership.move(str(here), job.record.job, "vda", f"hostb:{there}")
+    elif before == "destination":
+        ownership.complete(str(there), job.record.job)
+    assert (await settle(job)).decided
+    assert records(here, there) == ["moved", "complete"]
+    assert (await settle(job)).decided
+    told = ownership.read(str(here))
+    assert told is not None and told.peer == f"hostb:{there}"
+    job.remove()
+
+
+async def test_an_image_that_nothing_was_written_to_is_what_it_was(job: Job, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    job.record.images = [str(there)]
+    ownership.announce(str(there), job.record.job, "vda", "hosta:/here")
+    await settle(job)
+    assert records(there) == [None]
+    ownership.announce(str(there), job.record.job, "vda", "hosta:/here")
+    job.record.filling = True
+    await settle(job)
+    assert records(there) == ["incoming"]
+    job.remove()
+
+
+async def test_a_record_that_cannot_be_written_is_told_and_decides_nothing(job: Job, tmp_path: Path) -> None:
+    job.record.owner = Owner.DESTINATION
+    job.record.moving = [SourceImage("vda", str(tmp_path / "nowhere" / "image"), "hostb:/there")]
+    settlement = await settle(job)
+    assert settlement.decided
+    assert "never start a guest from it" in settlement.facts[-1]
+    job.remove()
