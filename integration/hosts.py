@@ -113,7 +113,7 @@ class Hosts:
     @property
     def enter(self) -> tuple[str, ...]:
         """Before a command that is to run in hosta; its process is the command's own."""
-        return ("nsenter", "-t", str(_pid(self._a)), "-n", "-m", "-u", f"--wd={Path.cwd()}", "--")
+        return ("nsenter", "-t", str(_pid(self._a)), "-n", "-m", "-u", f"--wd={REPOSITORY}", "--")
 
     @property
     def enter_far(self) -> tuple[str, ...]:

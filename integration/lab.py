@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import pytest
 
@@ -140,7 +140,8 @@ class Qmp:
 class Guest:
     """A guest of the laboratory: one it started itself, or the destination that a migration launches.
 
-    `directory` holds its sockets and its console; `launched`: by the tool under test.
+    `directory` holds its sockets and its console; `launched`: by the tool under test. `far`: the folder on another host
+    where its destination is to have that; `outside` tells the number here of a process of the host where it runs.
     """
 
     directory: Path
@@ -151,6 +152,8 @@ class Guest:
     kernel: Kernel
     launched: bool = False
     process: subprocess.Popen[bytes] | None = None
+    far: Path | None = None
+    outside: Callable[[int], int] = int
     _control: Qmp | None = field(default=None, repr=False)
 
     @property
@@ -184,7 +187,7 @@ class Guest:
         if self.process is not None:
             return self.process.pid
         try:
-            return int(self.pid_file.read_text())
+            return self.outside(int(self.pid_file.read_text()))
         except (FileNotFoundError, ValueError) as error:
             raise LabError(f"{self.directory}: QEMU was not started") from error
 
@@ -192,7 +195,9 @@ class Guest:
         """Whether its QEMU is there (paused or not)."""
         if self.process is not None:
             return self.process.poll() is None
-        return self.pid_file.exists() and _alive(self.pid)
+        with contextlib.suppress(LabError):
+            return _alive(self.pid)
+        return False
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run a QMP command on the tests' own monitor, which stays connected."""
@@ -291,7 +296,7 @@ class Guest:
 
     def destination(self, directory: Path) -> Guest:
         """The guest that `launch_command(directory)` starts: its console, its tests' monitor and its images."""
-        lab = self.directory.with_name(self.directory.name + "-destination")
+        lab = (self.far or self.directory.parent) / (self.directory.name + "-destination")
         lab.mkdir(exist_ok=True)
         disks = tuple(disk if disk.read_only else replace(disk, path=directory / disk.path.name) for disk in self.disks)
         return replace(self, directory=lab, disks=disks, launched=True, process=None, _control=None)
@@ -329,8 +334,12 @@ class Lab:
     """What one test has at hand: a folder, disks, guests; and the judges.
 
     `directory` is short enough for unix sockets. `temporary` is $TMPDIR of everything started in the test, `state`
-    its $QEMU_BLKMIG_STATE_DIR.
+    its $QEMU_BLKMIG_STATE_DIR. `entering` is put before what is to run on the source's host.
     """
+
+    entering: Sequence[str] = ()
+    agent_words: Sequence[str] = ("qemu_blkmig.destination.agent",)
+    """What the agent's command line holds."""
 
     def __init__(self, directory: Path, kernel: Kernel, initramfs: Callable[[bool], Path], mark: str) -> None:
         self.directory = directory
@@ -377,7 +386,8 @@ class Lab:
         initramfs = self._initramfs(orders.agent)
         guest = Guest(directory, tuple(disks), hardware or Hardware(), orders, initramfs, self._kernel)
         with (directory / "stderr").open("wb") as errors:
-            guest.process = subprocess.Popen(guest.arguments(), stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+            command = [*self.entering, *guest.arguments()]
+            guest.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
         self.guests.append(guest)
         return guest
 
@@ -406,6 +416,7 @@ class Lab:
 
         def clean() -> bool:
             found[:] = [f"process {pid}: {_command_of(pid)}" for pid in self.processes() if pid not in allow]
+            found.extend(self.left_elsewhere())
             for guest in guests:
                 found.extend(leftovers_in_qemu(guest))
             for directory in (self.temporary, *directories):
@@ -417,14 +428,25 @@ class Lab:
             time.sleep(0.1)
         assert not found, "left behind: " + "; ".join(found)
 
+    def left_elsewhere(self) -> list[str]:
+        """What is left on another host."""
+        return []
+
+    @property
+    def place(self) -> str:
+        """`target` as the command line names it."""
+        return f"local:{self.target}"
+
     def close(self) -> None:
-        """End every process that was started in the test, and remove its folder."""
+        """End every process that was started in the test."""
         for guest in self.guests:
             guest.kill()
         for pid in _marked(self._mark):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+AnyLab = TypeVar("AnyLab", bound=Lab)
 
 
 @contextlib.contextmanager
@@ -433,18 +455,26 @@ def laboratory(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[La
 
     `initramfs(agent)`: where the guest's initramfs without or with the guest agent is.
     """
+    with laid_out(Lab, kernel, initramfs) as lab:
+        yield lab
+
+
+@contextlib.contextmanager
+def laid_out(kind: type[AnyLab], kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[AnyLab]:
+    """See `laboratory`; of this kind."""
     mark = uuid.uuid4().hex
-    lab = Lab(Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp")), kernel, initramfs, mark)
-    with pytest.MonkeyPatch.context() as patch:
+    directory = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv(MARK_VARIABLE, mark)
+        lab = kind(directory, kernel, initramfs, mark)
+        stack.callback(lab.close)
         patch.setenv("TMPDIR", str(lab.temporary))
         patch.setenv("QEMU_BLKMIG_STATE_DIR", str(lab.state))
         # tempfile remembers the folder that it found first.
         patch.setattr(tempfile, "tempdir", None)
-        try:
-            yield lab
-        finally:
-            lab.close()
+        yield lab
 
 
 def leftovers_in_qemu(guest: Guest) -> list[str]:

@@ -46,10 +46,11 @@ class Attempt:
             left.unlink(missing_ok=True)
         self._go = lab.directory / "go"
         self._go.unlink(missing_ok=True)
-        command = list(COMMAND)
+        command = [*lab.entering, *COMMAND]
         if hold is not None:
-            command = [sys.executable, "-m", "integration.held", hold, "block" if block else "hold", str(self._go)]
-        command += ["migrate", f"qmp:{source.qmp}", f"local:{lab.target}", "--progress=json"]
+            held = ("integration.held", hold, "block" if block else "hold", str(self._go))
+            command = [*lab.entering, sys.executable, "-m", *held]
+        command += ["migrate", f"qmp:{source.qmp}", lab.place, "--progress=json"]
         if launch:
             command += ["--launch", source.launch_command(lab.target)]
         self.process = subprocess.Popen(
@@ -122,7 +123,7 @@ class Attempt:
 
     def agent(self) -> int:
         """The pid of the agent at the destination."""
-        return self.child("qemu_blkmig.destination.agent")
+        return self.child(*self.lab.agent_words)
 
     def watchdog(self) -> int:
         """The pid of the watchdog."""
@@ -236,7 +237,8 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def command(*arguments: str) -> Outcome:
-    """Run another command of the tool, such as `jobs`."""
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
+def command(*arguments: str, lab: Lab | None = None) -> Outcome:
+    """Run another command of the tool, such as `jobs`; on the source's host of `lab`."""
+    enter = lab.entering if lab is not None else ()
+    done = subprocess.run([*enter, *COMMAND, *arguments], capture_output=True, text=True, timeout=120)
     return Outcome(done.returncode, done.stdout, done.stderr)
