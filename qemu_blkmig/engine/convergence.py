@@ -26,9 +26,12 @@ RESOLUTION = 1e-6
 """Seconds; shorter times are not believed, so that no speed is infinite."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Policy:
-    """`downtime`: seconds that the final round of the disks may take. `max_rounds`: None for no bound."""
+    """`downtime`: seconds that the final round of the disks may take. `max_rounds`: None for no bound.
+
+    May be changed while the engine goes by it: it is looked at before every decision.
+    """
 
     downtime: float
     max_rounds: int | None

@@ -110,8 +110,8 @@ class Figures:
 
 
 class BlockMigration:
-    """Migrates `disks` in their order. One operation at a time; only `refresh`, `figures`, `request_stop` and
-    `cancel` may be called while another is under way.
+    """Migrates `disks` in their order. One operation at a time; only `refresh`, `figures`, `limit`, `request_stop`
+    and `cancel` may be called while another is under way.
 
     `mover` must fail at least one call for a disk whose writer died before it may work on it again with another
     writer: only so does the engine learn that what was not flushed may be lost. `on_change` is called in the event
@@ -133,6 +133,7 @@ class BlockMigration:
         if not disks or len({disk.name for disk in disks}) < len(disks):
             raise ValueError(f"disks must be there, and differ in name: {[disk.name for disk in disks]}")
         self._log = log
+        self._mover = mover
         self._clock = clock
         self._on_change = on_change
         self._devices = [Device(disk) for disk in disks]
@@ -237,6 +238,14 @@ class BlockMigration:
     def request_stop(self) -> None:
         """Let `keep_in_step` return after the round under way; if it does not run yet, its next call at once."""
         self._stop_requested = True
+
+    async def limit(self, rate: int | None) -> None:
+        """Limit payload to `rate` bytes a second (None: no limit) from now on; may be called in any operation.
+
+        Not in the switchover, nor after it: nothing slows that down. Raises what the mover raises.
+        """
+        if self._phase not in (Phase.COMPLETING, Phase.COMPLETED):
+            await self._mover.set_bandwidth(rate)
 
     async def complete(self) -> None:
         """With the guest paused: bring over the rest, until both sides are equal and the destination is stable.

@@ -21,14 +21,13 @@ PATIENCE = 2.0
 
 
 class AgreedDisk(msgspec.Struct, frozen=True):
-    """What was agreed of a disk before its copy began; `size` in bytes, `bitmap` the name of its recording in QEMU."""
+    """What was agreed of a disk before its copy began; `size` in bytes."""
 
     name: str
     size: int
     source: str
     destination: str
     format: str
-    bitmap: str | None = None
 
 
 class DiskState(msgspec.Struct, frozen=True):
@@ -118,7 +117,7 @@ class Chronicle:
     def agreed(self) -> list[AgreedDisk]:
         """What was agreed, disk by disk."""
         with self._reading() as database:
-            return _all(database, AgreedDisk, "SELECT name, size, source, destination, format, bitmap FROM disk")
+            return _all(database, AgreedDisk, "SELECT name, size, source, destination, format FROM disk")
 
     def facts(self) -> dict[str, str]:
         """What was noted of the job as a whole."""

@@ -60,6 +60,9 @@ async def connect(
     Raises what ends a job: `Refused`, `TopologyChanged`, `GuestStateError`, and what the agent raises.
     """
     guard = life.guard()
+    life.agree(plan)
     log, exports = await life.open_source(plan, options.transfer.granularity, options.selection.shared_base)
     await carriage.open(str(life.exports.socket_path), exports)
-    return Connected(guest, carriage, guard, await carriage.engine(log, guest, clock))
+    engine = await carriage.engine(log, guest, clock)
+    life.steering.on_change(lambda: engine.limit(life.steering.rate))
+    return Connected(guest, carriage, guard, engine)

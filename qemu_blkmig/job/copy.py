@@ -20,6 +20,7 @@ from qemu_blkmig.job.options import CopyOptions, SaveOptions
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result
+from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.units import show_seconds
@@ -47,19 +48,18 @@ async def copy(options: CopyOptions, reporter: Reporter, interrupts: Interrupts,
     async def to_images(life: Lifecycle) -> Way:
         agent = await life.start_agent(options.target.place)
         planner = Planner(agent, options.selection, Path(options.target.place.directory))
-        return Way(planner, lambda plan: Carriage(life.job, plan, life.host, agent, options.transfer, reporter))
+        return Way(planner, lambda plan: Carriage(life.job, plan, life.host, agent, options.transfer, life.reporter))
 
-    async with Lifecycle(reporter, interrupts) as life:
+    steering = Steering(options.downtime, options.transfer.bandwidth)
+    async with Lifecycle(reporter, interrupts, steering) as life:
         if options.image is not None:
-            return await life.conduct(copy_image(life, options, to_images, reporter, clock))
-        return await life.conduct(GuestCopy(life, options, to_images, reporter, clock).whole())
+            return await life.conduct(copy_image(life, options, to_images, clock))
+        return await life.conduct(GuestCopy(life, options, to_images, clock).whole())
 
 
-async def copy_image(
-    life: Lifecycle, options: CopyOptions | SaveOptions, open_way: OpenWay, reporter: Reporter, clock: Clock
-) -> Result:
+async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_way: OpenWay, clock: Clock) -> Result:
     """The same engine over a disk that nobody writes to."""
-    watch = Stopwatch(clock, reporter)
+    watch = Stopwatch(clock, life.reporter)
     with watch.phase("prepare"):
         way = await open_way(life)
         source = await ImageSource.serve(str(options.image), options.image_format, life.job.runtime)
@@ -69,7 +69,9 @@ async def copy_image(
         carriage = way.carriage(plan)
         await carriage.prepare()
         await carriage.open(str(source.socket), {source.disk.name: ""})
+        life.agree(plan)
         engine = await carriage.engine(source, source, clock)
+        life.steering.on_change(lambda: engine.limit(life.steering.rate))
         with watch.phase("bulk"):
             await engine.setup()
             await engine.bulk()
@@ -103,16 +105,15 @@ class GuestCopy:
         life: Lifecycle,
         options: CopyOptions | SaveOptions,
         open_way: OpenWay,
-        reporter: Reporter,
         clock: Clock,
     ) -> None:
         self._life = life
         self._job = life.job
         self._options = options
         self._open_way = open_way
-        self._reporter = reporter
+        self._reporter = life.reporter
         self._clock = clock
-        self._watch = Stopwatch(clock, reporter)
+        self._watch = Stopwatch(clock, life.reporter)
         self._consistency = "crash"
         self._warnings: list[str] = []
 
@@ -145,7 +146,12 @@ class GuestCopy:
         self._guard, self._engine = connected.guard, connected.engine
 
     async def _converge(self) -> None:
-        policy = Policy(downtime=self._options.downtime, max_rounds=self._options.max_rounds)
+        policy = Policy(downtime=self._life.steering.downtime, max_rounds=self._options.max_rounds)
+
+        async def follow() -> None:
+            policy.downtime = self._life.steering.downtime
+
+        self._life.steering.on_change(follow)
         with self._watch.phase("dirty"):
             verdict = await self._engine.converge(policy)
         predicted = self._engine.figures().predicted or 0.0

@@ -35,7 +35,7 @@ END = 5.0
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS disk (name TEXT PRIMARY KEY, size INTEGER NOT NULL, source TEXT NOT NULL,
-    destination TEXT NOT NULL, format TEXT NOT NULL, bitmap TEXT, copied INTEGER NOT NULL DEFAULT 0,
+    destination TEXT NOT NULL, format TEXT NOT NULL, copied INTEGER NOT NULL DEFAULT 0,
     zeroed INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, bulk_done INTEGER NOT NULL DEFAULT 0,
     dirty INTEGER NOT NULL DEFAULT 0, rounds INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS stable (disk TEXT PRIMARY KEY, bytes INTEGER NOT NULL, seal INTEGER NOT NULL);
@@ -94,10 +94,10 @@ class Journal(Chronicle):
         """What was agreed of the disks."""
         for disk in disks:
             self._tell(
-                "INSERT INTO disk (name, size, source, destination, format, bitmap) VALUES (?, ?, ?, ?, ?, ?)"
+                "INSERT INTO disk (name, size, source, destination, format) VALUES (?, ?, ?, ?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET size = excluded.size, source = excluded.source,"
-                " destination = excluded.destination, format = excluded.format, bitmap = excluded.bitmap",
-                disk.name, disk.size, disk.source, disk.destination, disk.format, disk.bitmap,
+                " destination = excluded.destination, format = excluded.format",
+                disk.name, disk.size, disk.source, disk.destination, disk.format,
             )  # fmt: skip
 
     def fact(self, name: str, value: str) -> None:
@@ -147,9 +147,11 @@ class Journal(Chronicle):
         return await asyncio.wrap_future(answer)
 
     def close(self) -> None:
-        """Write what waits, and let go of the file; blocks for `END` seconds at most. Nothing may be told after."""
-        self._told.put(None)
-        self._thread.join(END)
+        """Write what waits, and let go of the file; blocks for `END` seconds at most. What is told after is
+        lost. Safe to call twice."""
+        if self._thread.is_alive():
+            self._told.put(None)
+            self._thread.join(END)
 
     def _tell(self, statement: str, *values: object) -> None:
         self._told.put((statement, values))

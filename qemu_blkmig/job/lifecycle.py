@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 
@@ -19,8 +19,10 @@ from qemu_blkmig.errors import (
     RequestError,
     Undecided,
 )
+from qemu_blkmig.job.chronicle import AgreedDisk
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.journal import Journal
 from qemu_blkmig.job.place import Place, host_of
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.process import ProcessId
@@ -28,7 +30,9 @@ from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.settle import Settlement, settle, unsettled
+from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.target import TargetQemu
+from qemu_blkmig.job.telling import Telling
 from qemu_blkmig.job.watchdog import Watchdog
 from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.exports import ExportServer
@@ -44,8 +48,9 @@ log = logging.getLogger(__name__)
 class Lifecycle:
     """The job's parts, made in order. `conduct` runs the work and brings everything to rest after it."""
 
-    def __init__(self, reporter: Reporter, interrupts: Interrupts) -> None:
-        self._reporter = reporter
+    def __init__(self, reporter: Reporter, interrupts: Interrupts, steering: Steering) -> None:
+        self._display = reporter
+        self.steering = steering
         self._interrupts = interrupts
         self._guard: Guard | None = None
         self._source: Monitor | None = None
@@ -61,9 +66,12 @@ class Lifecycle:
         self._signals.enter_context(self._interrupts.watching())
         try:
             self.job = Job.create()
+            self.journal = Journal.create(self.job.directory, self._warner())
+            self.reporter = Telling(self._display, self.journal)
             try:
                 self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
             except BaseException:
+                await asyncio.to_thread(self.journal.close)
                 self.job.remove()
                 raise
         except BaseException as error:
@@ -80,11 +88,38 @@ class Lifecycle:
     ) -> None:
         self._interrupts.settling()
         try:
+            await asyncio.to_thread(self.journal.close)
             if self._at_rest:
                 await self.watchdog.dismiss()
                 self.job.release()
         finally:
             self._signals.close()
+
+    def _warner(self) -> Callable[[str], None]:
+        """What the journal's thread may call to tell the user something."""
+        loop, display = asyncio.get_running_loop(), self._display
+
+        def warn(text: str) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(display.note, text)
+
+        return warn
+
+    def agree(self, plan: Plan) -> None:
+        """Note what is about to be done."""
+        self.journal.fact("bitmaps", f"{self.job.record.prefix}-b")
+        self.journal.agree(
+            [
+                AgreedDisk(
+                    name=disk.name,
+                    size=disk.size,
+                    source=disk.filename,
+                    destination=image.path if (image := plan.images.get(disk.name)) else "a stream",
+                    format=image.format if image else disk.format,
+                )
+                for disk in plan.disks
+            ]
+        )
 
     @property
     def source(self) -> Monitor:
@@ -220,7 +255,7 @@ class Lifecycle:
         else:
             await self._leave_source(result)
         await self._let_go()
-        self._forget()
+        await self._forget(0, result.outcome, result.guest)
 
     async def _mark(self, agent: AgentClient, result: Result) -> None:
         """The images hold all there is: their ownership records say so."""
@@ -241,9 +276,12 @@ class Lifecycle:
         except (RequestError, ConnectionLost) as error:
             result.warnings.append(f"something of ours may be left in the source QEMU: {error}")
 
-    def _forget(self) -> None:
-        """All is at rest: nothing is left for a watchdog or `cleanup` to do."""
-        self.job.remove()
+    async def _forget(self, exit_code: int, outcome: str, guest: str | None) -> None:
+        """All is at rest: nothing is left for a watchdog or `cleanup` to do; how it ended goes down in history."""
+        self.reporter.sample()
+        self.journal.outcome(exit_code, outcome, guest)
+        await asyncio.to_thread(self.journal.close)
+        await asyncio.to_thread(self.job.remove)
         self._at_rest = True
 
     async def _fail(self, error: BaseException) -> BlkmigError:
@@ -253,7 +291,7 @@ class Lifecycle:
         if self.job.record.source_qmp is None and not self.job.record.images:
             await self._release_images()
             failure.state = failure.state or "nothing was touched"
-            self._forget()
+            await self._forget(failure.exit_code, str(failure), failure.state)
             return failure
         settlement = await self.settle()
         # An agent that goes on would keep our end waiting for it.
@@ -261,7 +299,7 @@ class Lifecycle:
         await self._let_go()
         failure = _told(failure, settlement, self.job)
         if settlement.decided:
-            self._forget()
+            await self._forget(failure.exit_code, str(failure), failure.state)
         self._at_rest = True
         return failure
 

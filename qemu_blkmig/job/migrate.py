@@ -19,6 +19,7 @@ from qemu_blkmig.job.options import MigrateOptions, OnStall
 from qemu_blkmig.job.plan import Plan, Planner, verify_launched
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result
+from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover, disks_budget
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.units import show_seconds
@@ -26,38 +27,41 @@ from qemu_blkmig.units import show_seconds
 
 async def migrate(options: MigrateOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
     """Migrate a guest. Raises a `BlkmigError` that tells the state of things; nothing of ours is left then."""
-    async with Lifecycle(reporter, interrupts) as life:
-        run = _Run(life, options, reporter, interrupts, clock)
+    steering = Steering(options.downtime, options.transfer.bandwidth)
+    async with Lifecycle(reporter, interrupts, steering) as life:
+        run = _Run(life, options, interrupts, clock)
         return await life.conduct(run.whole())
 
 
 class _Run:
     """One migration, phase by phase."""
 
-    def __init__(
-        self, life: Lifecycle, options: MigrateOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock
-    ) -> None:
+    def __init__(self, life: Lifecycle, options: MigrateOptions, interrupts: Interrupts, clock: Clock) -> None:
         self._life = life
         self._job = life.job
         self._options = options
-        self._reporter = reporter
+        self._reporter = life.reporter
         self._interrupts = interrupts
         self._clock = clock
-        self._watch = Stopwatch(clock, reporter)
-        self._budget = disks_budget(options)
+        self._watch = Stopwatch(clock, life.reporter)
+        self._policy = Policy(downtime=0.0, max_rounds=None if options.on_stall is OnStall.WAIT else options.max_rounds)
 
     async def whole(self) -> Result:
         """All phases."""
+        self._life.steering.on_change(self._follow)
+        await self._follow()
         with self._watch.phase("prepare"):
             await self._prepare()
         with self._watch.phase("bulk"):
             await self._engine.setup()
             await self._engine.bulk()
         await self._converge()
-        over = Switchover(
-            self._life, self._options, self._reporter, self._interrupts, self._watch, self._connected, self._again
-        )
+        over = Switchover(self._life, self._options, self._interrupts, self._watch, self._connected, self._again)
         return self._result(await over.run())
+
+    async def _follow(self) -> None:
+        """The rounds aim at the downtime in force."""
+        self._policy.downtime = disks_budget(self._options, self._life.steering.downtime)
 
     async def _prepare(self) -> None:
         options, life = self._options, self._life
@@ -96,19 +100,17 @@ class _Run:
 
     async def _converge(self) -> None:
         """Rounds until the last one would fit. Raises `Stalled` when it does not and the user wants no more."""
-        options = self._options
-        bound = None if options.on_stall is OnStall.WAIT else options.max_rounds
         with self._watch.phase("dirty"):
-            verdict = await self._engine.converge(Policy(downtime=self._budget, max_rounds=bound))
+            verdict = await self._engine.converge(self._policy)
         if verdict is Verdict.FITS:
             return
         figures = self._engine.figures()
         text = (
             f"after {figures.round} rounds the last one is still predicted to take "
-            f"{show_seconds(figures.predicted or 0)}, more than the disks' share ({show_seconds(self._budget)}) "
-            f"of --downtime: the guest writes faster than its disks are copied"
+            f"{show_seconds(figures.predicted or 0)}, more than the disks' share "
+            f"({show_seconds(self._policy.downtime)}) of --downtime: the guest writes faster than its disks are copied"
         )
-        if options.on_stall is OnStall.ABORT:
+        if self._options.on_stall is OnStall.ABORT:
             raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
 

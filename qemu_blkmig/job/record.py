@@ -20,6 +20,7 @@ import msgspec
 
 from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.history import archive
 from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.source_images import SourceImage
@@ -153,9 +154,10 @@ class Job:
             os.close(directory)
 
     def remove(self) -> None:
-        """Forget the job: nothing of it is left anywhere."""
+        """Forget the job: nothing of it is left anywhere, but for its journal in the history."""
         if self.record.runtime:
             shutil.rmtree(self.record.runtime, ignore_errors=True)
+        archive(self.directory)
         shutil.rmtree(self.directory, ignore_errors=True)
         self.release()
 

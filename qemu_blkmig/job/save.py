@@ -12,6 +12,7 @@ from qemu_blkmig.job.options import SaveOptions
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
+from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.streaming import StreamCarriage
 
 IMAGE_MACHINE = "pc"
@@ -28,17 +29,18 @@ async def save(options: SaveOptions, reporter: Reporter, interrupts: Interrupts,
         machine = await _machine(life, options)
 
         def carriage(plan: Plan) -> StreamCarriage:
-            carriages.append(StreamCarriage(plan, options, machine, reporter))
+            carriages.append(StreamCarriage(plan, options, machine, life.reporter))
             return carriages[-1]
 
         return Way(Planner(None, options.selection, None), carriage)
 
+    steering = Steering(options.downtime, options.transfer.bandwidth)
     try:
-        async with Lifecycle(reporter, interrupts) as life:
+        async with Lifecycle(reporter, interrupts, steering) as life:
             if options.image is not None:
-                result = await life.conduct(copy_image(life, options, into_stream, reporter, clock))
+                result = await life.conduct(copy_image(life, options, into_stream, clock))
             else:
-                result = await life.conduct(GuestCopy(life, options, into_stream, reporter, clock).whole())
+                result = await life.conduct(GuestCopy(life, options, into_stream, clock).whole())
             warnings = [*result.warnings, QEMU_DECIDES] if options.for_qemu else result.warnings
             return msgspec.structs.replace(result, outcome="saved", warnings=warnings)
     finally:

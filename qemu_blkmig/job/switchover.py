@@ -21,7 +21,7 @@ from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import MigrateOptions, OnStall
 from qemu_blkmig.job.record import Owner
-from qemu_blkmig.job.reporting import Reporter, Stopwatch
+from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.result import Downtime
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.qmp.guest import is_virtualized
@@ -42,9 +42,9 @@ ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
 
 
-def disks_budget(options: MigrateOptions) -> float:
-    """Seconds that the last round of the disks is to fit."""
-    return options.downtime * (1.0 if options.pause_only else SHARE_OF_DISKS)
+def disks_budget(options: MigrateOptions, downtime: float) -> float:
+    """Seconds of `downtime` that the last round of the disks is to fit."""
+    return downtime * (1.0 if options.pause_only else SHARE_OF_DISKS)
 
 
 class Switchover:
@@ -58,7 +58,6 @@ class Switchover:
         self,
         life: Lifecycle,
         options: MigrateOptions,
-        reporter: Reporter,
         interrupts: Interrupts,
         watch: Stopwatch,
         connected: Connected,
@@ -67,7 +66,8 @@ class Switchover:
         self._life = life
         self._job = life.job
         self._options = options
-        self._reporter = reporter
+        self._reporter = life.reporter
+        self._steering = life.steering
         self._interrupts = interrupts
         self._clock = watch.clock
         self._watch = watch
@@ -76,11 +76,20 @@ class Switchover:
         self._engine = connected.engine
         self._guard = connected.guard
         self._again = again
-        self._budget = disks_budget(options)
+        self._policy = Policy(downtime=0.0, max_rounds=None)
+        self._ram: RamMigration | None = None
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
+        self._steering.on_change(self._follow)
+        await self._follow()
         return await (self._pause_here() if self._options.pause_only else self._switch_over())
+
+    async def _follow(self) -> None:
+        """What was changed of downtime and bandwidth holds for the rounds, and for RAM while it migrates."""
+        self._policy.downtime = disks_budget(self._options, self._steering.downtime)
+        if self._ram is not None:
+            await self._ram.adjust(downtime=self._downtime_of_ram(), bandwidth=await self._bandwidth_of_ram())
 
     async def _pause_here(self) -> Downtime | None:
         await self._take_run_state(migrating=False)
@@ -140,29 +149,32 @@ class Switchover:
         """QEMU's own migration up to the pause, while the disks are kept in step; when the pause began."""
         await self._take_run_state(migrating=True)
         await self._target().claim()
-        predicted = self._engine.figures().predicted or 0.0
-        await ram.start(
-            downtime=max(LEAST_FOR_RAM, self._options.downtime - predicted),
-            bandwidth=await self._bandwidth_of_ram(),
-        )
+        await ram.start(downtime=self._downtime_of_ram(), bandwidth=await self._bandwidth_of_ram())
+        self._ram = ram
         try:
             async with asyncio.TaskGroup() as group:
-                rounds = group.create_task(self._engine.keep_in_step(Policy(downtime=self._budget, max_rounds=None)))
+                rounds = group.create_task(self._engine.keep_in_step(self._policy))
                 bound = group.create_task(self._bound_ram(ram))
                 await ram.wait_paused()
                 paused = self._clock.now()
                 bound.cancel()
                 self._engine.request_stop()
                 # What a longer round still holds is left to the last one, which --bandwidth does not slow down.
-                await asyncio.wait({rounds}, timeout=self._budget)
+                await asyncio.wait({rounds}, timeout=self._policy.downtime)
                 rounds.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
+        finally:
+            self._ram = None
         return paused
+
+    def _downtime_of_ram(self) -> float:
+        """Seconds that are left to RAM."""
+        return max(LEAST_FOR_RAM, self._steering.downtime - (self._engine.figures().predicted or 0.0))
 
     async def _bandwidth_of_ram(self) -> int | None:
         """The user's limit, but none where the guest is emulated: see docs/decisions/009-ram-under-tcg.md."""
-        limit = self._options.transfer.bandwidth
+        limit = self._steering.rate
         if limit is None or await is_virtualized(self._life.source):
             return limit
         self._reporter.note("--bandwidth does not limit RAM here: QEMU may damage an emulated (TCG) guest that way")
@@ -186,7 +198,7 @@ class Switchover:
         """With the guest paused: whether what is dirty fits the downtime that was asked for, if it ran at all."""
         figures = await self._engine.refresh()
         may_last = self._options.on_stall is OnStall.PAUSE or not self._job.record.was_running
-        return may_last or not figures.pending or (figures.predicted or 0.0) <= self._options.downtime
+        return may_last or not figures.pending or (figures.predicted or 0.0) <= self._steering.downtime
 
     async def _too_dirty(self, attempt: int) -> None:
         options = self._options
@@ -207,7 +219,7 @@ class Switchover:
 
     async def _complete(self) -> None:
         predicted = self._engine.figures().predicted or 0.0
-        limit = max(PATIENCE, 10 * self._options.downtime, 4 * predicted)
+        limit = max(PATIENCE, 10 * self._steering.downtime, 4 * predicted)
         try:
             async with asyncio.timeout(limit):
                 await self._engine.complete()
@@ -230,7 +242,7 @@ class Switchover:
             record.owner = Owner.UNDECIDED
             self._job.save()
             try:
-                async with asyncio.timeout(max(HANDOVER, 20 * self._options.downtime)):
+                async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
                     await ram.proceed()
                     await ram.wait_completed()
                 await self._activate(target)

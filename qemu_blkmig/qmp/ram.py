@@ -68,9 +68,9 @@ class RamMigration:
         """
         await self._wait_source("pre-switchover")
 
-    async def set_downtime(self, downtime: float) -> None:
-        """Set QEMU's downtime limit, in seconds, also while the migration runs."""
-        await self._set_parameters(self._source, {"downtime-limit": _milliseconds(downtime)})
+    async def adjust(self, *, downtime: float, bandwidth: int | None) -> None:
+        """Set QEMU's downtime limit (seconds) and bandwidth (bytes a second; None: no limit) while it migrates."""
+        await self._set_parameters(self._source, _limits(downtime, bandwidth))
 
     async def proceed(self) -> None:
         """Let the switchover go on from where `wait_paused` saw it; it cannot be cancelled any more."""
@@ -122,11 +122,7 @@ class RamMigration:
                 await monitor.execute("query-migrate-parameters"),
             )
             await monitor.execute("migrate-set-capabilities", {"capabilities": _switches(_CAPABILITIES)})
-        limits: dict[str, object] = {
-            "downtime-limit": _milliseconds(downtime),
-            "max-bandwidth": bandwidth or _UNLIMITED,
-        }
-        await self._set_parameters(self._source, limits)
+        await self._set_parameters(self._source, _limits(downtime, bandwidth))
 
     async def _connect(self) -> None:
         here, there = socket.socketpair()
@@ -222,6 +218,10 @@ async def _is_cancelling(monitor: Monitor) -> bool:
 
 def _switches(states: dict[str, bool]) -> list[dict[str, object]]:
     return [{"capability": name, "state": state} for name, state in states.items()]
+
+
+def _limits(downtime: float, bandwidth: int | None) -> dict[str, object]:
+    return {"downtime-limit": _milliseconds(downtime), "max-bandwidth": bandwidth or _UNLIMITED}
 
 
 def _milliseconds(seconds: float) -> int:

@@ -19,7 +19,7 @@ from qemu_blkmig.job.chronicle import AgreedDisk, Chronicle
 from qemu_blkmig.job.journal import FILE, Journal
 
 MIB = 1 << 20
-VDA = AgreedDisk("vda", 64 * MIB, "/old/vda", "/new/vda", "raw", "blkmig-1-a")
+VDA = AgreedDisk("vda", 64 * MIB, "/old/vda", "/new/vda", "raw")
 
 
 def figures(done: int, rounds: int = 0) -> Figures:

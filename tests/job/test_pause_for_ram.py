@@ -9,6 +9,7 @@ from typing import Any
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover
 
 
@@ -39,7 +40,12 @@ async def nothing(*_: object, **__: object) -> None:
 async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
     job: Any = SimpleNamespace(record=SimpleNamespace(), save=lambda: None)
     life: Any = SimpleNamespace(
-        job=job, watchdog=SimpleNamespace(arm=nothing), target=SimpleNamespace(claim=nothing), source=None
+        job=job,
+        watchdog=SimpleNamespace(arm=nothing),
+        target=SimpleNamespace(claim=nothing),
+        source=None,
+        reporter=None,
+        steering=Steering(0.05, None),
     )
     options = MigrateOptions(
         source="/s", target=Target(Local("/d"), qmp="/q"), downtime=0.05, on_stall=OnStall.WAIT, max_rounds=1
@@ -48,7 +54,7 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
     connected: Any = SimpleNamespace(
         engine=engine, guest=SimpleNamespace(check_still_here=nothing), guard=None, carriage=None
     )
-    over: Any = Switchover(life, options, Any, Any, SimpleNamespace(clock=RealClock()), connected, Any)  # type: ignore[arg-type]
+    over: Any = Switchover(life, options, Any, SimpleNamespace(clock=RealClock()), connected, Any)  # type: ignore[arg-type]
     ram = SimpleNamespace(start=nothing, wait_paused=lambda: asyncio.sleep(0.01))
     began = RealClock().now()
     async with asyncio.timeout(20):

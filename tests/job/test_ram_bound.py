@@ -10,6 +10,7 @@ import pytest
 from qemu_blkmig.errors import Stalled
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover
 
 
@@ -34,9 +35,8 @@ def run_with(on_stall: OnStall, done: list[str]) -> Any:
         done.append("paused")
 
     options = MigrateOptions(source="/s", target=Target(Local("/d"), qmp="/q"), max_rounds=3, on_stall=on_stall)
-    reporter: Any = SimpleNamespace(note=lambda text: done.append(text))
     clock: Any = SimpleNamespace(sleep=sleep, now=lambda: 0.0)
-    life: Any = SimpleNamespace(job=None)
+    life: Any = SimpleNamespace(job=None, reporter=SimpleNamespace(note=done.append), steering=Steering(0.3, None))
     connected: Any = SimpleNamespace(
         engine=None,
         carriage=None,
@@ -44,7 +44,7 @@ def run_with(on_stall: OnStall, done: list[str]) -> Any:
         guard=SimpleNamespace(ignore_pauses=lambda: done.append("the pause is ours")),
     )
     unused: Any = None
-    return Switchover(life, options, reporter, unused, SimpleNamespace(clock=clock), connected, unused)  # type: ignore[arg-type]
+    return Switchover(life, options, unused, SimpleNamespace(clock=clock), connected, unused)  # type: ignore[arg-type]
 
 
 async def test_too_many_passes_abort_the_migration_when_so_asked() -> None:

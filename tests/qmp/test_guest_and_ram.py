@@ -101,7 +101,7 @@ async def test_a_source_that_is_killed_is_told(start_qemu: StartQemu) -> None:
 async def test_a_limit_can_be_changed_under_way(start_qemu: StartQemu) -> None:
     source, _destination, ram = await pair(start_qemu, False)
     await ram.start(downtime=0.3, bandwidth=None)
-    await ram.set_downtime(1.5)
+    await ram.adjust(downtime=1.5, bandwidth=1 << 20)
     assert (await settings(source))[0] == 1500
     await ram.cancel()
 

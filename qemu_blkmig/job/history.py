@@ -1,0 +1,58 @@
+"""Journals of the jobs that are over: the last hundred are kept, as one file each, in the state directory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from qemu_blkmig.job.journal import FILE
+
+log = logging.getLogger(__name__)
+
+FOLDER = "history"
+MOST = 100
+
+
+def archive(directory: Path) -> None:
+    """Keep the journal of the job in `directory`, if disks were ever agreed in it. Failing is only logged."""
+    journal = directory / FILE
+    if not journal.exists():
+        return
+    try:
+        database = sqlite3.connect(journal, timeout=1.0)
+        try:
+            # One file, without a log beside it, that can be moved.
+            database.execute("PRAGMA journal_mode = DELETE")
+            worthy = database.execute("SELECT count(*) FROM disk").fetchone()[0]
+        finally:
+            database.close()
+        if worthy:
+            folder = directory.parent / FOLDER
+            folder.mkdir(mode=0o700, exist_ok=True)
+            journal.replace(folder / f"{directory.name}.sqlite")
+            _prune(folder)
+    except (OSError, sqlite3.Error) as error:
+        log.warning("the journal of job %s could not be kept: %s", directory.name, error)
+
+
+def past_journals(state: Path) -> Iterator[Path]:
+    """Journals of jobs that are over, the latest first."""
+    found = []
+    for path in (state / FOLDER).glob("*.sqlite"):
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(found, reverse=True):
+        yield path
+
+
+def past_journal(state: Path, job: str) -> Path | None:
+    """The journal of a job that is over, if it is kept."""
+    return next((path for path in past_journals(state) if path.stem == job), None)
+
+
+def _prune(folder: Path) -> None:
+    for path in list(past_journals(folder.parent))[MOST:]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,39 @@
+"""What may be changed of a job while it runs: the bandwidth, the downtime, and when it switches over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+Apply = Callable[[], Awaitable[None]]
+
+
+class Steering:
+    """The values in force. `downtime`: seconds; `bandwidth`: bytes a second, as the user wants it (None: no limit);
+    `share`: the part of a group's budget that falls to this job. `switchover` is set when the guest may move.
+
+    Whoever goes by a value reads it when it is needed; what has to be told elsewhere is told by an `Apply`.
+    """
+
+    def __init__(self, downtime: float, bandwidth: int | None) -> None:
+        self.downtime = downtime
+        self.bandwidth = bandwidth
+        self.share: int | None = None
+        self.switchover = asyncio.Event()
+        self.may_wait = False
+        self._apply: list[Apply] = []
+
+    @property
+    def rate(self) -> int | None:
+        """Bytes a second that the job may carry now; None: no limit."""
+        limits = [limit for limit in (self.bandwidth, self.share) if limit is not None]
+        return min(limits) if limits else None
+
+    def on_change(self, apply: Apply) -> None:
+        """Call `apply` after every change, in the order in which they were added."""
+        self._apply.append(apply)
+
+    async def changed(self) -> None:
+        """Bring what has changed into effect. Raises what the `Apply`s raise."""
+        for apply in self._apply:
+            await apply()

@@ -1,0 +1,70 @@
+"""What a running job tells, to the display and to its journal alike; and the latest of it, for whoever asks."""
+
+from __future__ import annotations
+
+import time
+
+from qemu_blkmig.engine.migration import Figures
+from qemu_blkmig.job.journal import Journal
+from qemu_blkmig.job.reporting import Reporter
+
+SAMPLE = 1.0
+"""Least seconds between two samples in the journal."""
+
+
+class Telling:
+    """Implements `Reporter`: passes everything on, and keeps the journal. `phase`, `since` (seconds since 1970),
+    `latest` and `moving` (bytes settled in the copy under way, by disk) are what `status` shows."""
+
+    def __init__(self, reporter: Reporter, journal: Journal) -> None:
+        self._reporter = reporter
+        self._journal = journal
+        self._sampled = 0.0
+        self._round = 0
+        self._copied_dirty = 0
+        self.phase = "prepare"
+        self.since = time.time()
+        self.latest: Figures | None = None
+        self.moved: dict[str, int] = {}
+        self.last_note: str | None = None
+
+    def stage(self, name: str) -> None:
+        """A phase begins."""
+        self.phase, self.since = name, time.time()
+        self._journal.phase(name)
+        self.sample()
+        self._reporter.stage(name)
+
+    def figures(self, figures: Figures) -> None:
+        """The engine's figures changed."""
+        self.latest = figures
+        self.moved.clear()
+        if figures.round != self._round:
+            self._end_round(figures)
+        if time.monotonic() - self._sampled >= SAMPLE:
+            self.sample()
+        self._reporter.figures(figures)
+
+    def moving(self, disk: str, settled: int) -> None:
+        """Within the copy under way, `settled` bytes of `disk` are done."""
+        self.moved[disk] = settled
+        self._reporter.moving(disk, settled)
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        self.last_note = text
+        self._journal.note(text)
+        self._reporter.note(text)
+
+    def sample(self) -> None:
+        """Put the latest figures into the journal now."""
+        if self.latest is not None:
+            self._sampled = time.monotonic()
+            self._journal.sample(self.latest)
+
+    def _end_round(self, figures: Figures) -> None:
+        """Another round has begun: what the one before has copied is known."""
+        copied = sum(disk.copied_dirty for disk in figures.disks)
+        if self._round:
+            self._journal.round(self._round, copied - self._copied_dirty)
+        self._round, self._copied_dirty = figures.round, copied
