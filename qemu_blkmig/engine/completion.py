@@ -58,4 +58,4 @@ class Completion:
 
     async def _dirty(self) -> int:
         await self._rounds.look()
-        return sum(device.recorded for device in self._devices)
+        return sum(device.to_harvest for device in self._devices)

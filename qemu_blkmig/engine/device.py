@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.engine.extents import Extent, union
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
 
 SECTOR = 512
@@ -16,15 +16,19 @@ SECTOR = 512
 class DiskSpec:
     """A disk that takes part: the name that the ports know it by, and its size in bytes.
 
-    Raises ValueError when the size is not a positive multiple of 512.
+    `unit`: bytes that dirty extents are rounded out to. Raises ValueError when size or unit is not a positive
+    multiple of 512.
     """
 
     name: str
     size: int
+    unit: int = SECTOR
 
     def __post_init__(self) -> None:
         if self.size <= 0 or self.size % SECTOR:
             raise ValueError(f"disk {self.name}: {self.size} bytes is not a positive multiple of {SECTOR}")
+        if self.unit <= 0 or self.unit % SECTOR:
+            raise ValueError(f"disk {self.name}: a unit of {self.unit} bytes is not a positive multiple of {SECTOR}")
 
 
 class Device:
@@ -32,16 +36,21 @@ class Device:
 
     `cursor`: every byte before it has been reported by the mover in the bulk pass. `stable`: every byte before it
     has been flushed since. `owed`: bytes harvested and neither retired nor restored. `recorded`: bytes in the
-    recording as last seen. The rest are counters of bytes, and of the rounds that this disk had a part in.
+    recording as last seen. `amiss`: what is to be copied again because it was found wrong at the destination;
+    `mending`: the part of it that the round under way has taken. The rest are counters of bytes, and of the rounds
+    that this disk had a part in.
     """
 
     def __init__(self, spec: DiskSpec) -> None:
         self.name = spec.name
         self.size = spec.size
+        self.unit = spec.unit
         self.cursor = 0
         self.stable = 0
         self.owed = 0
         self.recorded = 0
+        self.amiss: Sequence[Extent] = ()
+        self.mending: Sequence[Extent] = ()
         self.copied = 0
         self.zeroed = 0
         self.skipped = 0
@@ -52,6 +61,16 @@ class Device:
     def bulk_done(self) -> bool:
         """Whether the whole bulk pass has arrived and is stable."""
         return self.stable == self.size
+
+    @property
+    def to_harvest(self) -> int:
+        """Bytes that a round has to bring over if it begins now, as last seen."""
+        return self.recorded + sum(extent.length for extent in self.amiss)
+
+    @property
+    def dirty(self) -> int:
+        """Bytes owed beyond the bulk pass."""
+        return self.owed + sum(extent.length for extent in self.mending) + self.to_harvest
 
     def next_range(self, length: int) -> Extent:
         """The range that the bulk pass has to copy next, of at most `length` bytes."""
@@ -79,11 +98,21 @@ class Device:
         """`length` bytes went from the recording into a round."""
         self.owed = length
         self.recorded = 0
+        self.mending, self.amiss = self.amiss, ()
 
     def retired(self) -> None:
         """What was harvested is copied and stable."""
-        self.rounds += bool(self.owed)
+        self.rounds += bool(self.owed or self.mending)
         self.owed = 0
+        self.mending = ()
+
+    def found_amiss(self, extents: Sequence[Extent]) -> None:
+        """The extents (ascending, disjoint) are to be copied again."""
+        self.amiss = union(self.amiss, extents)
+
+    def unmended(self) -> None:
+        """The round under way does not mend what it had taken."""
+        self.amiss, self.mending = union(self.amiss, self.mending), ()
 
     def restored(self) -> None:
         """What was harvested is back in the recording; the sum may count bytes twice until the log is asked again."""

@@ -85,7 +85,7 @@ class DirtyRounds:
         except BaseException as error:
             await self._give_back(round_, error)
             raise
-        harvested = sum(device.owed for device in self._devices)
+        harvested = sum(device.owed + sum(extent.length for extent in device.mending) for device in self._devices)
         for device in self._devices:
             device.retired()
         self._pace.overhead.add(self._clock.now() - began - carrying)
@@ -109,7 +109,7 @@ class DirtyRounds:
 
     async def _carry(self, round_: Round) -> float:
         """Copy and flush all of the round; returns the seconds that took."""
-        concerned = [device for device in self._devices if device.owed]
+        concerned = [device for device in self._devices if device.owed or device.mending]
         seconds = 0.0
         for device in concerned:
             seconds += await self._copy(device, round_)
@@ -120,8 +120,11 @@ class DirtyRounds:
         return seconds
 
     async def _copy(self, device: Device, round_: Round) -> float:
-        """Copy what the round holds of `device`, with one group and one batch of its extents in memory at a time."""
-        batcher = Batcher(most=self._batch, volume=self._volume)
+        """Copy what the round holds of `device`, with one group and one batch of its extents in memory at a time.
+
+        Then what is to be mended: also what was in the round, but that is rare and does no harm.
+        """
+        batcher = self._batcher(device)
         seconds = 0.0
         async with _closing(round_.extents(device.name)) as groups:
             async for group in groups:
@@ -130,10 +133,23 @@ class DirtyRounds:
         if rest := batcher.rest():
             seconds += await self._carrier.copy(device, rest, CopyKind.DIRTY)
         _check_whole(device, batcher)
+        return seconds + await self._mend(device)
+
+    async def _mend(self, device: Device) -> float:
+        batcher = self._batcher(device)
+        seconds = 0.0
+        for batch in (*batcher.feed(device.mending), batcher.rest()):
+            if batch:
+                seconds += await self._carrier.copy(device, batch, CopyKind.DIRTY)
         return seconds
+
+    def _batcher(self, device: Device) -> Batcher:
+        return Batcher(most=self._batch, volume=self._volume, size=device.size, unit=device.unit)
 
     async def _give_back(self, round_: Round, error: BaseException) -> None:
         """Merge the round back into the recording; that failing is noted on `error`."""
+        for device in self._devices:
+            device.unmended()
         self.unrestored = True
         await undo(self._restore(round_), error, "putting the round back into the recording")
 

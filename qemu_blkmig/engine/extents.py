@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -28,16 +29,32 @@ def clip(extents: Iterable[Extent], size: int) -> Iterator[Extent]:
             yield Extent(extent.offset, size - extent.offset)
 
 
+def union(first: Iterable[Extent], second: Iterable[Extent]) -> Sequence[Extent]:
+    """What lies in either of two ascending sequences: ascending, disjoint, neighbours joined."""
+    joined: list[Extent] = []
+    for extent in heapq.merge(first, second):
+        if joined and extent.offset <= joined[-1].end:
+            last = joined.pop()
+            extent = Extent(last.offset, max(last.end, extent.end) - last.offset)
+        joined.append(extent)
+    return joined
+
+
 class Batcher:
     """Turns a stream of ascending, disjoint extents into batches, holding no more than one of them.
 
-    Neighbours are joined. A batch is ascending and disjoint too, has at most `most` extents and at most `volume`
-    bytes; an extent that is longer is divided. `fed`: bytes taken in so far; `end`: where the last extent ended.
+    Extents are rounded out to `unit` bytes, of which `volume` is a multiple, within a disk of `size` bytes, and
+    neighbours are joined. A batch is ascending and disjoint too, has at most `most` extents and at most `volume`
+    bytes; an extent that is longer is divided. `fed`: bytes taken in so far, before they were rounded; `end`: where
+    the last extent ended.
     """
 
-    def __init__(self, *, most: int, volume: int) -> None:
+    def __init__(self, *, most: int, volume: int, size: int, unit: int = 1) -> None:
         self._most = most
         self._volume = volume
+        self._size = size
+        self._unit = unit
+        self._covered = 0
         self._batch: list[Extent] = []
         self._held = 0
         self.fed = 0
@@ -46,7 +63,7 @@ class Batcher:
     def feed(self, extents: Iterable[Extent]) -> Iterator[list[Extent]]:
         """Take in `extents` and give every batch that is full; iterate to the end before feeding again."""
         for extent in extents:
-            for piece in _divide(extent, self._volume):
+            for piece in _divide(self._rounded_out(extent), self._volume):
                 if self._has_no_room_for(piece):
                     yield self.rest()
                 self._add(piece)
@@ -57,6 +74,12 @@ class Batcher:
         """Give the batch begun, empty if there is none, and start a new one."""
         batch, self._batch, self._held = self._batch, [], 0
         return batch
+
+    def _rounded_out(self, extent: Extent) -> Extent:
+        """Without what the extent before it has covered; its length may be 0."""
+        start = max(self._covered, extent.offset // self._unit * self._unit)
+        self._covered = max(start, min(self._size, -(-extent.end // self._unit) * self._unit))
+        return Extent(start, self._covered - start)
 
     def _has_no_room_for(self, piece: Extent) -> bool:
         if self._held + piece.length > self._volume:

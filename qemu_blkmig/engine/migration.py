@@ -4,6 +4,7 @@
                                                                |             |
                                                                +--complete--> COMPLETING --> COMPLETED --finish-->
                                                                  <--error--      <--round, if the handover failed--
+                                                                                 <--owe, if something is amiss-----
 
 From any phase `cancel` leads to CANCELLED. FAILED, from which only `cancel` leads, means that a round could not be
 put back into the recording: what is owed is no longer known.
@@ -24,6 +25,7 @@ from qemu_blkmig.engine.completion import Completion
 from qemu_blkmig.engine.convergence import Pace, Policy, Verdict
 from qemu_blkmig.engine.device import SECTOR, Device, DiskSpec
 from qemu_blkmig.engine.dirty import DirtyRounds
+from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.outlast import outlast
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
 from qemu_blkmig.errors import MigrationError
@@ -72,8 +74,8 @@ class DiskFigures:
     """Bytes, of one disk.
 
     `copied`, `zeroed`, `skipped`: in all phases; `copied_dirty`: the part of `copied` that dirty rounds had.
-    `bulk_done`: what the bulk pass has settled. `dirty`: what is owed beyond it, harvested or, as last seen,
-    recorded. `rounds`: dirty rounds in which something of this disk was brought over.
+    `bulk_done`: what the bulk pass has settled. `dirty`: what is owed beyond it, harvested, found amiss or, as last
+    seen, recorded. `rounds`: dirty rounds in which something of this disk was brought over.
     """
 
     name: str
@@ -110,8 +112,8 @@ class Figures:
 
 
 class BlockMigration:
-    """Migrates `disks` in their order. One operation at a time; only `refresh`, `figures`, `limit`, `request_stop`
-    and `cancel` may be called while another is under way.
+    """Migrates `disks` in their order. One operation at a time; only `refresh`, `figures`, `limit`, `owe`,
+    `request_stop` and `cancel` may be called while another is under way.
 
     `mover` must fail at least one call for a disk whose writer died before it may work on it again with another
     writer: only so does the engine learn that what was not flushed may be lost. `on_change` is called in the event
@@ -217,7 +219,8 @@ class BlockMigration:
             return Verdict.FITS
 
     async def keep_in_step(self, policy: Policy) -> None:
-        """While RAM migrates: a round whenever copying what is dirty would take more than half of the budget.
+        """While RAM migrates: a round whenever copying what is dirty would take more than half of the budget, and
+        whenever something is amiss.
 
         Runs until cancelled (a round under way is then owed again) or until `request_stop`. Only what a round can
         take away counts here: a flush that alone costs half the budget must not set off round upon round. Raises as
@@ -228,12 +231,27 @@ class BlockMigration:
                 while not self._stop_requested and not self._carrier.halted:
                     figures = await self.refresh()
                     cost = self._pace.copying(_dirty(figures))
-                    if cost is None or cost > policy.downtime / 2:
+                    if cost is None or cost > policy.downtime / 2 or any(device.amiss for device in self._devices):
                         await self._round()
                     else:
                         await self._clock.sleep(PAUSE_IN_STEP)
             finally:
                 self._stop_requested = False
+
+    def owe(self, disk: str, extents: Sequence[Extent]) -> None:
+        """The extents (ascending, disjoint) are not at the destination as they were copied: the next round copies
+        them again. After `complete` the phase is DIRTY again.
+
+        What a round that fails has not mended stays owed. Raises MigrationError when nothing is recorded: what is
+        copied then may be torn; ValueError when there is no such disk, or the extents do not lie in it.
+        """
+        if not self._recording:
+            raise MigrationError(f"nothing can be copied again: {self._standing()}", disk=disk)
+        device = next((device for device in self._devices if device.name == disk), None)
+        if device is None or any(not 0 <= each.offset < each.end <= device.size for each in extents):
+            raise ValueError(f"disk {disk}: there is no {extents}")
+        device.found_amiss(extents)
+        self._enter(Phase.DIRTY if self._phase is Phase.COMPLETED else self._phase)
 
     def request_stop(self) -> None:
         """Let `keep_in_step` return after the round under way; if it does not run yet, its next call at once."""
@@ -385,6 +403,6 @@ def _draw_disk(device: Device) -> DiskFigures:
         skipped=device.skipped,
         rounds=device.rounds,
         bulk_done=device.cursor,
-        dirty=device.owed + device.recorded,
+        dirty=device.dirty,
         copied_dirty=device.copied_dirty,
     )

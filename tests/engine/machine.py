@@ -18,6 +18,7 @@ from tests.engine.world import (
     Action,
     Cancel,
     Crash,
+    Damage,
     Discard,
     Disk,
     Fault,
@@ -42,8 +43,9 @@ guest_actions: st.SearchStrategy[Action] = st.one_of(
 bad_luck: st.SearchStrategy[Action] = st.one_of(
     st.just(Fault()), st.just(WritebackError()), st.just(Cancel()), st.builds(Crash, st.integers(0, 1))
 )
+damages: st.SearchStrategy[Action] = st.builds(Damage, st.integers(0, 1), places, st.integers(1, 4))
 actions: st.SearchStrategy[Action] = st.one_of(
-    st.just(Nothing()), guest_actions, guest_actions, guest_actions, bad_luck
+    st.just(Nothing()), guest_actions, guest_actions, guest_actions, bad_luck, damages
 )
 scripts = st.lists(actions, max_size=40)
 rough_scripts = st.builds(
@@ -57,12 +59,13 @@ def disks(draw: st.DrawFn, name: str) -> Disk:
     size = draw(st.integers(1, 11))
     content = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
     kind = draw(st.sampled_from(("zero", "garbage", "base")))
+    unit = draw(st.sampled_from((1, 1, 2, 4)))
     if kind != "base":
         start = bytearray(size) if kind == "zero" else bytearray([9] * size)
-        return Disk(name, bytearray(content), None, kind == "zero", start, [value > 0 for value in content])
+        return Disk(name, bytearray(content), None, kind == "zero", start, [value > 0 for value in content], unit)
     base = bytes(7 for _ in range(size))
     source = bytearray(value or 7 for value in content)
-    return Disk(name, source, base, False, bytearray(base), [value > 0 for value in content])
+    return Disk(name, source, base, False, bytearray(base), [value > 0 for value in content], unit)
 
 
 class Machine(RuleBasedStateMachine):
@@ -202,7 +205,7 @@ class Machine(RuleBasedStateMachine):
         self.world.paused = False
 
     @precondition(lambda self: self.in_phase(Phase.RECORDING, Phase.BULK, Phase.DIRTY, Phase.COMPLETED))
-    @rule(deeds=st.lists(guest_actions, max_size=5), script=scripts)
+    @rule(deeds=st.lists(guest_actions | damages, max_size=5), script=scripts)
     def guest_acts_and_somebody_asks(self, deeds: list[Action], script: list[Action]) -> None:
         for deed in deeds:
             self.world.act(deed)

@@ -7,11 +7,11 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_blkmig.engine.extents import Batcher, Extent, clip
+from qemu_blkmig.engine.extents import Batcher, Extent, clip, union
 
 
 def batches(extents: list[Extent], most: int, volume: int) -> list[list[Extent]]:
-    batcher = Batcher(most=most, volume=volume)
+    batcher = Batcher(most=most, volume=volume, size=1 << 40)
     full = list(batcher.feed(extents))
     rest = batcher.rest()
     return [*full, rest] if rest else full
@@ -23,7 +23,7 @@ def test_an_extent_beyond_the_end_is_cut_there_or_dropped() -> None:
 
 
 def test_neighbours_are_joined_even_when_they_come_in_different_groups() -> None:
-    batcher = Batcher(most=4, volume=1000)
+    batcher = Batcher(most=4, volume=1000, size=1 << 40)
     assert list(batcher.feed([Extent(0, 10)])) == []
     assert list(batcher.feed([Extent(10, 10), Extent(30, 10)])) == []
     assert batcher.rest() == [Extent(0, 20), Extent(30, 10)]
@@ -61,3 +61,37 @@ def test_batches_hold_every_byte_once_in_order_within_their_bounds(
         assert 0 < len(batch) <= most
         assert sum(extent.length for extent in batch) <= volume
         assert all(before.end < after.offset for before, after in pairwise(batch))
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=20),
+    unit=st.sampled_from((1, 2, 8)),
+    tail=st.integers(0, 9),
+)
+def test_extents_are_rounded_out_to_whole_units_and_never_beyond_the_disk(
+    runs: list[tuple[int, int]], unit: int, tail: int
+) -> None:
+    extents: list[Extent] = []
+    at = 0
+    for gap, length in runs:
+        extents.append(Extent(at + gap, length))
+        at += gap + length
+    size = at + tail
+    batcher = Batcher(most=3, volume=16, size=size, unit=unit)
+    found = [each for batch in (*batcher.feed(extents), batcher.rest()) for each in batch]
+    touched = {byte // unit for e in extents for byte in range(e.offset, e.end)}
+    assert [byte for e in found for byte in range(e.offset, e.end)] == [
+        byte for number in sorted(touched) for byte in range(number * unit, min(size, (number + 1) * unit))
+    ]
+    assert batcher.fed == sum(extent.length for extent in extents)
+
+
+def test_a_union_is_ascending_disjoint_and_joined() -> None:
+    first = [Extent(0, 4), Extent(10, 4), Extent(30, 2)]
+    assert union(first, [Extent(2, 6), Extent(14, 1), Extent(20, 5)]) == [
+        Extent(0, 8),
+        Extent(10, 5),
+        Extent(20, 5),
+        Extent(30, 2),
+    ]
+    assert union((), ()) == []

@@ -16,6 +16,7 @@ from qemu_blkmig.engine.ports import CopyKind, CopyReport
 from qemu_blkmig.errors import MigrationError, TopologyChanged
 from tests.engine.world import (
     Cancel,
+    Damage,
     Disk,
     FakeGuest,
     FakeLog,
@@ -500,3 +501,41 @@ def test_no_disk_and_two_of_one_name_are_refused() -> None:
     for disks in ([], [disk(), disk()]):
         with pytest.raises(ValueError, match="differ in name"):
             World(disks, granularity=1, tuning=TUNING)
+
+
+async def test_what_is_amiss_is_pending_until_a_round_has_copied_it_again() -> None:
+    world = await dirty()
+    await world.engine.round()
+    world.act(Damage(0, 2, 3))
+    assert world.engine.figures().pending == 3 * SECTOR
+    world.script.extend([Nothing()] * 4 + [Fault()])
+    with pytest.raises(Injected):
+        await world.engine.round()
+    assert world.engine.figures().pending >= 3 * SECTOR
+    await world.engine.round()
+    assert world.engine.figures().pending == 0
+    world.check_equal()
+
+
+async def test_something_amiss_after_the_last_round_takes_the_completion_back() -> None:
+    world = await dirty()
+    world.pause()
+    await world.engine.complete()
+    world.act(Damage(0, 0, 1))
+    assert world.engine.figures().phase is Phase.DIRTY
+    with pytest.raises(MigrationError):
+        await world.engine.finish()
+    await world.engine.complete()
+    world.check_equal()
+
+
+async def test_nothing_can_be_owed_that_is_not_there_or_while_nothing_is_recorded() -> None:
+    world = make()
+    with pytest.raises(MigrationError):
+        world.engine.owe("vda", [Extent(0, SECTOR)])
+    await world.engine.setup()
+    for extent in (Extent(10 * SECTOR, 2 * SECTOR), Extent(0, 0)):
+        with pytest.raises(ValueError, match="there is no"):
+            world.engine.owe("vda", [extent])
+    with pytest.raises(ValueError, match="there is no"):
+        world.engine.owe("vdz", [Extent(0, SECTOR)])

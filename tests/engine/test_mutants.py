@@ -142,6 +142,27 @@ def forget_a_failed_round(patch: Patch) -> None:
     patch.setattr(DirtyRounds, "_give_back", forget)
 
 
+def forget_what_a_failed_round_should_have_mended(patch: Patch) -> None:
+    """What a failed round had taken to be mended is given up."""
+    patch.setattr(Device, "unmended", lambda self: setattr(self, "mending", ()))
+
+
+def mend_before_the_harvest_is_all(patch: Patch) -> None:
+    """What is amiss is taken for mended once any round has gone well."""
+    retired = Device.retired
+
+    def retire_all(self: Device) -> None:
+        retired(self)
+        self.amiss = ()
+
+    patch.setattr(Device, "retired", retire_all)
+
+
+def complete_with_something_amiss(patch: Patch) -> None:
+    """The switchover looks at what is recorded only."""
+    patch.setattr(Device, "to_harvest", property(lambda self: self.recorded))
+
+
 def leave_a_failed_round_lying(patch: Patch) -> None:
     """What a failed round had harvested stays harvested, and nobody asks for it again."""
 
@@ -227,6 +248,9 @@ MUTANTS: Sequence[Callable[[Patch], None]] = (
     start_recording_after_the_first_read,
     retire_before_the_flush,
     forget_a_failed_round,
+    forget_what_a_failed_round_should_have_mended,
+    mend_before_the_harvest_is_all,
+    complete_with_something_amiss,
     leave_a_failed_round_lying,
     lose_the_round_of_a_cancelled_harvest,
     drop_the_tail_of_an_odd_disk_in_rounds,

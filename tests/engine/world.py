@@ -7,6 +7,7 @@ fake is a `step`: the next action of the drawn script happens there, and what mu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,15 @@ class WritebackError:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """What lies at the destination, stable, becomes something else, and the engine is told."""
+
+    disk: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The guest goes on to write on a new layer, where nobody records it."""
 
@@ -84,12 +94,16 @@ class Nothing:
     """A step in which nothing happens."""
 
 
-Action = Write | Discard | Fault | Cancel | Crash | WritebackError | Snapshot | Nothing
+Action = Write | Discard | Fault | Cancel | Crash | WritebackError | Damage | Snapshot | Nothing
 
 
 @dataclass
 class Disk:
-    """Both sides of one disk. `base` is what both have beneath; `known_zero`: the destination began as zeroes."""
+    """Both sides of one disk. `base` is what both have beneath; `known_zero`: the destination began as zeroes.
+
+    `unit`: sectors that copies are rounded out to. `damaged`: sectors that a round has to mend; `mended`: those that
+    one has, if it is flushed.
+    """
 
     name: str
     source: bytearray
@@ -97,6 +111,9 @@ class Disk:
     known_zero: bool
     destination: bytearray
     allocated: list[bool]
+    unit: int = 1
+    damaged: set[int] = field(default_factory=set)
+    mended: set[int] = field(default_factory=set)
     flushed: bytearray = field(init=False)
     dead: bool = False
     death_noticed: bool = False
@@ -109,10 +126,11 @@ class Disk:
 
     @property
     def spec(self) -> DiskSpec:
-        return DiskSpec(self.name, len(self) * SECTOR)
+        return DiskSpec(self.name, len(self) * SECTOR, self.unit * SECTOR)
 
     def lose_unflushed(self) -> None:
         self.destination[:] = self.flushed
+        self.mended.clear()
 
 
 class World:
@@ -176,6 +194,8 @@ class World:
                 disk.dead, disk.death_noticed = True, False
             case WritebackError():
                 self.writeback_error = True
+            case Damage(index, start, length) if self.log.started:
+                self._damage(self.disks[index % len(self.disks)], start, length)
             case Snapshot():
                 self.topology_changed = True
 
@@ -191,6 +211,16 @@ class World:
             disk.source[sector] = below if value is None else value
             disk.allocated[sector] = value is not None
         self.unfinished.append((index, sectors))
+
+    def _damage(self, disk: Disk, start: int, length: int) -> None:
+        start %= len(disk)
+        sectors = range(start, min(len(disk), start + length))
+        with contextlib.suppress(MigrationError):
+            self.engine.owe(disk.name, [Extent(start * SECTOR, len(sectors) * SECTOR)])
+            for sector in sectors:
+                disk.destination[sector] = disk.flushed[sector] = 55
+            disk.damaged.update(sectors)
+            disk.mended.difference_update(sectors)
 
     def finish_writes(self) -> None:
         """Writes complete, and only then become dirty, a step after their data has reached the disk."""
@@ -209,10 +239,12 @@ class World:
         if self.topology_changed or figures.phase is Phase.CANCELLED or self.log.stopped:
             return
         for index, disk in enumerate(self.disks):
+            if disk.damaged and not figures.disks[index].dirty:
+                self.fail(f"sectors {disk.damaged} of {disk.name} are damaged, and nobody owes them")
             if disk.source == disk.destination or disk.dead:
                 continue
             safe = set(range(figures.disks[index].bulk_done // SECTOR, len(disk)))
-            safe |= self.mover.in_flight(index) | self.log.owed(index)
+            safe |= self.mover.in_flight(index) | self.log.owed(index) | disk.damaged
             safe.update(sector for at, sectors in self.unfinished if at == index for sector in sectors)
             for sector in range(len(disk)):
                 if disk.source[sector] != disk.destination[sector] and sector not in safe:
@@ -375,6 +407,9 @@ class FakeMover:
             world.fail("a read before the recording has started")
         if len(extents) > tuning.batch or sum(extent.length for extent in extents) > tuning.range_size:
             world.fail(f"a request of {len(extents)} extents")
+        unit = world.disks[index].unit * SECTOR
+        if any(e.offset % unit or (e.end % unit and e.end != world.disks[index].spec.size) for e in extents):
+            world.fail(f"not whole units of {unit} bytes: {extents}")
         if any(before.end >= after.offset for before, after in pairwise(extents)):
             world.fail(f"not coalesced, ascending and disjoint: {extents}")
         if not extents or extents[-1].end > world.disks[index].spec.size:
@@ -401,6 +436,8 @@ class FakeMover:
                 disk.destination[sector] = data[at]
             elif fate == "zeroed" and not (disk.known_zero and kind is CopyKind.BULK):
                 disk.destination[sector] = 0
+            if kind is CopyKind.DIRTY:
+                disk.mended.add(sector)
             tally[fate] += SECTOR
         await self.step(disk)
 
@@ -419,6 +456,8 @@ class FakeMover:
             raise Injected("flush")
         await self.step(model, may_fail=False)
         model.flushed[:] = model.destination
+        model.damaged -= model.mended
+        model.mended.clear()
 
     async def set_bandwidth(self, rate: int | None) -> None:
         await self._world.step(Injected("set_bandwidth"))
