@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import msgspec
 
 from qemu_blkmig.errors import BlkmigError, UsageError
+from qemu_blkmig.hashing import SIZES
 from qemu_blkmig.job.options import Selection, Target, Transfer
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
 from qemu_blkmig.units import parse_rate, parse_size
@@ -63,7 +64,7 @@ def add_ends(parser: argparse.ArgumentParser, *, images: bool) -> None:
         "destination",
         metavar="DEST",
         help=f"directory for the images, {FORMS}; they get the names, formats and sizes of the source's. "
-        "One that is there must have the same size; it is overwritten",
+        "One that is there must have the same size; it is overwritten (--compare: just where it differs)",
     )
     parser.add_argument(
         "--remote-command",
@@ -102,6 +103,11 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target-is-zero", action="store_true", help="existing destination images read as zeroes: do not write any"
     )
+    group.add_argument(
+        "--compare",
+        action="store_true",
+        help="existing destination images are older copies: hash both sides, and send just what differs",
+    )
     group.add_argument("--allow-plaintext", action="store_true", help="an encrypted disk may be written in plain text")
     group.add_argument(
         "--ignore-ownership",
@@ -130,6 +136,9 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
                        help="unit of the first pass, 64k to 32M (default: 1M)")  # fmt: skip
     group.add_argument("--granularity", type=argument(parse_size), default=usual.granularity, metavar="SIZE",
                        help="unit in which QEMU notes what the guest writes, 512 to 2G (default: 64k)")  # fmt: skip
+    group.add_argument("--hash", choices=list(SIZES), default=usual.hash,
+                       help="what contents are compared by; the others withstand forgery, and cost ten times as much "
+                       f"(default: {usual.hash})")  # fmt: skip
 
 
 def add_convergence(parser: argparse.ArgumentParser) -> Any:
@@ -141,8 +150,8 @@ def add_convergence(parser: argparse.ArgumentParser) -> Any:
                        help="how often what the guest has written meanwhile is copied, before it is a stall "
                        "(default: 30)")  # fmt: skip
     group.add_argument("--verify", choices=["none", "full"], default="none",
-                       help="full: compare both sides completely while the guest is paused: certain, but the pause is "
-                       "as long as reading both sides takes (default: none)")  # fmt: skip
+                       help="full: hash both sides completely while the guest is paused, and compare: proves that "
+                       "nothing was missed, but it is as long as reading them takes (default: none)")  # fmt: skip
     return group
 
 
@@ -217,6 +226,7 @@ def selection(arguments: argparse.Namespace) -> Selection:
         target_is_zero=arguments.target_is_zero,
         allow_plaintext=arguments.allow_plaintext,
         ignore_ownership=arguments.ignore_ownership,
+        compare=arguments.compare,
     )
 
 
@@ -229,6 +239,7 @@ def transfer(arguments: argparse.Namespace) -> Transfer:
         requests=arguments.requests,
         request_size=arguments.request_size,
         bandwidth=arguments.bandwidth,
+        hash=arguments.hash,
     )
 
 

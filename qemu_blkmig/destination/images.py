@@ -210,10 +210,10 @@ def _faults_as_it_is(image: Image) -> Iterator[str]:
         os.close(descriptor)
     size = size_of(image.path, image.format)
     if size != image.size:
-        yield f"{image.path} holds {size} bytes, the disk has {image.size}"
+        yield f"{image.path} holds {size} bytes, the disk has {image.size}{_told_otherwise(image)}"
     if image.backing is not None and not _stands_on(image, image.backing):
         yield f"{image.path} is there already, but not upon the backing file {image.backing.path}"
-    elif image.backing is not None and _holds_data(image):
+    elif image.backing is not None and not image.compared and _holds_data(image):
         yield (
             f"{image.path} is there already and holds data of its own, which would stay wherever the source's overlay "
             "has none; it must be a new overlay"
@@ -222,6 +222,16 @@ def _faults_as_it_is(image: Image) -> Iterator[str]:
         yield f"{image.path} is open for writing in a QEMU"
     if locks.in_use_by_job(image.path):
         yield f"{image.path} is the destination of another migration"
+
+
+def _told_otherwise(image: Image) -> str:
+    """What a raw file of the wrong size rather is, where qemu-img tells."""
+    if image.format != "raw":
+        return ""
+    with contextlib.suppress(errors.Refused):
+        if (own := recognized(image.path)) != "raw":
+            return f": it is an image of format {own}, and raw is wanted"
+    return ""
 
 
 def _stands_on(image: Image, backing: Backing) -> bool:

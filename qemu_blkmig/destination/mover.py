@@ -1,4 +1,4 @@
-"""One disk on its way: copies ranges from the source's export into the writer, and compares the two."""
+"""One disk on its way: copies ranges from the source's export into the writer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
 from qemu_blkmig.nbd.pump import Lease, Limits, Pump
 from qemu_blkmig.nbd.throttle import Throttle
 
-_SECTOR = 512
 _TOUCH_UNIT = 4 << 20
-_COMPARED_AT_ONCE = 1 << 30
 _LOOK_AT_DIRTY_FROM = 1 << 20
 """Shorter dirty extents are read without asking for their block status first: a round trip costs more."""
 
@@ -36,14 +34,6 @@ class Settings:
     request_size: int
     zero_unit: int
     private_layers: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """`differ`: bytes of the sectors that differ; `first`: offset of the first byte that differs."""
-
-    differ: int
-    first: int | None
 
 
 class DiskMover:
@@ -85,19 +75,6 @@ class DiskMover:
         if tally.copied + tally.zeroed + tally.skipped != owed:
             raise RuntimeError(f"disk {self._disk}: {tally} does not account for {owed} bytes")
         return time.monotonic() - began
-
-    def compare(self, control: Control) -> Difference:
-        """Compare both sides in full, but for what both tell to be zero. Raises as `copy` does."""
-        differ, first = 0, None
-        for offset in range(0, self._size, _COMPARED_AT_ONCE):
-            window = Extent(offset, min(_COMPARED_AT_ONCE, self._size - offset))
-            sink = _CompareSink(self._disk, self._writer, control)
-            plan = Plan(self._sources[0], [window], _zero_or_data, look_from=0, disk=self._disk)
-            self._pump.run(plan, sink, control)
-            self._pump.run(_all_data(self._sources[0], sink.only_source_zero, self._disk), sink, control)
-            differ += sink.differ
-            first = sink.first if first is None else first
-        return Difference(differ, first)
 
     def flush(self) -> None:
         """Make all that was copied stable. Raises `DestinationWriteError`."""
@@ -239,69 +216,6 @@ class _CopySink:
             self.failure = write_error(self._disk, offset, error)
 
 
-class _CompareSink:
-    """Compares what arrives with what the writer's image holds."""
-
-    connections: Sequence[Connection] = ()
-    under_way = 0
-
-    def __init__(self, disk: str, writer: Writer, control: Control) -> None:
-        self.failure: Exception | None = None
-        self.differ = 0
-        self.first: int | None = None
-        self.only_source_zero: list[Extent] = []
-        self._disk = disk
-        self._writer = writer
-        self._tally = control.tally
-
-    def settle(self) -> None:
-        """Nothing is ever under way."""
-
-    def pass_over(self, piece: Piece) -> None:
-        """Zero at the source by what it tells; so it is here, or the range is read at both sides."""
-        offset = piece.offset
-        try:
-            for extent in self._writer.zeroes(piece.offset, piece.length):
-                if extent.offset > offset:
-                    self._read_both(offset, extent.offset)
-                offset = extent.end
-                self._tally.zeroed += extent.length
-            if offset < piece.end:
-                self._read_both(offset, piece.end)
-        except OSError as error:
-            self._cannot_read(error, offset)
-
-    def data(self, lease: Lease) -> None:
-        offset = lease.piece.offset
-        ours = bytearray(lease.piece.length)
-        try:
-            self._writer.read(memoryview(ours), offset)
-        except OSError as error:
-            self._cannot_read(error, offset)
-        else:
-            if ours != lease.view:
-                self._differs(bytes(ours), bytes(lease.view), offset)
-            self._tally.copied += len(ours)
-        lease.release()
-
-    def _read_both(self, start: int, end: int) -> None:
-        if self.only_source_zero and self.only_source_zero[-1].end == start:
-            start = self.only_source_zero.pop().offset
-        self.only_source_zero.append(Extent(start, end - start))
-
-    def _differs(self, ours: bytes, theirs: bytes, offset: int) -> None:
-        for at in range(0, len(ours), _SECTOR):
-            end = min(len(ours), at + _SECTOR)
-            if ours[at:end] != theirs[at:end]:
-                self.differ += end - at
-                exact = offset + next(n for n in range(at, end) if ours[n] != theirs[n])
-                self.first = exact if self.first is None else min(self.first, exact)
-
-    def _cannot_read(self, error: OSError, offset: int) -> None:
-        if self.failure is None:
-            self.failure = write_error(self._disk, offset, error.errno or 0, "read back")
-
-
 def _connect_all(disk: str, size: int, settings: Settings) -> list[Connection]:
     contexts = [ALLOCATION] if settings.private_layers is None else [ALLOCATION, DEPTH]
     made: list[Connection] = []
@@ -333,7 +247,3 @@ def _classifier(private_layers: int | None) -> Callable[[bool, int | None], Acti
 
 def _zero_or_data(zero: bool, _depth: int | None) -> Action:
     return Action.ZERO if zero else Action.DATA
-
-
-def _all_data(connection: Connection, extents: Sequence[Extent], disk: str) -> Plan:
-    return Plan(connection, extents, _zero_or_data, look_from=1 << 63, disk=disk)

@@ -1,7 +1,7 @@
 """The control protocol between coordinator and agent: JSON lines on the agent's stdin and stdout.
 
 Every request carries an `id` that its one reply repeats; replies may come in any order. Between request and reply of
-a copy or a comparison the agent may send `Progress`. Unknown keys and operations are refused; a line is at most
+a copy, or one for digests, the agent may send `Progress`. Unknown keys and operations are refused; a line is at most
 `LINE_LIMIT` bytes. All offsets and lengths are bytes.
 
 The life of an agent: hello, inspect | prepare, then per disk open, copy*, flush, ..., close, at the end `bye`.
@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+
+from qemu_blkmig.hashing import Algorithm
 
 PROTOCOL = 1
 LINE_LIMIT = 4 << 20
@@ -37,7 +39,8 @@ class Image(Message, frozen=True):
 
     `create`: make it if it is not there. What is there must have this format, size and backing file.
     `known_zero`: the user vouches that the existing image reads as zeroes (a created one always does).
-    `origin`: where the disk comes from, in words, for the ownership record.
+    `origin`: where the disk comes from, in words, for the ownership record. `compared`: what the existing image holds
+    will be compared with the source's, so it may hold anything.
     """
 
     disk: str
@@ -49,6 +52,7 @@ class Image(Message, frozen=True):
     backing: Backing | None = None
     cluster_size: int | None = None
     origin: str = ""
+    compared: bool = False
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -98,12 +102,6 @@ class Flush(Message, frozen=True, tag="flush"):
     disk: str
 
 
-class Compare(Message, frozen=True, tag="compare"):
-    """Compare the whole of both sides, byte by byte; the guest must be paused."""
-
-    disk: str
-
-
 class Bandwidth(Message, frozen=True, tag="bandwidth"):
     """Limit the payload of all disks together to `rate` bytes a second; None: no limit."""
 
@@ -111,7 +109,7 @@ class Bandwidth(Message, frozen=True, tag="bandwidth"):
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """End the copy or comparison under way on `disk` (None: on all); its reply is an error of kind "cancelled"."""
+    """End what is under way on `disk` (None: on all), a copy or reading for digests; its reply: kind "cancelled"."""
 
     disk: str | None = None
 
@@ -143,6 +141,19 @@ class Mark(Message, frozen=True, tag="mark"):
     state: Literal["complete", "untouched"]
 
 
+class Digests(Message, frozen=True, tag="digests"):
+    """Tell digests of what an open disk's image holds from `offset`, each of `unit` bytes; at most `nbd.digests.MOST`.
+
+    What was copied and not yet flushed counts. `offset` is a multiple of `unit`, a power of two.
+    """
+
+    disk: str
+    offset: int
+    length: int
+    unit: int
+    algorithm: Algorithm
+
+
 class Bye(Message, frozen=True, tag="bye"):
     """All is well; leave what is there and exit."""
 
@@ -156,7 +167,7 @@ class Created(Message, frozen=True):
 
 
 Operation = (
-    Hello | Inspect | Prepare | Open | Copy | Flush | Compare | Bandwidth | Cancel | Close | Discard | Mark | Bye
+    Hello | Inspect | Prepare | Open | Copy | Flush | Bandwidth | Cancel | Close | Discard | Mark | Digests | Bye
 )
 
 
@@ -199,16 +210,6 @@ class CopyReply(Message, frozen=True, tag="copy"):
     seconds: float
 
 
-class CompareReply(Message, frozen=True, tag="compare"):
-    """`differ`: bytes of the 512-byte sectors that differ.
-
-    `first`: offset of the first differing byte, None if equal.
-    """
-
-    differ: int
-    first: int | None
-
-
 class CloseReply(Message, frozen=True, tag="close"):
     """`allocated`: bytes that the image occupies at the destination."""
 
@@ -220,6 +221,16 @@ class DiscardReply(Message, frozen=True, tag="discard"):
 
     removed: list[str]
     left: list[str]
+
+
+class DigestsReply(Message, frozen=True, tag="digests"):
+    """`digests`: one after the other, base64 on the wire; a unit of zeroes has a digest of zero bytes. Empty: all have.
+
+    `read`: bytes that were read to tell this; the rest is known to be zero.
+    """
+
+    digests: bytes
+    read: int
 
 
 class Done(Message, frozen=True, tag="done"):
@@ -243,7 +254,7 @@ class Failure(Message, frozen=True, tag="failure"):
 
 
 Outcome = (
-    HelloReply | InspectReply | PrepareReply | CopyReply | CompareReply | CloseReply | DiscardReply | Done | Failure
+    HelloReply | InspectReply | PrepareReply | CopyReply | CloseReply | DiscardReply | DigestsReply | Done | Failure
 )
 
 
@@ -253,7 +264,7 @@ class Reply(Message, frozen=True, tag="reply"):
 
 
 class Progress(Message, frozen=True, tag="progress"):
-    """Bytes settled so far in the copy or comparison under way on `disk`; at most some ten a second."""
+    """Bytes settled so far in the copy, or the reading for digests, under way on `disk`; at most some ten a second."""
 
     disk: str
     copied: int

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,6 +14,7 @@ from typing import TypeVar
 import qemu_blkmig
 from qemu_blkmig import errors
 from qemu_blkmig.destination import images, protocol, qemu_nbd
+from qemu_blkmig.destination.digests import digests
 from qemu_blkmig.destination.mover import DiskMover, Settings, write_error
 from qemu_blkmig.destination.writers import NbdWriter, RawWriter, Writer
 from qemu_blkmig.engine.extents import Extent
@@ -48,6 +49,25 @@ class _Disk:
 
     async def run(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+    @contextlib.contextmanager
+    def cancellable(self) -> Iterator[Control]:
+        """What `Cancel` reaches while a copy, or a reading for digests, is under way; one at a time."""
+        if self.control is not None:
+            raise errors.Refused("a copy, or a reading for digests, is under way", disk=self.name)
+        control = self.control = Control()
+        try:
+            yield control
+        finally:
+            self.control = None
+            control.close()
+
+    async def digests(self, op: protocol.Digests, control: Control) -> protocol.DigestsReply:
+        if (writer := self.writer) is None:
+            raise errors.Refused("is not open", disk=op.disk)
+        size, descriptor = self.prepared.image.size, self.prepared.descriptor
+        found = await self.run(lambda: digests(op, size, writer, descriptor, control))
+        return protocol.DigestsReply(found, control.tally.copied)
 
 
 class Service:
@@ -95,8 +115,10 @@ class Service:
                 return self._limit(op.rate)
             case protocol.Open():
                 return await self._open(op)
-            case protocol.Copy() | protocol.Compare():
+            case protocol.Copy():
                 return await self._move(op)
+            case protocol.Digests():
+                return await self._digest(op)
             case protocol.Flush():
                 return await self._flush(op)
             case protocol.Cancel():
@@ -156,23 +178,20 @@ class Service:
             raise errors.DestinationWriteError(error.what, disk=disk.name, offset=None, errno=0) from error
         return NbdWriter(disk.server.connections)
 
-    async def _move(self, op: protocol.Copy | protocol.Compare) -> protocol.CopyReply | protocol.CompareReply:
+    async def _move(self, op: protocol.Copy) -> protocol.CopyReply:
         disk, mover = self._opened(op.disk)
-        if disk.control is not None:
-            raise errors.Refused("a copy or comparison is under way", disk=op.disk)
-        control = disk.control = Control()
-        try:
+        with disk.cancellable() as control:
             async with disk.turn, _reporting(op.disk, control.tally, self._tell):
-                if isinstance(op, protocol.Compare):
-                    found = await disk.run(lambda: mover.compare(control))
-                    return protocol.CompareReply(found.differ, found.first)
                 extents = _extents(op)
                 seconds = await disk.run(lambda: mover.copy(extents, control, bulk=op.kind == "bulk"))
                 tally = control.tally
                 return protocol.CopyReply(tally.copied, tally.zeroed, tally.skipped, seconds)
-        finally:
-            disk.control = None
-            control.close()
+
+    async def _digest(self, op: protocol.Digests) -> protocol.DigestsReply:
+        disk, _mover = self._opened(op.disk)
+        with disk.cancellable() as control:
+            async with disk.turn:
+                return await disk.digests(op, control)
 
     async def _flush(self, op: protocol.Flush) -> protocol.Done:
         disk, mover = self._opened(op.disk)

@@ -12,12 +12,12 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from qemu_blkmig import errors
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.nbd.connection import STATUS_LIMIT, Connection, Entries
-from qemu_blkmig.nbd.plan import ALLOCATION
+from qemu_blkmig.nbd.connection import Connection
+from qemu_blkmig.nbd.reader import NbdReader
 
 Done = Callable[[int], None]
 
@@ -142,11 +142,11 @@ class RawWriter:
         fcntl.ioctl(self._descriptor, _BLKZEROOUT, struct.pack("QQ", offset, length))
 
 
-class NbdWriter:
+class NbdWriter(NbdReader):
     """Writes through NBD connections to a server of our own that alone has the image open."""
 
     def __init__(self, connections: Sequence[Connection]) -> None:
-        self.connections = connections
+        super().__init__(connections)
         self._next = 0
         self._completed: list[tuple[Done, int]] = []
         self._limit = min(connection.request_limit for connection in connections)
@@ -180,33 +180,6 @@ class NbdWriter:
         for connection in self.connections:
             if error := connection.flush():
                 raise OSError(error, os.strerror(error))
-
-    def read(self, into: memoryview, offset: int) -> None:
-        """See `Writer`."""
-        for start in range(0, len(into), self._limit):
-            if error := self.connections[0].read_now(into[start : start + self._limit], offset + start):
-                raise OSError(error, os.strerror(error))
-
-    def zeroes(self, offset: int, length: int) -> Iterator[Extent]:
-        """See `Writer`."""
-        end = offset + length
-        while ALLOCATION in self.connections[0].contexts and offset < end:
-            for run, flags in self._status(offset, min(STATUS_LIMIT, end - offset)):
-                if flags & 2 and offset < end:
-                    yield Extent(offset, min(run, end - offset))
-                offset += run
-
-    def close(self) -> None:
-        """See `Writer`."""
-        for connection in self.connections:
-            connection.close()
-
-    def _status(self, offset: int, length: int) -> Entries:
-        completed: list[tuple[Any, int]] = []
-        self.connections[0].status(offset, length, completed)
-        error = self.connections[0].wait(completed)
-        entries: Entries = completed[0][0].get(ALLOCATION, [])
-        return entries if entries and not error else [(length, 0)]
 
     def _turn(self) -> Connection:
         connection = self.connections[self._next]

@@ -4,31 +4,51 @@ from __future__ import annotations
 
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.device import Device
-from qemu_blkmig.engine.ports import CopyKind
+from qemu_blkmig.engine.extents import Batcher, Extent
+from qemu_blkmig.engine.ports import Comparer, CopyKind
 
 
 class BulkPass:
     """Copies ranges of `range_size` bytes; no more is known of a disk than where its cursor stands.
 
+    With a `comparer` the destination holds an older copy, and just what differs is sent: as DIRTY, because nothing
+    may be skipped there and nothing is known to be zero. At most `batch` extents go into one request.
+
     Copied is not yet stable: no bitmap remembers what the pass has written. So a disk's pass is done only once it
     has been flushed, and what cannot be flushed is copied again.
     """
 
-    def __init__(self, carrier: Carrier, range_size: int) -> None:
+    def __init__(self, carrier: Carrier, range_size: int, batch: int, comparer: Comparer | None) -> None:
         self._carrier = carrier
         self._range_size = range_size
+        self._batch = batch
+        self._comparer = comparer
 
     async def run(self, device: Device) -> None:
         """Copy what the pass has not yet copied of `device`, and flush it; raises what the mover raises."""
         while device.cursor < device.size:
             try:
-                await self._carrier.copy(device, [device.next_range(self._range_size)], CopyKind.BULK)
+                await self._bring(device, device.next_range(self._range_size))
             except Exception as error:
                 if not self._carrier.halted:
                     await self._secure_after(error, device)
                 raise
         if not device.bulk_done:
             await self._secure(device)
+
+    async def _bring(self, device: Device, extent: Extent) -> None:
+        if self._comparer is None:
+            await self._carrier.copy(device, [extent], CopyKind.BULK)
+            return
+        self._carrier.check_halted(device)
+        batcher = Batcher(most=self._batch, volume=self._range_size, size=device.size, unit=device.unit)
+        differing = await self._comparer.differing(device.name, extent)
+        sent = 0
+        for batch in (*batcher.feed(differing), batcher.rest()):
+            if batch:
+                await self._carrier.copy(device, batch, CopyKind.DIRTY)
+                sent += sum(each.length for each in batch)
+        self._carrier.compared(device, extent, max(0, extent.length - sent))
 
     async def _secure(self, device: Device) -> None:
         """Flush; on a failure never again: a second fsync succeeds though the first one dropped the data."""

@@ -28,14 +28,18 @@ class Carrier:
         """Refuse every further copy, so that what is under way ends with the batch that is in flight."""
         self.halted = True
 
+    def check_halted(self, device: Device) -> None:
+        """Raise MigrationError when halted."""
+        if self.halted:
+            raise MigrationError("the migration is being cancelled", disk=device.name)
+
     async def copy(self, device: Device, extents: Sequence[Extent], kind: CopyKind) -> float:
         """Copy one batch; returns the seconds it took.
 
         Raises MigrationError when halted or when the report does not account for every byte, and what the mover
         raises.
         """
-        if self.halted:
-            raise MigrationError("the migration is being cancelled", disk=device.name)
+        self.check_halted(device)
         began = self._clock.now()
         report = await self._mover.copy(device.name, extents, kind)
         seconds = self._clock.now() - began
@@ -44,6 +48,11 @@ class Carrier:
         self._pace.copied(kind, report, seconds)
         self._on_settled()
         return seconds
+
+    def compared(self, device: Device, extent: Extent, equal: int) -> None:
+        """Count a range of the bulk pass whose differences have been copied; `equal` bytes of it needed no copy."""
+        device.compared(extent, equal)
+        self._on_settled()
 
     async def flush(self, device: Device) -> float:
         """Make stable what was copied to `device`; returns the seconds it took. Raises what the mover raises."""

@@ -83,8 +83,13 @@ class Device:
         self.skipped += report.skipped
         if kind is CopyKind.BULK:
             self.cursor = extents[-1].end
-        else:
+        elif self.bulk_done:
             self.copied_dirty += report.copied
+
+    def compared(self, extent: Extent, equal: int) -> None:
+        """The bulk pass has settled `extent`, of which `equal` bytes were found at the destination already."""
+        self.skipped += equal
+        self.cursor = extent.end
 
     def secured(self) -> None:
         """All that the bulk pass has copied so far has been flushed."""

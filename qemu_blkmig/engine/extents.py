@@ -40,6 +40,20 @@ def union(first: Iterable[Extent], second: Iterable[Extent]) -> Sequence[Extent]
     return joined
 
 
+def joined(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same bytes in as few extents as can be; `extents` are ascending and disjoint, and may touch each other."""
+    held: Extent | None = None
+    for extent in extents:
+        if held is not None and held.end == extent.offset:
+            held = Extent(held.offset, held.length + extent.length)
+            continue
+        if held is not None:
+            yield held
+        held = extent
+    if held is not None:
+        yield held
+
+
 class Batcher:
     """Turns a stream of ascending, disjoint extents into batches, holding no more than one of them.
 

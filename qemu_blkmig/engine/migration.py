@@ -27,7 +27,7 @@ from qemu_blkmig.engine.device import SECTOR, Device, DiskSpec
 from qemu_blkmig.engine.dirty import DirtyRounds
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.outlast import outlast
-from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
+from qemu_blkmig.engine.ports import Clock, Comparer, DirtyLog, Guest, Mover
 from qemu_blkmig.errors import MigrationError
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class BlockMigration:
 
     `mover` must fail at least one call for a disk whose writer died before it may work on it again with another
     writer: only so does the engine learn that what was not flushed may be lost. `on_change` is called in the event
-    loop with every new `Figures`; what it raises is logged.
+    loop with every new `Figures`; what it raises is logged. With `compare` the bulk pass sends just what differs.
 
     Raises ValueError when there is no disk, or two of one name.
     """
@@ -131,6 +131,7 @@ class BlockMigration:
         clock: Clock,
         tuning: Tuning = Tuning(),
         on_change: Callable[[Figures], None] | None = None,
+        compare: Comparer | None = None,
     ) -> None:
         if not disks or len({disk.name for disk in disks}) < len(disks):
             raise ValueError(f"disks must be there, and differ in name: {[disk.name for disk in disks]}")
@@ -142,7 +143,7 @@ class BlockMigration:
         self._total = sum(disk.size for disk in disks)
         self._pace = Pace()
         self._carrier = Carrier(mover, clock, self._pace, self._publish)
-        self._bulk = BulkPass(self._carrier, tuning.range_size)
+        self._bulk = BulkPass(self._carrier, tuning.range_size, tuning.batch, compare)
         self._rounds = DirtyRounds(
             self._devices,
             log,

@@ -1,4 +1,4 @@
-"""What the engine needs of the world: four small protocols and the facts that cross them.
+"""What the engine needs of the world: small protocols and the facts that cross them.
 
 All offsets and lengths are bytes, all times seconds. A disk is named by the string that the user knows it by.
 """
@@ -117,6 +117,17 @@ class Mover(Protocol):
 
     async def close(self, disk: str) -> None:
         """End the writer of `disk`: flushed, its image lock dropped, its NBD server (if any) has exited."""
+
+
+class Comparer(Protocol):
+    """Tells what the destination already holds, so that the bulk pass need not send it."""
+
+    async def differing(self, disk: str, extent: Extent) -> Sequence[Extent]:
+        """The parts of `extent` in which the two sides may differ, ascending, disjoint, within it.
+
+        Both sides are read after the call, and nothing of it goes on once it has returned or raised. The destination
+        is seen with all that `Mover.copy` has reported. Fails like a call of the mover when a writer died.
+        """
 
 
 class Guest(Protocol):

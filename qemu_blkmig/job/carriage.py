@@ -10,8 +10,6 @@ import asyncio
 from qemu_blkmig.destination.protocol import (
     Close,
     CloseReply,
-    Compare,
-    CompareReply,
     Open,
     Prepare,
     PrepareReply,
@@ -20,7 +18,8 @@ from qemu_blkmig.destination.protocol import (
 from qemu_blkmig.engine.device import DiskSpec
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
-from qemu_blkmig.errors import ContentsDiffer, DestinationFailed
+from qemu_blkmig.errors import DestinationFailed
+from qemu_blkmig.job.compare import Comparison
 from qemu_blkmig.job.options import Transfer
 from qemu_blkmig.job.place import host_name
 from qemu_blkmig.job.plan import Plan, private_layers
@@ -31,10 +30,8 @@ from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.mover import RemoteMover
 
-COMPARE_LEAST, COMPARE_SPEED = 60.0, 8 << 20
-"""Seconds, and bytes a second, that bound a comparison: the guest is paused and must not wait for ever."""
 CLOSE_LIMIT = 30.0
-"""Seconds in which the images must be closed, likewise."""
+"""Seconds in which the images must be closed: the guest is paused and must not wait for ever."""
 ZERO_UNITS = range(4 << 10, 64 << 10)
 """Bytes in which zeroes are looked for: less costs more than the holes are worth, more makes fewer holes."""
 
@@ -51,6 +48,7 @@ class Carriage:
         self._agent = agent
         self._transfer = transfer
         self._reporter = reporter
+        self._compares = any(image.compared for image in plan.images.values())
         self._allocated: dict[str, int] = {}
 
     async def prepare(self) -> None:
@@ -68,6 +66,7 @@ class Carriage:
         """Connect the mover to the source's exports (by disk name), reached through the unix socket `socket` here."""
         self._job.record.filling = True
         self._job.save()
+        self._comparison = Comparison(self._agent, socket, exports, self._transfer.hash)
         there = await self._host.expose(socket)
         for disk in self._plan.disks:
             await self._agent.request(
@@ -92,6 +91,7 @@ class Carriage:
             log, mover, guest, clock,
             Tuning(chunk_size=self._transfer.chunk_size, range_size=128 << 20),
             self._reporter.figures,
+            self._comparison if self._compares else None,
         )  # fmt: skip
 
     def _on_progress(self, progress: Progress) -> None:
@@ -100,23 +100,11 @@ class Carriage:
     async def compare(self) -> None:
         """Compare both sides in full; the guest must be paused. Raises `ContentsDiffer`."""
         for disk in self._plan.disks:
-            limit = COMPARE_LEAST + disk.size / COMPARE_SPEED
-            try:
-                async with asyncio.timeout(limit):
-                    reply = await self._agent.expect(Compare(disk.name), CompareReply)
-            except TimeoutError:
-                raise DestinationFailed(
-                    f"comparing both sides did not end within {limit:.0f} s", disk=disk.name
-                ) from None
-            if reply.first is not None:
-                raise ContentsDiffer(
-                    f"the two sides differ, first at byte {reply.first}; {reply.differ} bytes in sectors that differ",
-                    disk=disk.name,
-                    offset=reply.first,
-                )
+            await self._comparison.require_equal(disk.name, disk.size)
 
     async def close(self) -> None:
         """End all writers: their images are stable, unlocked and ready to be activated by a QEMU."""
+        self._comparison.close()
         for disk in self._plan.disks:
             try:
                 async with asyncio.timeout(CLOSE_LIMIT):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qemu_blkmig.errors import UsageError
+from qemu_blkmig.hashing import USUAL, Algorithm
 from qemu_blkmig.job.place import Place
 
 
@@ -25,7 +26,10 @@ class OnStall(enum.Enum):
 
 @dataclass(frozen=True)
 class Transfer:
-    """How bytes are carried; sizes in bytes, `bandwidth` in bytes a second (None: no limit)."""
+    """How bytes are carried; sizes in bytes, `bandwidth` in bytes a second (None: no limit).
+
+    `hash`: what both sides' contents are compared by.
+    """
 
     chunk_size: int = 1 << 20
     granularity: int = 64 << 10
@@ -33,6 +37,7 @@ class Transfer:
     requests: int = 4
     request_size: int = 4 << 20
     bandwidth: int | None = None
+    hash: Algorithm = USUAL
 
     def __post_init__(self) -> None:
         if not _power_of_two(self.granularity) or not 512 <= self.granularity <= 2 << 30:
@@ -71,13 +76,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which disks, and what the destination may be taken to hold."""
+    """Which disks, and what the destination may be taken to hold.
+
+    `compare`: images that are there hold older copies of the disks; only what differs is sent.
+    """
 
     disks: tuple[str, ...] | None = None
     shared_base: bool = False
     target_is_zero: bool = False
     allow_plaintext: bool = False
     ignore_ownership: bool = False
+    compare: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compare and self.target_is_zero:
+            raise UsageError("--compare and --target-is-zero contradict each other")
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,7 @@ class Planner:
             backing=self._base(disk),
             cluster_size=disk.cluster_size,
             origin=origin(disk, self._process),
+            compared=self._selection.compare,
         )
 
     def _base(self, disk: Disk) -> SharedBase | None:
@@ -254,6 +255,7 @@ class Planner:
                     create=False,
                     known_zero=self._selection.target_is_zero,
                     origin=origin(disk, self._process),
+                    compared=self._selection.compare,
                 )
         return images
 
@@ -262,7 +264,14 @@ class Planner:
             return
         reply = await self._agent.expect(Inspect(list(images.values())), InspectReply)
         self._problems += [f"disk {p.disk}: {p.what}" if p.disk else p.what for p in reply.problems]
-        self._warnings += [f"{path} is there already: it is overwritten" for path in reply.there]
+        fate = "only what differs is sent" if self._selection.compare else "it is overwritten"
+        self._warnings += [f"{path} is there already: {fate}" for path in reply.there]
+        if self._selection.compare:
+            self._warnings += [
+                f"disk {name}: {image.path} is not there yet: nothing to compare with, it is copied whole"
+                for name, image in images.items()
+                if image.create and image.path not in reply.there
+            ]
         needed = sum(disk.allocated or 0 for disk in disks)
         if reply.free is not None and needed > reply.free:
             self._warnings.append(

@@ -97,14 +97,14 @@ class Connection:
         self.read(into, offset, completed, None)
         return self.wait(completed)
 
-    def wait(self, completed: list[tuple[Any, int]]) -> int:
-        """Drive the connection until something was appended to `completed`; the first errno in it, or 0."""
-        while not completed:
+    def wait(self, completed: list[tuple[Any, int]], count: int = 1) -> int:
+        """Drive the connection until `completed` has `count` entries; the first errno in it, or 0."""
+        while len(completed) < count:
             poller = select.poll()
             if self.register(poller):
                 poller.poll()
             self.drive()
-        _token, error = completed[0]
+        error = next((error for _token, error in completed if error), 0)
         if error and self.lost:
             raise self.loss()
         return error

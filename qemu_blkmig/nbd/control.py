@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 class Cancelled(Exception):
-    """The copy or comparison was cancelled, and nothing of it is in flight any more."""
+    """What was under way was cancelled, and nothing of it is in flight any more."""
 
 
 @dataclass

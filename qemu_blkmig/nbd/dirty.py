@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qemu_blkmig import errors
-from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.engine.extents import Extent, joined
 from qemu_blkmig.nbd.connection import STATUS_LIMIT, Connection, Entries, connect
 
 BATCH = 4096
@@ -26,8 +26,8 @@ def dirty_extents(socket: str | Path, export: str, bitmap: str, size: int) -> It
     try:
         if context not in connection.contexts:
             raise errors.ConnectionLost(f"{connection.where} does not show the dirty bitmap {bitmap!r}")
-        joined = _joined(_walk(connection, context, size))
-        while batch := list(itertools.islice(joined, BATCH)):
+        runs = joined(_walk(connection, context, size))
+        while batch := list(itertools.islice(runs, BATCH)):
             yield batch
     finally:
         connection.close()
@@ -41,19 +41,6 @@ def _walk(connection: Connection, context: str, size: int) -> Iterator[Extent]:
             if flags & _DIRTY and length:
                 yield Extent(offset, length)
             offset += length
-
-
-def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:
-    held: Extent | None = None
-    for extent in extents:
-        if held is not None and held.end == extent.offset:
-            held = Extent(held.offset, held.length + extent.length)
-            continue
-        if held is not None:
-            yield held
-        held = extent
-    if held is not None:
-        yield held
 
 
 def _ask(connection: Connection, context: str, offset: int, length: int) -> Entries:

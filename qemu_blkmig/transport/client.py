@@ -25,7 +25,7 @@ _LAST_LINES = 20
 
 
 class CopyCancelled(errors.RequestError):
-    """The copy or comparison was ended by `Cancel`, and nothing of it is in flight any more."""
+    """What was under way was ended by `Cancel`, and nothing of it is in flight any more."""
 
 
 class AgentClient:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 
+_Reply = TypeVar("_Reply", bound=protocol.Message)
+
 _CANCEL_LIMIT = 10.0
-"""Seconds in which the agent must have ended a copy; one that hangs in its storage must not keep a guest paused."""
+"""Seconds in which the agent must have ended its work; one that hangs in its storage must not keep a guest paused."""
 _KILL_LIMIT = 2.0
 
 
@@ -29,7 +31,7 @@ class RemoteMover:
         total = CopyReport(0, 0, 0, 0.0)
         for start in range(0, len(extents), protocol.BATCH_LIMIT):
             batch = [(each.offset, each.length) for each in extents[start : start + protocol.BATCH_LIMIT]]
-            reply = await self._copy(protocol.Copy(disk, kind.value, batch))
+            reply = await carry_out(self._client, protocol.Copy(disk, kind.value, batch), protocol.CopyReply)
             total = CopyReport(
                 total.copied + reply.copied,
                 total.zeroed + reply.zeroed,
@@ -50,19 +52,21 @@ class RemoteMover:
         """See `Mover`."""
         await self._client.request(protocol.Close(disk))
 
-    async def _copy(self, op: protocol.Copy) -> protocol.CopyReply:
-        copying = asyncio.ensure_future(self._client.expect(op, protocol.CopyReply))
-        try:
-            return await asyncio.shield(copying)
-        except asyncio.CancelledError:
-            ending = asyncio.gather(copying, self._client.request(protocol.Cancel(op.disk)), return_exceptions=True)
-            if not await _finished(ending, _CANCEL_LIMIT):
-                self._client.kill()
-                await _finished(ending, _KILL_LIMIT)
-            raise
+
+async def carry_out(client: AgentClient, op: protocol.Copy | protocol.Digests, reply: type[_Reply]) -> _Reply:
+    """`AgentClient.expect`, which, when cancelled, returns only after the agent has answered that `op` has ended."""
+    working = asyncio.ensure_future(client.expect(op, reply))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        ending = asyncio.gather(working, client.request(protocol.Cancel(op.disk)), return_exceptions=True)
+        if not await finished(ending, _CANCEL_LIMIT):
+            client.kill()
+            await finished(ending, _KILL_LIMIT)
+        raise
 
 
-async def _finished(work: asyncio.Future[Any], seconds: float) -> bool:
+async def finished(work: asyncio.Future[Any], seconds: float) -> bool:
     """Whether `work` ends within `seconds`, however often the waiting is cancelled."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds

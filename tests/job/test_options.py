@@ -58,7 +58,7 @@ def test_the_destination_qemu_is_named_in_exactly_one_way() -> None:
 )
 def test_tuning_out_of_bounds_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError):
-        Transfer(**wrong)
+        Transfer(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_launch_command_that_cannot_be_split_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
+from qemu_blkmig.job.compare import Comparison
 from qemu_blkmig.transport.client import AgentClient
 from tests.nbd.servers import Monitor, qemu_export
 from tests.transport.conftest import GIB, KIB, MIB, bulk, dirty, image, opened, opening
@@ -44,6 +45,15 @@ def guest_does(qmp: Monitor, listening: Path, *commands: str) -> None:
     subprocess.run(["qemu-io", "-f", "raw", *script, uri], check=True, stdout=subprocess.DEVNULL)
 
 
+async def compared(agent: AgentClient, listening: Path, size: int) -> None:
+    """Compare both sides of disk `d`, as `--verify full` does."""
+    comparison = Comparison(agent, listening, {"d": "disk"}, "xxh3-128")
+    try:
+        await comparison.require_equal("d", size)
+    finally:
+        comparison.close()
+
+
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("size", [512, 4096, 64 * KIB + 512, 9 * MIB + 1536, 64 * MIB])
 @pytest.mark.parametrize("kind", ["bulk", "dirty"])
@@ -56,10 +66,9 @@ async def test_every_size_arrives_whole(
         await opened(agent, image(destination, size, format=image_format), opening(listening, connections=2))
         copy = bulk((0, size)) if kind == "bulk" else dirty((0, size))
         reply = await agent.expect(copy, protocol.CopyReply)
-        compared = await agent.expect(protocol.Compare("d"), protocol.CompareReply)
+        await compared(agent, listening, size)
         await agent.request(protocol.Close("d"))
     assert reply.copied + reply.zeroed + reply.skipped == size
-    assert compared == protocol.CompareReply(0, None)
     assert same(source, destination, ("raw", image_format))
 
 
@@ -180,16 +189,15 @@ async def test_a_huge_sparse_disk_costs_what_its_data_costs(agent: AgentClient, 
         await opened(agent, image(destination, size), opening(listening))
         for offset in range(0, size, 128 * MIB):
             await agent.request(bulk((offset, 128 * MIB)))
-        compared = await agent.expect(protocol.Compare("d"), protocol.CompareReply)
+        await compared(agent, listening, size)
         peak = Path(f"/proc/{agent.pid}/status").read_text().split("VmHWM:")[1].split()[0]
         await agent.request(protocol.Close("d"))
-    assert compared.differ == 0
     assert int(peak) < 80 * KIB
     assert destination.stat().st_blocks <= source.stat().st_blocks
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-async def test_comparing_names_the_first_byte_that_differs(
+async def test_comparing_names_the_first_bytes_that_differ(
     agent: AgentClient, tmp_path: Path, image_format: str
 ) -> None:
     size = 16 * MIB
@@ -199,9 +207,10 @@ async def test_comparing_names_the_first_byte_that_differs(
         await opened(agent, image(destination, size, format=image_format), opening(listening))
         await agent.request(bulk((0, size)))
         at = 5 * MIB + 1024
-        guest_does(qmp, listening, f"write -P 231 {at} 512", f"write -P 232 {9 * MIB} 512")
-        compared = await agent.expect(protocol.Compare("d"), protocol.CompareReply)
-    assert compared == protocol.CompareReply(1024, at)
+        guest_does(qmp, listening, f"write -P 231 {at} 1024", f"write -P 232 {9 * MIB} 512")
+        with pytest.raises(errors.ContentsDiffer, match=f"first in bytes {at} to {at + 1023}$") as differ:
+            await compared(agent, listening, size)
+    assert (differ.value.disk, differ.value.offset) == ("d", at)
 
 
 async def test_extents_out_of_order_or_beyond_the_end_are_refused(agent: AgentClient, tmp_path: Path) -> None:
