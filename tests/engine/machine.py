@@ -85,6 +85,7 @@ class Machine(RuleBasedStateMachine):
         granularity=st.integers(1, 3),
         batch=st.integers(1, 3),
         chunks=st.integers(1, 2),
+        compare=st.booleans(),
         head_start=st.sampled_from((0, 1, 2, 2, 2)),
         script=scripts,
     )
@@ -95,11 +96,12 @@ class Machine(RuleBasedStateMachine):
         granularity: int,
         batch: int,
         chunks: int,
+        compare: bool,
         head_start: int,
         script: list[Action],
     ) -> None:
         tuning = Tuning(chunk_size=CHUNK * SECTOR, range_size=chunks * CHUNK * SECTOR, batch=batch)
-        self.world = World([first, second] if second else [first], granularity, tuning)
+        self.world = World([first, second] if second else [first], granularity, tuning, compare)
         self.engine = self.world.engine
         if head_start > 0:
             self.setup([])

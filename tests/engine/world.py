@@ -136,7 +136,7 @@ class Disk:
 class World:
     """Everything around the engine, and the engine itself."""
 
-    def __init__(self, disks: Sequence[Disk], granularity: int, tuning: Tuning) -> None:
+    def __init__(self, disks: Sequence[Disk], granularity: int, tuning: Tuning, compare: bool = False) -> None:
         self.disks = list(disks)
         self.tuning = tuning
         self.paused = False
@@ -154,7 +154,13 @@ class World:
         self.mover = FakeMover(self)
         self.clock = FakeClock(self)
         self.engine = BlockMigration(
-            [disk.spec for disk in disks], self.log, self.mover, FakeGuest(self), self.clock, tuning
+            [disk.spec for disk in disks],
+            self.log,
+            self.mover,
+            FakeGuest(self),
+            self.clock,
+            tuning,
+            compare=FakeComparer(self) if compare else None,
         )
 
     def index(self, name: str) -> int:
@@ -471,6 +477,28 @@ class FakeMover:
         if disk.dead:
             disk.death_noticed = True
             raise ConnectionLost("the writer died", disk=disk.name)
+
+
+class FakeComparer:
+    """Compares units of two sectors, of which it reads one side after the other."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    async def differing(self, disk: str, extent: Extent) -> Sequence[Extent]:
+        world, found = self._world, []
+        model = world.disks[world.index(disk)]
+        if not world.log.started:
+            world.fail("a comparison before the recording has started")
+        for start in range(extent.offset // SECTOR, extent.end // SECTOR, 2):
+            end = min(start + 2, extent.end // SECTOR)
+            await world.mover.step(model)
+            ours = model.source[start:end]
+            await world.mover.step(model)
+            if ours != model.destination[start:end]:
+                found.append(Extent(start * SECTOR, (end - start) * SECTOR))
+        await world.mover.step(model)
+        return found
 
 
 class FakeGuest:
