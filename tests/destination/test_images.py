@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qemu_blkmig import errors
@@ -67,6 +68,8 @@ def test_faults_of_all_images_are_told_at_once(tmp_path: Path) -> None:
 def test_an_existing_image_must_have_the_size_and_format(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(bytes(MIB + 512))
     assert "holds 1049088 bytes, the disk has 1048576" in faults(new(tmp_path / "raw", create=False))
+    subprocess.run(["qemu-img", "create", "-qf", "qcow2", tmp_path / "other", "1M"], check=True)
+    assert "an image of format qcow2, and raw is wanted" in faults(new(tmp_path / "other", create=False))
     assert "qcow2" in faults(new(tmp_path / "raw", create=False, format="qcow2"))
 
 
@@ -118,6 +121,7 @@ def test_an_overlay_that_is_there_must_hold_nothing_of_its_own(tmp_path: Path, w
     assert faults(wanted) == ""
     subprocess.run(["qemu-io", "-c", write, tmp_path / "a"], check=True, stdout=subprocess.DEVNULL)
     assert "holds data of its own" in faults(wanted)
+    assert faults(msgspec.structs.replace(wanted, compared=True)) == ""
 
 
 @pytest.mark.parametrize("known_zero", [False, True])

@@ -539,3 +539,16 @@ async def test_nothing_can_be_owed_that_is_not_there_or_while_nothing_is_recorde
             world.engine.owe("vda", [extent])
     with pytest.raises(ValueError, match="there is no"):
         world.engine.owe("vdz", [Extent(0, SECTOR)])
+
+
+async def test_onto_an_older_copy_only_what_differs_is_sent() -> None:
+    older = Disk("vda", bytearray(range(1, 12)), None, False, bytearray(range(1, 12)), [True] * 11)
+    older.destination[5] = 99
+    older.flushed[:] = older.destination
+    world = World([older], granularity=2, tuning=TUNING, compare=True)
+    await world.engine.setup()
+    await world.engine.bulk()
+    (told,) = world.engine.figures().disks
+    assert (told.copied, told.skipped, told.bulk_done) == (2 * SECTOR, 9 * SECTOR, 11 * SECTOR)
+    assert told.copied_dirty == 0
+    assert older.flushed == older.source

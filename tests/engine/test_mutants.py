@@ -240,6 +240,18 @@ def send_all_extents_at_once(patch: Patch) -> None:
     patch.setattr(Batcher, "_has_no_room_for", lambda self, piece: False)
 
 
+def settle_a_compared_range_before_its_copies(patch: Patch) -> None:
+    """The cursor passes over a range once it is compared; what differs in it is copied after that."""
+    bring = BulkPass._bring
+
+    async def settle_first(self: BulkPass, device: Device, extent: Extent) -> None:
+        if self._comparer is not None:
+            device.compared(extent, 0)
+        await bring(self, device, extent)
+
+    patch.setattr(BulkPass, "_bring", settle_first)
+
+
 MUTANTS: Sequence[Callable[[Patch], None]] = (
     clear_bits_after_the_read,
     skip_zeroed_ranges_in_dirty_rounds,
@@ -259,6 +271,7 @@ MUTANTS: Sequence[Callable[[Patch], None]] = (
     take_unflushed_bulk_for_done,
     stop_recording_at_the_last_round,
     send_all_extents_at_once,
+    settle_a_compared_range_before_its_copies,
 )
 
 
