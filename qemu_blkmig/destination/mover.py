@@ -1,4 +1,7 @@
-"""One disk on its way: copies ranges from the source's export into the writer."""
+"""One disk on its way: copies ranges from the source's export into the writer.
+
+Where there is a hash table, digests are taken of what was read, from the very buffer that is written.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_blkmig import errors
+from qemu_blkmig.destination.hashtable import HashTable
+from qemu_blkmig.destination.readback import ReadBack, Verified
 from qemu_blkmig.destination.writers import Writer
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.binding import libnbd
@@ -18,6 +23,7 @@ from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
 from qemu_blkmig.nbd.pump import Lease, Limits, Pump
 from qemu_blkmig.nbd.throttle import Throttle
 
+_ZERO_UNIT_OF_MIXED = 4096
 _TOUCH_UNIT = 4 << 20
 _LOOK_AT_DIRTY_FROM = 1 << 20
 """Shorter dirty extents are read without asking for their block status first: a round trip costs more."""
@@ -40,20 +46,33 @@ class DiskMover:
     """Blocking: every method belongs in a worker thread, one at a time."""
 
     def __init__(
-        self, disk: str, size: int, settings: Settings, writer: Writer, throttle: Throttle, *, reads_as_zero: bool
+        self,
+        disk: str,
+        size: int,
+        settings: Settings,
+        writer: Writer,
+        throttle: Throttle,
+        *,
+        reads_as_zero: bool,
+        table: HashTable | None = None,
     ) -> None:
         """Connect to the source.
 
-        Raises `ConnectionLost` when it cannot be reached, `Refused` when its size or what it tells does not fit.
+        With a `table`, extents must be whole units of it. Raises `ConnectionLost` when it cannot be reached, `Refused`
+        when its size or what it tells does not fit.
         """
         self._disk = disk
         self._size = size
         self._writer = writer
         self._settings = settings
         self._untouched = bytearray(b"\1" * -(-size // _TOUCH_UNIT)) if reads_as_zero else bytearray()
+        self._table = table
+        self._unit = 1 if table is None else table.unit
+        self._unflushed = False
+        self._lost: errors.DestinationWriteError | None = None
         self._sources = _connect_all(disk, size, settings)
         limits = Limits(settings.requests, settings.request_size)
-        self._pump = Pump(disk, self._sources, limits, throttle)
+        self._pump = Pump(disk, self._sources, limits, throttle, unit=self._unit)
 
     def copy(self, extents: Sequence[Extent], control: Control, *, bulk: bool) -> float:
         """Copy the extents and tell the seconds it took; the figures are in `control.tally`.
@@ -65,10 +84,11 @@ class DiskMover:
         began = time.monotonic()
         classify = _classifier(self._settings.private_layers) if bulk else _zero_or_data
         look_from = 0 if bulk else _LOOK_AT_DIRTY_FROM
-        plan = Plan(self._sources[0], extents, classify, look_from=look_from, disk=self._disk)
+        plan = Plan(self._sources[0], extents, classify, look_from=look_from, disk=self._disk, unit=self._unit)
         is_zero_already = self._is_zero_already(extents, bulk=bulk)
-        sink = _CopySink(self._disk, self._writer, self._settings.zero_unit, control, is_zero_already)
+        sink = _CopySink(self._disk, self._writer, self._settings.zero_unit, control, is_zero_already, self._table)
         self._touch(extents)
+        self._unflushed = True
         self._pump.run(plan, sink, control)
         tally = control.tally
         owed = sum(extent.length for extent in extents)
@@ -77,13 +97,40 @@ class DiskMover:
         return time.monotonic() - began
 
     def flush(self) -> None:
-        """Make all that was copied stable. Raises `DestinationWriteError`."""
+        """Make all that was copied stable, and the hash table that tells of it. Raises `DestinationWriteError`."""
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            raise lost
         try:
             self._writer.flush()
+            if self._table is not None:
+                self._table.sync()
         except OSError as error:
             raise write_error(self._disk, None, error.errno or 0, "flushed") from error
         except errors.ConnectionLost as error:
             what = f"the destination cannot be flushed: {error}"
+            raise errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0) from error
+        self._unflushed = False
+
+    def verify(self, most: int, interrupted: Callable[[], bool]) -> Verified:
+        """Read back about `most` bytes of what was written and not read back since, past the page cache where possible.
+
+        Ends early when `interrupted`. Raises `Refused` where nothing is hashed, `DestinationWriteError`.
+        """
+        if self._table is None:
+            raise errors.Refused("nothing was hashed: there is nothing to verify by", disk=self._disk)
+        if self._unflushed:
+            try:
+                self.flush()
+            except errors.DestinationWriteError as error:
+                self._lost = error  # a second flush would succeed, though this one has dropped what it was to keep
+                raise
+        try:
+            return ReadBack(self._writer, self._table).run(most, interrupted)
+        except OSError as error:
+            raise write_error(self._disk, None, error.errno or 0, "read back") from error
+        except errors.ConnectionLost as error:
+            what = f"the destination cannot be read back: {error}"
             raise errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0) from error
 
     def disconnect(self) -> None:
@@ -98,6 +145,9 @@ class DiskMover:
                 what = f"extent {extent.offset}+{extent.length} is out of order or beyond the {self._size} bytes"
                 raise errors.Refused(what, disk=self._disk)
             end = extent.end
+            if extent.offset % self._unit or (end % self._unit and end != self._size):
+                what = f"extent {extent.offset}+{extent.length} does not hold whole units of {self._unit} bytes"
+                raise errors.Refused(what, disk=self._disk)
 
     def _is_zero_already(self, extents: Sequence[Extent], *, bulk: bool) -> Callable[[int, int], bool]:
         """Tells where zeroes need not be written, by what no copy before this one began to write."""
@@ -143,10 +193,16 @@ def zero_runs(view: memoryview, offset: int, unit: int) -> Iterator[tuple[int, i
 
 
 class _CopySink:
-    """Writes what arrives, zeroes found in it as zeroes."""
+    """Writes what arrives, zeroes found in it as zeroes, and notes in `table` what it writes."""
 
     def __init__(
-        self, disk: str, writer: Writer, zero_unit: int, control: Control, is_zero_already: Callable[[int, int], bool]
+        self,
+        disk: str,
+        writer: Writer,
+        zero_unit: int,
+        control: Control,
+        is_zero_already: Callable[[int, int], bool],
+        table: HashTable | None,
     ) -> None:
         self.failure: Exception | None = None
         self.under_way = 0
@@ -155,6 +211,7 @@ class _CopySink:
         self._zero_unit = zero_unit
         self._tally = control.tally
         self._is_zero_already = is_zero_already
+        self._table = table
 
     @property
     def connections(self) -> Sequence[Connection]:
@@ -166,12 +223,16 @@ class _CopySink:
     def pass_over(self, piece: Piece) -> None:
         if piece.action is Action.SKIP:
             self._tally.skipped += piece.length
-        else:
-            self._zero(piece.offset, piece.length, lambda: None)
+            return
+        if not self._is_zero_already(piece.offset, piece.length):
+            self._note_down(lambda table: table.zeroed(piece.offset, piece.length))
+        self._zero(piece.offset, piece.length, lambda: None)
 
     def data(self, lease: Lease) -> None:
         offset = lease.piece.offset
-        runs = list(zero_runs(lease.view, offset, self._zero_unit))
+        self._note_down(lambda table: table.wrote(offset, lease.view))
+        zero_unit = min(self._zero_unit, _ZERO_UNIT_OF_MIXED) if lease.piece.mixed else self._zero_unit
+        runs = list(zero_runs(lease.view, offset, zero_unit))
         left = len(runs)
 
         def run_over() -> None:
@@ -210,6 +271,18 @@ class _CopySink:
 
         self.under_way += 1
         self._writer.write(data, offset, done)
+
+    def _note_down(self, note: Callable[[HashTable], None]) -> None:
+        """Before the bytes go: whatever becomes of them, the table does not vouch for what was there before."""
+        if self._table is None:
+            return
+        try:
+            note(self._table)
+        except OSError as error:
+            what = f"the hashes of what is written cannot be stored: {error.strerror}"
+            number = error.errno or 0
+            lost = errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=number)
+            self.failure = self.failure or lost
 
     def _note(self, error: int, offset: int) -> None:
         if error and self.failure is None:

@@ -79,7 +79,8 @@ class Open(Message, frozen=True, tag="open"):
     `socket`: path of the unix socket that the export is reached by. `private_layers`: with a shared base, how many
     layers of the source's chain are above it; None without one. `requests`: most requests in flight on a connection;
     small ones may be more, their bytes are bounded too. `request_size`: bytes of the largest request. `zero_unit`:
-    data is tested for zeroes in units of this many bytes.
+    data is tested for zeroes in units of this many bytes. `hash`: digests of what is written are kept, for `Verify`;
+    then all extents must be whole units of `hash_unit` bytes, a power of two from 4 KiB to 1 MiB.
     """
 
     disk: str
@@ -90,6 +91,8 @@ class Open(Message, frozen=True, tag="open"):
     request_size: int
     zero_unit: int
     private_layers: int | None = None
+    hash: Algorithm | None = None
+    hash_unit: int = 64 << 10
 
 
 class Copy(Message, frozen=True, tag="copy"):
@@ -154,6 +157,16 @@ class Digests(Message, frozen=True, tag="digests"):
     algorithm: Algorithm
 
 
+class Verify(Message, frozen=True, tag="verify"):
+    """Read back about `limit` bytes of what was written to `disk` and not read back since.
+
+    It is flushed first, and read past the page cache where possible. Ends early when a copy of the disk waits.
+    """
+
+    disk: str
+    limit: int
+
+
 class Bye(Message, frozen=True, tag="bye"):
     """All is well; leave what is there and exit."""
 
@@ -167,7 +180,20 @@ class Created(Message, frozen=True):
 
 
 Operation = (
-    Hello | Inspect | Prepare | Open | Copy | Flush | Bandwidth | Cancel | Close | Discard | Mark | Digests | Bye
+    Hello
+    | Inspect
+    | Prepare
+    | Open
+    | Copy
+    | Flush
+    | Bandwidth
+    | Cancel
+    | Close
+    | Discard
+    | Mark
+    | Digests
+    | Verify
+    | Bye
 )
 
 
@@ -208,6 +234,18 @@ class CopyReply(Message, frozen=True, tag="copy"):
     zeroed: int
     skipped: int
     seconds: float
+
+
+class VerifyReply(Message, frozen=True, tag="verify"):
+    """`checked`: bytes read back now. `left`: bytes that have not been read back as they were written.
+
+    `differ`: extents of what was checked that are not as they were written, about a thousand at most. Each is told
+    once: it counts as left, and is to be copied again before it is read back again.
+    """
+
+    checked: int
+    left: int
+    differ: list[tuple[int, int]]
 
 
 class CloseReply(Message, frozen=True, tag="close"):
@@ -254,7 +292,16 @@ class Failure(Message, frozen=True, tag="failure"):
 
 
 Outcome = (
-    HelloReply | InspectReply | PrepareReply | CopyReply | CloseReply | DiscardReply | DigestsReply | Done | Failure
+    HelloReply
+    | InspectReply
+    | PrepareReply
+    | CopyReply
+    | CloseReply
+    | DiscardReply
+    | DigestsReply
+    | VerifyReply
+    | Done
+    | Failure
 )
 
 

@@ -15,6 +15,7 @@ import qemu_blkmig
 from qemu_blkmig import errors
 from qemu_blkmig.destination import images, protocol, qemu_nbd
 from qemu_blkmig.destination.digests import digests
+from qemu_blkmig.destination.hashtable import HashTable, table_path
 from qemu_blkmig.destination.mover import DiskMover, Settings, write_error
 from qemu_blkmig.destination.writers import NbdWriter, RawWriter, Writer
 from qemu_blkmig.engine.extents import Extent
@@ -23,6 +24,8 @@ from qemu_blkmig.nbd.throttle import Throttle
 
 _PROGRESS_SECONDS = 0.2
 _TEARDOWN_SECONDS = 20.0
+_MOST_READ_BACK = 1 << 30
+_HASH_UNITS = range(4 << 10, (1 << 20) + 1)
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -32,7 +35,10 @@ Tell = Callable[[protocol.Progress], Awaitable[None]]
 
 @dataclass
 class _Disk:
-    """A prepared disk. `thread` does all that blocks for it, one thing at a time. `touched`: it may be written to."""
+    """A prepared disk. `thread` does all that blocks for it, one thing at a time. `touched`: it may be written to.
+
+    `urgent`: requests that wait for what is read back to end.
+    """
 
     prepared: images.Prepared
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
@@ -40,12 +46,27 @@ class _Disk:
     server: qemu_nbd.QemuNbd | None = None
     writer: Writer | None = None
     mover: DiskMover | None = None
+    table: HashTable | None = None
+    urgent: int = 0
     control: Control | None = None
     touched: bool = False
 
     @property
     def name(self) -> str:
         return self.prepared.image.disk
+
+    @contextlib.asynccontextmanager
+    async def urgently(self) -> AsyncIterator[None]:
+        """Take the turn; what reads back makes room."""
+        self.urgent += 1
+        try:
+            await self.turn.acquire()
+        finally:
+            self.urgent -= 1
+        try:
+            yield
+        finally:
+            self.turn.release()
 
     async def run(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
@@ -119,6 +140,8 @@ class Service:
                 return await self._move(op)
             case protocol.Digests():
                 return await self._digest(op)
+            case protocol.Verify():
+                return await self._verify(op)
             case protocol.Flush():
                 return await self._flush(op)
             case protocol.Cancel():
@@ -156,6 +179,7 @@ class Service:
             disk.touched = True
             disk.writer = disk.writer or await self._start_writer(disk, settings.connections)
             writer, image = disk.writer, disk.prepared.image
+            disk.table = disk.table or await disk.run(lambda: _table(op, image))
             disk.mover = await disk.run(
                 lambda: DiskMover(
                     op.disk,
@@ -164,6 +188,7 @@ class Service:
                     writer,
                     self._throttle,
                     reads_as_zero=disk.prepared.reads_as_zero,
+                    table=disk.table,
                 )
             )
         return protocol.Done()
@@ -176,12 +201,12 @@ class Service:
             disk.server = await qemu_nbd.start(image.path, image.format, connections)
         except errors.DestinationFailed as error:
             raise errors.DestinationWriteError(error.what, disk=disk.name, offset=None, errno=0) from error
-        return NbdWriter(disk.server.connections)
+        return NbdWriter(disk.server.connections, disk.prepared.descriptor)
 
     async def _move(self, op: protocol.Copy) -> protocol.CopyReply:
         disk, mover = self._opened(op.disk)
         with disk.cancellable() as control:
-            async with disk.turn, _reporting(op.disk, control.tally, self._tell):
+            async with disk.urgently(), _reporting(op.disk, control.tally, self._tell):
                 extents = _extents(op)
                 seconds = await disk.run(lambda: mover.copy(extents, control, bulk=op.kind == "bulk"))
                 tally = control.tally
@@ -195,9 +220,18 @@ class Service:
 
     async def _flush(self, op: protocol.Flush) -> protocol.Done:
         disk, mover = self._opened(op.disk)
-        async with disk.turn:
+        async with disk.urgently():
             await disk.run(mover.flush)
         return protocol.Done()
+
+    async def _verify(self, op: protocol.Verify) -> protocol.VerifyReply:
+        disk, mover = self._opened(op.disk)
+        if not 0 < op.limit <= _MOST_READ_BACK:
+            raise errors.Refused(f"{op.limit} bytes cannot be read back at once", disk=op.disk)
+        async with disk.turn:
+            found = await disk.run(lambda: mover.verify(op.limit, lambda: self._ended or disk.urgent > 0))
+        differ = [(extent.offset, extent.length) for extent in found.differ]
+        return protocol.VerifyReply(found.checked, found.left, differ)
 
     def _cancel(self, op: protocol.Cancel) -> protocol.Done:
         for disk in self._disks.values() if op.disk is None else [self._disk(op.disk)]:
@@ -216,6 +250,8 @@ class Service:
             except OSError as error:
                 raise write_error(disk.name, None, error.errno or 0, "closed") from error
             os.close(descriptor)
+            if disk.table is not None:
+                await disk.run(disk.table.remove)
         disk.thread.shutdown(wait=False)
         del self._disks[op.disk]
         return protocol.CloseReply(allocated)
@@ -247,6 +283,9 @@ class Service:
                 connection.close()
             with contextlib.suppress(errors.DestinationFailed):
                 await disk.server.stop()
+        if disk.table is not None:
+            with contextlib.suppress(OSError):
+                disk.table.remove()
         if remove:
             images.give_up(disk.prepared, untouched=not disk.touched)
 
@@ -298,6 +337,18 @@ def _settings(op: protocol.Open) -> Settings:
             disk=op.disk,
         )
     return Settings(op.socket, op.export, op.connections, op.requests, op.request_size, op.zero_unit, op.private_layers)
+
+
+def _table(op: protocol.Open, image: protocol.Image) -> HashTable | None:
+    if op.hash is None:
+        return None
+    if op.hash_unit not in _HASH_UNITS or op.hash_unit & (op.hash_unit - 1):
+        raise errors.Refused(f"a hash unit of {op.hash_unit} bytes: out of bounds", disk=op.disk)
+    try:
+        return HashTable(table_path(image.path), image.size, op.hash_unit, op.hash)
+    except OSError as error:
+        what = f"the hashes of what is written cannot be stored beside {image.path}: {error.strerror}"
+        raise errors.DestinationWriteError(what, disk=op.disk, offset=None, errno=error.errno or 0) from error
 
 
 def _extents(op: protocol.Copy) -> list[Extent]:

@@ -49,6 +49,9 @@ class Writer(Protocol):
     def read(self, into: memoryview, offset: int) -> None:
         """Read what the image holds. Blocks. Raises `OSError` or `ConnectionLost`."""
 
+    def expect_reads(self, extents: Sequence[Extent]) -> None:
+        """The extents, stable by now, will be read: from where they are stored, as far as that can be brought about."""
+
     def zeroes(self, offset: int, length: int) -> Iterator[Extent]:
         """Ranges within the range that are known to read as zeroes, ascending. Blocks."""
 
@@ -93,6 +96,12 @@ class RawWriter:
             if not count:
                 raise OSError(errno.EIO, f"the image ends at {offset}")
             into, offset = into[count:], offset + count
+
+    def expect_reads(self, extents: Sequence[Extent]) -> None:
+        """Drop the extents from the page cache, which holds what was written, then have them read ahead."""
+        for advice in (os.POSIX_FADV_DONTNEED, os.POSIX_FADV_WILLNEED):
+            for extent in extents:
+                os.posix_fadvise(self._descriptor, extent.offset, extent.length, advice)
 
     def zeroes(self, offset: int, length: int) -> Iterator[Extent]:
         """The holes of a regular file; see `Writer`."""
@@ -143,10 +152,14 @@ class RawWriter:
 
 
 class NbdWriter(NbdReader):
-    """Writes through NBD connections to a server of our own that alone has the image open."""
+    """Writes through NBD connections to a server of our own that alone has the image open.
 
-    def __init__(self, connections: Sequence[Connection]) -> None:
+    `descriptor` is of the image's file; it stays the caller's.
+    """
+
+    def __init__(self, connections: Sequence[Connection], descriptor: int) -> None:
         super().__init__(connections)
+        self._descriptor = descriptor
         self._next = 0
         self._completed: list[tuple[Done, int]] = []
         self._limit = min(connection.request_limit for connection in connections)
@@ -180,6 +193,10 @@ class NbdWriter(NbdReader):
         for connection in self.connections:
             if error := connection.flush():
                 raise OSError(error, os.strerror(error))
+
+    def expect_reads(self, extents: Sequence[Extent]) -> None:
+        """Drop the image's file from the page cache: where in it the extents lie is the server's affair."""
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _turn(self) -> Connection:
         connection = self.connections[self._next]

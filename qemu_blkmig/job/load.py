@@ -294,7 +294,7 @@ class _Load:
             grow = None if target.size_known else grower(prepared.descriptor)
         else:
             target.server = await qemu_nbd.start(image.path, image.format, CONNECTIONS)
-            writer = NbdWriter(target.server.connections)
+            writer = NbdWriter(target.server.connections, prepared.descriptor)
         target.landing = Landing(target.name, image.size, writer, grow, prepared.reads_as_zero)
         return target.landing
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qemu_blkmig import errors
@@ -29,11 +29,15 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`length` bytes from `offset` that share a fate."""
+    """`length` bytes from `offset` that share a fate.
+
+    `mixed`: units that are to be read whole though parts of them need not be: they may hold zeroes.
+    """
 
     offset: int
     length: int
     action: Action
+    mixed: bool = False
 
     @property
     def end(self) -> int:
@@ -48,18 +52,24 @@ Classify = Callable[[bool, int | None], Action]
 class Plan:
     """The pieces of `ranges` in order; ranges shorter than `look_from` are data without a lookup.
 
+    Pieces are whole units of `unit` bytes, as the ranges are (but where a range ends with the disk): a unit of which
+    parts have different fates is data.
+
     Lookups are asynchronous: `look_ahead` starts one, `take` gives what is known. Both belong in a poll loop that
     drives `connection`.
     """
 
     def __init__(
-        self, connection: Connection, ranges: Sequence[Extent], classify: Classify, *, look_from: int, disk: str
-    ) -> None:
+        self, connection: Connection, ranges: Sequence[Extent], classify: Classify, *, look_from: int, disk: str,
+        unit: int = 1,
+    ) -> None:  # fmt: skip
         self._connection = connection
         self._unknown = deque(ranges)
         self._classify = classify
         self._look_from = look_from if ALLOCATION in connection.contexts or DEPTH in connection.contexts else 1 << 63
         self._disk = disk
+        self._unit = unit
+        self._begun: Piece | None = None
         self._known: deque[Piece] = deque()
         self._asked: Extent | None = None
         self._answers: list[tuple[Any, int]] = []
@@ -89,12 +99,12 @@ class Plan:
         if not self._known:
             return None
         piece = self._known.popleft()
-        while self._known and self._known[0].action is piece.action and self._known[0].offset == piece.end:
-            piece = Piece(piece.offset, piece.length + self._known.popleft().length, piece.action)
+        while self._known and _continues(piece, self._known[0]):
+            piece = replace(piece, length=piece.length + self._known.popleft().length)
         limit = most(piece)
         if piece.length > limit:
-            self._known.appendleft(Piece(piece.offset + limit, piece.length - limit, piece.action))
-            piece = Piece(piece.offset, limit, piece.action)
+            self._known.appendleft(replace(piece, offset=piece.offset + limit, length=piece.length - limit))
+            piece = replace(piece, length=limit)
         return piece
 
     def put_back(self, piece: Piece) -> None:
@@ -121,7 +131,7 @@ class Plan:
         if not error:
             for length, flags in _merged(answer, asked.length, self._connection.contexts):
                 action = self._classify(*flags)
-                self._known.append(Piece(covered, length, action))
+                self._learn(covered, length, action, asked.end)
                 covered += length
         if covered == asked.offset:
             what = f"the source gives no block status at offset {covered} (errno {error})"
@@ -129,6 +139,31 @@ class Plan:
         self._asked = None
         if covered < asked.end:
             self._unknown.appendleft(Extent(covered, asked.end - covered))
+
+    def _learn(self, offset: int, length: int, action: Action, end: int) -> None:
+        """Round a run out to units; `end` is where the last unit of its range ends."""
+        if self._begun is not None:
+            begun = self._begun
+            taken = min(length, min(begun.offset // self._unit * self._unit + self._unit, end) - begun.end)
+            self._begun = Piece(
+                begun.offset,
+                begun.length + taken,
+                begun.action if action is begun.action else Action.DATA,
+                begun.mixed or action is not begun.action,
+            )
+            offset, length = offset + taken, length - taken
+            if self._begun.end % self._unit == 0 or self._begun.end == end:
+                self._known.append(self._begun)
+                self._begun = None
+        whole = length if offset + length == end else length // self._unit * self._unit
+        if whole:
+            self._known.append(Piece(offset, whole, action))
+        if length > whole:
+            self._begun = Piece(offset + whole, length - whole, action)
+
+
+def _continues(piece: Piece, other: Piece) -> bool:
+    return other.action is piece.action and other.mixed is piece.mixed and other.offset == piece.end
 
 
 def _merged(

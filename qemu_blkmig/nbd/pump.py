@@ -79,10 +79,17 @@ class Limits:
 class Pump:
     """The source side of one disk, for one copy after the other."""
 
-    def __init__(self, disk: str, connections: Sequence[Connection], limits: Limits, throttle: Throttle) -> None:
+    def __init__(self, disk: str, connections: Sequence[Connection], limits: Limits, throttle: Throttle,
+        *, unit: int = 1,
+    ) -> None:  # fmt: skip
+        """Data is read in pieces of whole units of `unit` bytes. Raises `Refused` where a request is too small."""
         self._disk = disk
         self._connections = list(connections)
         self._request_size = min([limits.request_size, *(each.request_limit for each in connections)])
+        self._unit = unit
+        if self._request_size % unit:
+            what = f"a request of {self._request_size} bytes does not hold whole units of {unit} bytes"
+            raise errors.Refused(what, disk=disk)
         self._throttle = throttle
         self._large = [bytearray(self._request_size) for _ in range(limits.requests * len(connections))]
         self._small = [bytearray(SMALL) for _ in range(SMALL_REQUESTS * len(connections))]
@@ -143,7 +150,10 @@ class Pump:
     def _cut(self, piece: Piece) -> int:
         if piece.action is Action.SKIP:
             return piece.length
-        size = ZERO_PIECE if piece.action is Action.ZERO else self._throttle.largest_request(self._request_size)
+        if piece.action is Action.ZERO:
+            return ZERO_PIECE - piece.offset % ZERO_PIECE
+        wish = self._throttle.largest_request(self._request_size)
+        size = max(self._unit, wish // self._unit * self._unit)
         return size - piece.offset % size
 
     def _begin(self, piece: Piece) -> bool:

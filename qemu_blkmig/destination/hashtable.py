@@ -1,0 +1,247 @@
+"""What was written to an image, unit by unit: a digest of each, and whether it has been read back.
+
+A sparse file, read and written by position, so that memory stays flat whatever the disk's size: a header, then a byte
+of state for each unit, then a digest for each. Where nothing was written the file has holes. Units of zeroes have no
+digest: their state says it.
+
+Until `keep` the file has no name, so that nothing is left of it however the agent ends; from then on it lies beside
+the image, for an agent that takes the work up again. That agent trusts nothing to be as it was: every unit is to be
+read back anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.hashing import SIZES, Algorithm, hash_function
+from qemu_blkmig.places import state_directory
+
+_MAGIC = b"blkmig hashes 1\n"
+_HEADER = struct.Struct("<16s16sQQ")
+_PAGE = 4096
+_BLOCK = 1 << 16
+"""States that are looked at in one go."""
+
+_NONE, _DATA, _ZERO, _GOOD_DATA, _GOOD_ZERO, _AMISS = range(6)
+_IS_UNREAD = bytes(1 if state in (_DATA, _ZERO) else 0 for state in range(256))
+_IS_UNPROVEN = bytes(1 if state in (_DATA, _ZERO, _AMISS) else 0 for state in range(256))
+_UNPROVE = bytes({_GOOD_DATA: _DATA, _GOOD_ZERO: _ZERO}.get(state, state) for state in range(256))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring units that are to be read back; `digests` of all of them, None where they are zeroes."""
+
+    extent: Extent
+    digests: bytes | None
+
+
+class HashTable:
+    """One disk's table. All offsets and lengths are bytes of the disk, and whole units but for the disk's end.
+
+    Every method raises `OSError` as file operations do.
+    """
+
+    def __init__(self, path: Path, size: int, unit: int, algorithm: Algorithm) -> None:
+        """A new, empty table that `keep` will call `path`. Raises `Refused` where the algorithm is not to be had."""
+        self._lay_out(path, size, unit, algorithm)
+        self._descriptor, self._is_kept = _nameless(path)
+        try:
+            os.ftruncate(self._descriptor, self._entries + self._count * self.digest_size)
+            os.pwrite(self._descriptor, self._header(), 0)
+        except BaseException:
+            self.remove()
+            raise
+
+    @classmethod
+    def reopen(cls, path: Path, size: int, unit: int, algorithm: Algorithm) -> HashTable:
+        """The table that an earlier agent has kept at `path`; every unit in it is to be read back again.
+
+        Raises `Refused` where there is none, or not one for this disk.
+        """
+        table = cls.__new__(cls)
+        table._lay_out(path, size, unit, algorithm)
+        try:
+            table._descriptor, table._is_kept = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), True
+        except OSError as error:
+            raise Refused(f"the hashes of what was written, {path}, cannot be read: {error.strerror}") from error
+        try:
+            if os.pread(table._descriptor, _HEADER.size, 0) != table._header():
+                raise Refused(f"{path} does not hold the hashes of what was written to this disk")
+            for first, states in table._written():
+                os.pwrite(table._descriptor, states.translate(_UNPROVE), _PAGE + first)
+                table._unproven += len(states) - states.count(_NONE)
+        except BaseException:
+            table.close()
+            raise
+        return table
+
+    def _lay_out(self, path: Path, size: int, unit: int, algorithm: Algorithm) -> None:
+        self.digest = hash_function(algorithm)
+        self.digest_size = SIZES[algorithm]
+        self.unit = unit
+        self._algorithm = algorithm
+        self._path = path
+        self._size = size
+        self._count = -(-size // unit)
+        self._entries = _PAGE + -(-self._count // _PAGE) * _PAGE
+        self._unproven = 0
+        self._next = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that were written and have not been read back as they were written; the last unit counts as whole."""
+        return self._unproven * self.unit
+
+    def wrote(self, offset: int, data: memoryview) -> None:
+        """`data` is what is being written at `offset`."""
+        digest, unit = self.digest, self.unit
+        digests = b"".join([digest(data[start : start + unit]) for start in range(0, len(data), unit)])
+        first = offset // unit
+        self._write_all(digests, self._entries + first * self.digest_size)
+        self._set(first, len(digests) // self.digest_size, _DATA)
+
+    def zeroed(self, offset: int, length: int) -> None:
+        """The range is being made zero."""
+        self._set(offset // self.unit, -(-length // self.unit), _ZERO)
+
+    def unread(self, most: int) -> Iterator[Run]:
+        """Runs to be read back, of `most` bytes (units or more) at most each, once around from the last one given.
+
+        What a caller does not go on to is left for the next iteration.
+        """
+        start = self._next
+        for low, high in ((start, self._count), (0, start)):
+            for first, kind, count in self._runs(low, high, most // self.unit):
+                self._next = first + count
+                extent = self._extent(first, count)
+                yield Run(extent, self._digests(first, count) if kind == _DATA else None)
+            self._next = 0
+
+    def good(self, extent: Extent) -> None:
+        """The extent, of one `Run`, was read back as it was written, but for what was told to be amiss."""
+        self._judge(extent, {_DATA: _GOOD_DATA, _ZERO: _GOOD_ZERO})
+
+    def amiss(self, extent: Extent) -> None:
+        """The extent, of one `Run`, was read back otherwise: it stays unproven until it is written again."""
+        self._judge(extent, {_DATA: _AMISS, _ZERO: _AMISS})
+
+    def sync(self) -> None:
+        """Make the table stable, if it is to outlive the agent."""
+        if self._is_kept:
+            os.fdatasync(self._descriptor)
+
+    def keep(self) -> None:
+        """From now on the table outlives the agent, until `remove`."""
+        if self._is_kept:
+            return
+        self._path.unlink(missing_ok=True)
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # Only with a directory does Python call linkat, which alone follows the link in /proc (proc(5)).
+            os.link(f"/proc/self/fd/{self._descriptor}", self._path, src_dir_fd=directory)
+            self._is_kept = True
+            os.fsync(self._descriptor)
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def remove(self) -> None:
+        """Close it, and leave nothing of it."""
+        if self._is_kept:
+            self._path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it; what was kept stays."""
+        os.close(self._descriptor)
+
+    def _header(self) -> bytes:
+        return _HEADER.pack(_MAGIC, self._algorithm.encode(), self._size, self.unit)
+
+    def _set(self, first: int, count: int, state: int) -> None:
+        for at in range(first, first + count, _BLOCK):
+            length = min(_BLOCK, first + count - at)
+            before = os.pread(self._descriptor, length, _PAGE + at)
+            self._unproven += length - before.translate(_IS_UNPROVEN).count(1)
+            self._write_all(bytes([state]) * length, _PAGE + at)
+
+    def _judge(self, extent: Extent, verdict: dict[int, int]) -> None:
+        first, count = extent.offset // self.unit, -(-extent.length // self.unit)
+        before = os.pread(self._descriptor, count, _PAGE + first)
+        after = before.translate(bytes(verdict.get(state, state) for state in range(256)))
+        self._unproven += after.translate(_IS_UNPROVEN).count(1) - before.translate(_IS_UNPROVEN).count(1)
+        self._write_all(after, _PAGE + first)
+
+    def _runs(self, low: int, high: int, most: int) -> Iterator[tuple[int, int, int]]:
+        """(first unit, state, count) of units to be read back."""
+        for first, states in self._written(low, high):
+            unread = states.translate(_IS_UNREAD)
+            at = unread.find(1)
+            while at >= 0:
+                end = unread.find(0, at)
+                end = min(at + most, end if end >= 0 else len(states))
+                kind = states[at]
+                other = states.find(_ZERO if kind == _DATA else _DATA, at, end)
+                end = other if other >= 0 else end
+                yield first + at, kind, end - at
+                at = unread.find(1, end)
+
+    def _written(self, low: int = 0, high: int | None = None) -> Iterator[tuple[int, bytes]]:
+        """(first unit, states) of blocks that may tell of something written."""
+        high = self._count if high is None else high
+        while low < high:
+            try:
+                low = max(low, os.lseek(self._descriptor, _PAGE + low, os.SEEK_DATA) - _PAGE)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return
+            if low < high:
+                states = os.pread(self._descriptor, min(_BLOCK, high - low), _PAGE + low)
+                yield low, states
+                low += len(states)
+
+    def _digests(self, first: int, count: int) -> bytes:
+        return os.pread(self._descriptor, count * self.digest_size, self._entries + first * self.digest_size)
+
+    def _extent(self, first: int, count: int) -> Extent:
+        offset = first * self.unit
+        return Extent(offset, min(self._size, offset + count * self.unit) - offset)
+
+    def _write_all(self, data: bytes, at: int) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptor, view, at)
+            view, at = view[written:], at + written
+
+
+def table_path(image: str) -> Path:
+    """Where the table of an image lies while it is kept; that of a block device lies in the state directory."""
+    path = Path(image)
+    if not path.is_block_device():
+        return path.with_name(f".{path.name}.blkmig-hashes")
+    state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    return state_directory() / f"{quote(image, safe='')}.blkmig-hashes"
+
+
+def _nameless(path: Path) -> tuple[int, bool]:
+    """A new file in the directory of `path`: its descriptor, and whether it has the name already.
+
+    It has where the file system knows no files without a name (NFS, for one).
+    """
+    try:
+        return os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+            raise
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), True

@@ -1,0 +1,97 @@
+"""Reads back what was written, and holds it against the hashes of what had been read from the source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from qemu_blkmig.destination.hashtable import HashTable, Run
+from qemu_blkmig.destination.writers import Writer
+from qemu_blkmig.engine.extents import Extent, union
+
+MOST_DIFFER = 1024
+"""Extents that are told to differ at once."""
+_AT_ONCE = 4 << 20
+"""Bytes that are read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """`checked`: bytes read back now. `left`: bytes still to be read back, or to be copied again before.
+
+    `differ`: of what was checked, what is not as it was written; at most about `MOST_DIFFER` extents.
+    """
+
+    checked: int
+    left: int
+    differ: list[Extent]
+
+
+class ReadBack:
+    """One go at what a table says was written through `writer`. Raises `OSError`, `ConnectionLost`."""
+
+    def __init__(self, writer: Writer, table: HashTable) -> None:
+        self._writer = writer
+        self._table = table
+        self._buffer = memoryview(bytearray(_AT_ONCE))
+        self._zeroes = bytes(table.unit)
+
+    def run(self, most: int, interrupted: Callable[[], bool]) -> Verified:
+        """Read back about `most` bytes, at least some; fewer once `interrupted`, or when too much differs."""
+        runs = self._gather(most)
+        self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
+        checked = 0
+        differ: list[Extent] = []
+        for run in runs:
+            bad = union(self._bad_units(run), ())
+            for extent in bad:
+                self._table.amiss(extent)
+            self._table.good(run.extent)
+            differ += bad
+            checked += run.extent.length
+            if interrupted() or len(differ) >= MOST_DIFFER:
+                break
+        return Verified(checked, self._table.left, differ)
+
+    def _gather(self, most: int) -> list[Run]:
+        runs, gathered = [], 0
+        for run in self._table.unread(_AT_ONCE):
+            runs.append(run)
+            gathered += run.extent.length
+            if gathered >= most:
+                break
+        return runs
+
+    def _bad_units(self, run: Run) -> Iterator[Extent]:
+        if run.digests is None:
+            return self._nonzero_units(run.extent)
+        return self._changed_units(run.extent, run.digests)
+
+    def _changed_units(self, extent: Extent, digests: bytes) -> Iterator[Extent]:
+        digest, size = self._table.digest, self._table.digest_size
+        for number, (at, unit) in enumerate(self._units(extent)):
+            if digest(unit) != digests[number * size : (number + 1) * size]:
+                yield Extent(at, len(unit))
+
+    def _nonzero_units(self, extent: Extent) -> Iterator[Extent]:
+        """Where the image itself knows of no zeroes, by a hole say, it is read."""
+        unit, known, done = self._table.unit, extent.offset, extent.offset
+        for hole in (*self._writer.zeroes(extent.offset, extent.length), Extent(extent.end, 0)):
+            if hole.offset > known:
+                start, end = known // unit * unit, min(extent.end, -(-hole.offset // unit) * unit)
+                yield from self._unlike_zeroes(max(done, start), end)
+                done = end
+            known = hole.end
+
+    def _unlike_zeroes(self, start: int, end: int) -> Iterator[Extent]:
+        for at in range(start, end, _AT_ONCE):
+            for place, unit in self._units(Extent(at, min(_AT_ONCE, end - at))):
+                if bytes(unit) != self._zeroes[: len(unit)]:
+                    yield Extent(place, len(unit))
+
+    def _units(self, extent: Extent) -> Iterator[tuple[int, memoryview]]:
+        """(offset, bytes) of the units of an extent of at most `_AT_ONCE` bytes."""
+        view = self._buffer[: extent.length]
+        self._writer.read(view, extent.offset)
+        for start in range(0, extent.length, self._table.unit):
+            yield extent.offset + start, view[start : start + self._table.unit]

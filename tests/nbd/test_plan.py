@@ -1,0 +1,69 @@
+"""Pieces in whole units: a unit of which parts have different fates is read whole."""
+
+from __future__ import annotations
+
+from itertools import groupby, pairwise
+from typing import cast
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.nbd.connection import Connection, Entries
+from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
+
+ZERO = 2
+
+
+class FakeConnection:
+    """Answers what a map of bytes to fates says: at most `most` entries, cut at `reach` bytes."""
+
+    contexts = frozenset((ALLOCATION, DEPTH))
+
+    def __init__(self, fates: str, most: int, reach: int) -> None:
+        self._fates = fates
+        self._most = most
+        self._reach = reach
+
+    def status(self, offset: int, length: int, completed: list[tuple[dict[str, Entries], int]]) -> None:
+        """See `Connection`."""
+        told = self._fates[offset : offset + min(length, self._reach)]
+        runs = [(fate, len(list(group))) for fate, group in groupby(told)][: self._most]
+        allocation = [(count, ZERO if fate == "z" else 0) for fate, count in runs]
+        depth = [(count, 2 if fate == "s" else 1) for fate, count in runs]
+        completed.append(({ALLOCATION: allocation, DEPTH: depth}, 0))
+
+
+def classify(zero: bool, depth: int | None) -> Action:
+    """As a mover does whose image has one private layer."""
+    return Action.SKIP if depth == 2 else Action.ZERO if zero else Action.DATA
+
+
+@given(
+    fates=st.lists(st.tuples(st.sampled_from("dzs"), st.integers(1, 9)), min_size=1, max_size=12),
+    unit=st.sampled_from((1, 2, 4, 8)),
+    most=st.integers(1, 3),
+    reach=st.integers(1, 20),
+    cut=st.sampled_from((8, 16)),
+    start=st.integers(0, 3),
+)
+def test_every_unit_has_one_fate_that_of_its_bytes_or_is_data_and_mixed(
+    fates: list[tuple[str, int]], unit: int, most: int, reach: int, cut: int, start: int
+) -> None:
+    fate = "".join(kind * count for kind, count in fates)
+    start = min(start * unit, (len(fate) - 1) // unit * unit)
+    connection = cast("Connection", FakeConnection(fate, most, reach))
+    plan = Plan(connection, [Extent(start, len(fate) - start)], classify, look_from=0, disk="d", unit=unit)
+    pieces: list[Piece] = []
+    while not plan.exhausted:
+        plan.look_ahead()
+        while (piece := plan.take(lambda piece: cut - piece.offset % cut)) is not None:
+            pieces.append(piece)
+    assert pieces[0].offset == start and pieces[-1].end == len(fate)
+    assert all(before.end == after.offset for before, after in pairwise(pieces))
+    for piece in pieces:
+        assert piece.offset % unit == 0 and (piece.end % unit == 0 or piece.end == len(fate))
+        for at in range(piece.offset, piece.end, unit):
+            own = set(fate[at : min(at + unit, piece.end)])
+            expected = {"d": Action.DATA, "z": Action.ZERO, "s": Action.SKIP}[own.pop()] if len(own) == 1 else None
+            assert (piece.action, piece.mixed) == ((expected, False) if expected else (Action.DATA, True))
