@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.device import Device
 from qemu_blkmig.engine.extents import Batcher, Extent
 from qemu_blkmig.engine.ports import Comparer, CopyKind
 
+MOST_UNFLUSHED = 256 << 20
+"""Bytes of the pass that are copied at most before it is flushed, however large the disk is."""
+
 
 class BulkPass:
-    """Copies ranges of `range_size` bytes; no more is known of a disk than where its cursor stands.
+    """Copies ranges of at most `range_size` bytes; no more is known of a disk than where its cursor stands.
 
     With a `comparer` the destination holds an older copy, and just what differs is sent: as DIRTY, because nothing
     may be skipped there and nothing is known to be zero. At most `batch` extents go into one request.
 
     Copied is not yet stable: no bitmap remembers what the pass has written. So a disk's pass is done only once it
-    has been flushed, and what cannot be flushed is copied again.
+    has been flushed, and what cannot be flushed is copied again. It is flushed now and then, too, so that whoever
+    resumes the pass has little to copy again: `on_stable` is told, each time, the disk and how far it is stable.
     """
 
-    def __init__(self, carrier: Carrier, range_size: int, batch: int, comparer: Comparer | None) -> None:
+    def __init__(
+        self,
+        carrier: Carrier,
+        range_size: int,
+        batch: int,
+        interval: Callable[[int], int],
+        on_stable: Callable[[str, int], None],
+        comparer: Comparer | None,
+    ) -> None:
+        """`interval`: for a disk's size, the bytes after which its pass is flushed."""
         self._carrier = carrier
         self._range_size = range_size
         self._batch = batch
+        self._interval = interval
+        self._on_stable = on_stable
         self._comparer = comparer
 
     async def run(self, device: Device) -> None:
         """Copy what the pass has not yet copied of `device`, and flush it; raises what the mover raises."""
+        interval = self._interval(device.size)
+        length = min(self._range_size, interval)
         while device.cursor < device.size:
             try:
-                await self._bring(device, device.next_range(self._range_size))
+                await self._bring(device, device.next_range(length))
             except Exception as error:
                 if not self._carrier.halted:
                     await self._secure_after(error, device)
                 raise
+            if device.cursor - device.stable >= interval:
+                await self._secure(device)
         if not device.bulk_done:
             await self._secure(device)
 
@@ -58,6 +79,7 @@ class BulkPass:
             device.unsecured()
             raise
         device.secured()
+        self._on_stable(device.name, device.stable)
 
     async def _secure_after(self, error: Exception, device: Device) -> None:
         """Learn whether the writer still has what it reported: one that died may have taken unflushed data along."""
@@ -65,3 +87,9 @@ class BulkPass:
             await self._secure(device)
         except Exception as flaw:
             error.add_note(f"the flush failed as well ({flaw!r}): the pass goes on at byte {device.cursor}")
+
+
+def flush_interval(size: int, flushes: int, chunk_size: int) -> int:
+    """Bytes (whole chunks) after which the pass over a disk of `size` bytes is flushed: about `flushes` times."""
+    chunks = min(size // flushes, MOST_UNFLUSHED) // chunk_size
+    return max(1, chunks) * chunk_size

@@ -35,10 +35,10 @@ class Device:
     """The state of one disk.
 
     `cursor`: every byte before it has been reported by the mover in the bulk pass. `stable`: every byte before it
-    has been flushed since. `owed`: bytes harvested and neither retired nor restored. `recorded`: bytes in the
-    recording as last seen. `amiss`: what is to be copied again because it was found wrong at the destination;
-    `mending`: the part of it that the round under way has taken. The rest are counters of bytes, and of the rounds
-    that this disk had a part in.
+    has been flushed since. `resumed`: the part of that which one before us has brought over. `owed`: bytes harvested
+    and neither retired nor restored. `recorded`: bytes in the recording as last seen. `amiss`: what is to be copied
+    again because it was found wrong at the destination; `mending`: the part of it that the round under way has taken.
+    The rest are counters of bytes, and of the rounds that this disk had a part in.
     """
 
     def __init__(self, spec: DiskSpec) -> None:
@@ -47,6 +47,7 @@ class Device:
         self.unit = spec.unit
         self.cursor = 0
         self.stable = 0
+        self.resumed = 0
         self.owed = 0
         self.recorded = 0
         self.amiss: Sequence[Extent] = ()
@@ -71,6 +72,16 @@ class Device:
     def dirty(self) -> int:
         """Bytes owed beyond the bulk pass."""
         return self.owed + sum(extent.length for extent in self.mending) + self.to_harvest
+
+    def checked_start(self, stable: int) -> int:
+        """`stable`. Raises ValueError where a bulk pass cannot be taken up."""
+        if not 0 <= stable <= self.size or stable % SECTOR:
+            raise ValueError(f"disk {self.name}: {stable} of {self.size} bytes cannot be stable")
+        return stable
+
+    def resume(self, stable: int) -> None:
+        """Take the bulk pass up, of which `stable` bytes are known to be flushed."""
+        self.cursor = self.stable = self.resumed = stable
 
     def next_range(self, length: int) -> Extent:
         """The range that the bulk pass has to copy next, of at most `length` bytes."""

@@ -57,6 +57,13 @@ class DirtyRounds:
             raise
         self._looked_at = self._clock.now()
 
+    async def reattach(self) -> None:
+        """Go on with the recording of one who is gone. Whatever it raises, that recording goes on."""
+        attached = await outlast(self._log.reattach())
+        attached.result()
+        attached.raise_cancellation()
+        self._looked_at = self._clock.now()
+
     async def look(self) -> None:
         """Ask the log what is dirty now; may be called while a round is under way. Raises what the log raises."""
         rounds = self.begun

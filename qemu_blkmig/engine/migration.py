@@ -1,7 +1,7 @@
 """The state machine over the phases of a block migration; what the coordinator calls.
 
     CREATED --setup--> RECORDING --bulk--> BULK --its end--> DIRTY <--round--+
-                                                               |             |
+       +----resume--------^                                    |             |
                                                                +--complete--> COMPLETING --> COMPLETED --finish-->
                                                                  <--error--      <--round, if the handover failed--
                                                                                  <--owe, if something is amiss-----
@@ -15,11 +15,11 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from qemu_blkmig.engine.bulk import BulkPass
+from qemu_blkmig.engine.bulk import BulkPass, flush_interval
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.completion import Completion
 from qemu_blkmig.engine.convergence import Pace, Policy, Verdict
@@ -39,6 +39,7 @@ PAUSE_IN_STEP = 0.05
 @dataclass(frozen=True)
 class Tuning:
     """`chunk_size`, `range_size`: bytes; `range_size` is what one copy request holds at most. `batch`: its extents.
+    `flushes`: how often the bulk pass over a disk is flushed, about; oftener on a very large one.
 
     Raises ValueError when a size is not positive, or not a multiple of the unit below it (512 bytes, a chunk).
     """
@@ -46,14 +47,15 @@ class Tuning:
     chunk_size: int = 1 << 20
     range_size: int = 128 << 20
     batch: int = 4096
+    flushes: int = 64
 
     def __post_init__(self) -> None:
         if self.chunk_size <= 0 or self.chunk_size % SECTOR:
             raise ValueError(f"chunk size {self.chunk_size} is not a positive multiple of {SECTOR}")
         if self.range_size <= 0 or self.range_size % self.chunk_size:
             raise ValueError(f"range size {self.range_size} is not a positive multiple of {self.chunk_size}")
-        if self.batch <= 0:
-            raise ValueError(f"batch of {self.batch} extents")
+        if self.batch <= 0 or self.flushes <= 0:
+            raise ValueError(f"batch of {self.batch} extents, {self.flushes} flushes")
 
 
 class Phase(enum.Enum):
@@ -75,7 +77,8 @@ class DiskFigures:
 
     `copied`, `zeroed`, `skipped`: in all phases; `copied_dirty`: the part of `copied` that dirty rounds had.
     `bulk_done`: what the bulk pass has settled. `dirty`: what is owed beyond it, harvested, found amiss or, as last
-    seen, recorded. `rounds`: dirty rounds in which something of this disk was brought over.
+    seen, recorded. `rounds`: dirty rounds in which something of this disk was brought over. `resumed`: what had been
+    brought over by the bulk pass before it was resumed, and is not counted again.
     """
 
     name: str
@@ -87,6 +90,7 @@ class DiskFigures:
     bulk_done: int
     dirty: int
     copied_dirty: int
+    resumed: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class BlockMigration:
     `mover` must fail at least one call for a disk whose writer died before it may work on it again with another
     writer: only so does the engine learn that what was not flushed may be lost. `on_change` is called in the event
     loop with every new `Figures`; what it raises is logged. With `compare` the bulk pass sends just what differs.
+    `on_stable` is told, by disk, how many bytes of the bulk pass have been flushed, each time they were.
 
     Raises ValueError when there is no disk, or two of one name.
     """
@@ -132,6 +137,7 @@ class BlockMigration:
         tuning: Tuning = Tuning(),
         on_change: Callable[[Figures], None] | None = None,
         compare: Comparer | None = None,
+        on_stable: Callable[[str, int], None] = lambda _disk, _stable: None,
     ) -> None:
         if not disks or len({disk.name for disk in disks}) < len(disks):
             raise ValueError(f"disks must be there, and differ in name: {[disk.name for disk in disks]}")
@@ -143,7 +149,14 @@ class BlockMigration:
         self._total = sum(disk.size for disk in disks)
         self._pace = Pace()
         self._carrier = Carrier(mover, clock, self._pace, self._publish)
-        self._bulk = BulkPass(self._carrier, tuning.range_size, tuning.batch, compare)
+        self._bulk = BulkPass(
+            self._carrier,
+            tuning.range_size,
+            tuning.batch,
+            lambda size: flush_interval(size, tuning.flushes, tuning.chunk_size),
+            on_stable,
+            compare,
+        )
         self._rounds = DirtyRounds(
             self._devices,
             log,
@@ -167,6 +180,21 @@ class BlockMigration:
         """Start recording what the guest writes. After an error nothing is recorded, and it may be called again."""
         async with self._alone("setup", Phase.CREATED):
             await self._rounds.start()
+            self._recording = True
+            self._enter(Phase.RECORDING)
+
+    async def resume(self, stable: Mapping[str, int]) -> None:
+        """Take up the migration that another engine has begun, and left, in place of `setup`.
+
+        `stable`: by disk, what that one's `on_stable` was told last; a disk that is not in it is copied anew. Raises
+        `Refused` when the recording is not there any more, and then, as after any error, nothing has changed, and it
+        may be called again. Raises ValueError when `stable` does not fit the disks.
+        """
+        async with self._alone("the resumption", Phase.CREATED):
+            starts = [device.checked_start(stable.get(device.name, 0)) for device in self._devices]
+            await self._rounds.reattach()
+            for device, start in zip(self._devices, starts, strict=True):
+                device.resume(start)
             self._recording = True
             self._enter(Phase.RECORDING)
 
@@ -406,4 +434,5 @@ def _draw_disk(device: Device) -> DiskFigures:
         bulk_done=device.cursor,
         dirty=device.dirty,
         copied_dirty=device.copied_dirty,
+        resumed=device.resumed,
     )

@@ -74,6 +74,13 @@ class DirtyLog(Protocol):
     async def start(self) -> None:
         """Start recording, on all disks in the same instant, before the first byte is read."""
 
+    async def reattach(self) -> None:
+        """Go on with a recording that was started, for the same disks, by one who is gone.
+
+        Rounds that it had harvested and not retired are recorded again. Raises `Refused` where some disk's recording
+        is not there, or not known to have been there all the time; may be called again after any error.
+        """
+
     async def pending(self) -> Mapping[str, int]:
         """Bytes recorded and not yet harvested, by disk; every disk is listed."""
 
@@ -81,8 +88,8 @@ class DirtyLog(Protocol):
         """Take all that is recorded, on all disks in the same instant, and go on recording from empty.
 
         Raises `TopologyChanged` when the disks are no longer those that recording started on. Whatever it raises, it
-        has taken nothing. The engine lets it run to its end even when cancelled, as it does `start`, `stop`, `retire`
-        and `restore`.
+        has taken nothing. The engine lets it run to its end even when cancelled, as it does `start`, `reattach`,
+        `stop`, `retire` and `restore`.
         """
 
     async def verify_topology(self) -> None:

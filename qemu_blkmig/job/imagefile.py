@@ -81,6 +81,10 @@ class ImageSource:
     async def start(self) -> None:
         """Nothing to record."""
 
+    async def reattach(self) -> None:
+        """Nothing was recorded, and nothing could be missed only while we were there. Raises `Refused`."""
+        raise Refused("nobody has watched this image file meanwhile: its copy cannot be resumed")
+
     async def pending(self) -> Mapping[str, int]:
         """Nothing, ever."""
         return {self.disk.name: 0}

@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import Any
 
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.errors import ConnectionLost, RequestError, TopologyChanged
+from qemu_blkmig.errors import ConnectionLost, Refused, RequestError, TopologyChanged
 from qemu_blkmig.nbd.dirty import dirty_extents
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.exports import ExportServer
@@ -67,6 +67,26 @@ class BitmapLog:
             name = self._next_name()
             await self._transaction(self._add(name))
             self._recording = name
+
+    async def reattach(self) -> None:
+        """Go on with what a coordinator that is gone has recorded; its rounds are merged back.
+
+        Its exports must be gone: QEMU does not let go of a bitmap that one shows. Raises `Refused` when the recording
+        is not there on every disk (bitmaps end with their QEMU), `TopologyChanged`.
+        """
+        async with self._lock:
+            if self._recording is not None:
+                raise RequestError("the writes of this guest are being recorded already")
+            found = bitmaps_by_node(await self._monitor.execute("query-named-block-nodes", {"flat": True}))
+            try:
+                recording = self._found_recording(found)
+            except TopologyChanged as error:
+                raise Refused(f"what the guest has written since is not known: {error}") from error
+            await self._topology.check(recording=recording)
+            names = {name for disk in self._disks.values() for name in found[disk.node] if self._is_ours(name)}
+            self._generation = max(int(name.removeprefix(f"{self._prefix}-b")) for name in names)
+            self._unsettled = True
+            await self._settle()
 
     async def pending(self) -> Mapping[str, int]:
         """Bytes recorded and not yet harvested, by disk."""

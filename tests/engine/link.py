@@ -63,6 +63,9 @@ class Link:
     async def start(self) -> None:
         self.recorded = 0.0
 
+    async def reattach(self) -> None:
+        self._pass(0)
+
     async def stop(self) -> None:
         self.recorded = 0.0
 

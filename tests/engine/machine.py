@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -12,13 +13,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from qemu_blkmig.engine.convergence import Policy
 from qemu_blkmig.engine.device import SECTOR
-from qemu_blkmig.engine.migration import Phase, Tuning
+from qemu_blkmig.engine.migration import BlockMigration, Phase, Tuning
 from qemu_blkmig.errors import ConnectionLost, MigrationError, TopologyChanged
 from tests.engine.world import (
+    LIFE,
     Action,
     Cancel,
     Crash,
     Damage,
+    Dead,
+    Die,
     Discard,
     Disk,
     Fault,
@@ -86,6 +90,7 @@ class Machine(RuleBasedStateMachine):
         batch=st.integers(1, 3),
         chunks=st.integers(1, 2),
         compare=st.booleans(),
+        flushes=st.integers(1, 3),
         head_start=st.sampled_from((0, 1, 2, 2, 2)),
         script=scripts,
     )
@@ -97,16 +102,20 @@ class Machine(RuleBasedStateMachine):
         batch: int,
         chunks: int,
         compare: bool,
+        flushes: int,
         head_start: int,
         script: list[Action],
     ) -> None:
-        tuning = Tuning(chunk_size=CHUNK * SECTOR, range_size=chunks * CHUNK * SECTOR, batch=batch)
+        tuning = Tuning(chunk_size=CHUNK * SECTOR, range_size=chunks * CHUNK * SECTOR, batch=batch, flushes=flushes)
         self.world = World([first, second] if second else [first], granularity, tuning, compare)
-        self.engine = self.world.engine
         if head_start > 0:
             self.setup([])
         if head_start > 1:
             self.bulk(script)
+
+    @property
+    def engine(self) -> BlockMigration:
+        return self.world.engine
 
     @property
     def phase(self) -> Phase:
@@ -120,10 +129,15 @@ class Machine(RuleBasedStateMachine):
         world = self.world
         world.script = deque(script)
         world.cancelled = False
-        world.operation = self.loop.create_task(work)
+        life = world.life
+        context = contextvars.copy_context()
+        context.run(LIFE.set, life)
+        world.operation = self.loop.create_task(work, context=context)
         self.loop.run_until_complete(asyncio.wait({world.operation}))
         operation, world.operation = world.operation, None
         world.script.clear()
+        if world.life != life:
+            return operation.exception() or Dead()
         error = asyncio.CancelledError() if operation.cancelled() else operation.exception()
         try:
             self._check_after(error)
@@ -149,6 +163,7 @@ class Machine(RuleBasedStateMachine):
         elif world.log.rounds:
             raise Violation("a round is owed, and the engine does not know")
         recording = self.phase not in (Phase.CREATED, Phase.CANCELLED) and not self.finished
+        recording |= world.interrupted and self.phase is Phase.CREATED
         if world.log.started is not recording and not (self.phase is Phase.CREATED and world.stop_failed):
             raise Violation(f"recording is {world.log.started} in {self.phase}")
         self._check_figures()
@@ -163,12 +178,56 @@ class Machine(RuleBasedStateMachine):
             raise Violation(f"{figures.percent} % in {figures.phase}")
         self.percent = figures.percent
 
-    @precondition(lambda self: self.in_phase(Phase.CREATED))
+    @precondition(lambda self: self.in_phase(Phase.CREATED) and not self.world.interrupted)
     @rule(script=scripts)
     def setup(self, script: list[Action]) -> None:
         self.world.may_stop_recording = True
         self.run(self.engine.setup(), script[:6])
         self.world.may_stop_recording = False
+
+    @precondition(lambda self: not self.finished and not self.cancelling)
+    @rule(
+        deeds=st.lists(guest_actions, max_size=3),
+        script=st.lists(guest_actions, max_size=20),
+        quiet=st.integers(0, 60),
+        lost=st.just(-1) | st.integers(0, 2**11 - 1),
+        lag=st.sampled_from((0, 0, 0, 1)),
+        other=st.booleans(),
+    )
+    def die_and_resume(
+        self, deeds: list[Action], script: list[Action], quiet: int, lost: int, lag: int, other: bool
+    ) -> None:
+        """The process is killed at any moment; another one takes the migration up, as far as there is one."""
+        for deed in deeds:
+            self.world.act(deed)
+        self.world.finish_writes()
+        self.world.may_stop_recording = self.phase is Phase.CREATED
+        acts = script[:quiet]
+        self.run(self._next_operation(other), [*acts, *[Nothing()] * (quiet - len(acts)), Die()])
+        self.world.die()
+        self.world.may_stop_recording = False
+        self.world.survive(lost, lag)
+        self.percent = 0
+        if self.world.interrupted and not self.world.topology_changed:
+            self.resume([])
+
+    def _next_operation(self, other: bool) -> Coroutine[Any, Any, object]:
+        if self.phase is Phase.CREATED:
+            return self.engine.resume(self.world.stable()) if self.world.interrupted else self.engine.setup()
+        if self.phase in (Phase.RECORDING, Phase.BULK):
+            return self.engine.bulk()
+        if self.phase is Phase.FAILED:
+            return self.engine.refresh()
+        if other:
+            return self.engine.converge(POLICY)
+        self.world.pause()
+        return self.engine.complete()
+
+    @precondition(lambda self: self.in_phase(Phase.CREATED) and self.world.interrupted)
+    @rule(script=scripts)
+    def resume(self, script: list[Action]) -> None:
+        if self.run(self.engine.resume(self.world.stable()), script[:6]) is None:
+            self.world.interrupted = False
 
     @precondition(lambda self: self.in_phase(Phase.RECORDING, Phase.BULK))
     @rule(script=scripts | rough_scripts)
@@ -288,7 +347,9 @@ class Machine(RuleBasedStateMachine):
     def carry_through(self) -> None:
         self.world.writeback_error = False
         for _ in range(2 + 2 * len(self.world.disks)):
-            if self.phase is Phase.CREATED:
+            if self.phase is Phase.CREATED and self.world.interrupted:
+                self.resume([])
+            elif self.phase is Phase.CREATED:
                 self.run(self.engine.setup())
             if self.run(self.engine.bulk() if self.phase is not Phase.COMPLETED else self.engine.round()) is None:
                 self.world.pause()

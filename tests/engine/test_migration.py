@@ -30,7 +30,7 @@ from tests.engine.world import (
     WritebackError,
 )
 
-TUNING = Tuning(chunk_size=4 * SECTOR, range_size=4 * SECTOR, batch=2)
+TUNING = Tuning(chunk_size=4 * SECTOR, range_size=4 * SECTOR, batch=2, flushes=1)
 
 
 def disk(name: str = "vda", content: bytes = bytes(range(1, 12))) -> Disk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from weakref import WeakKeyDictionary
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,7 +20,7 @@ from qemu_blkmig.engine.dirty import DirtyRounds
 from qemu_blkmig.engine.extents import Batcher, Extent, clip
 from qemu_blkmig.engine.migration import BlockMigration, Phase
 from qemu_blkmig.engine.outlast import Outlasted
-from qemu_blkmig.engine.ports import CopyKind, Round
+from qemu_blkmig.engine.ports import CopyKind, CopyReport, Round
 from tests.engine import world
 from tests.engine.machine import Machine
 from tests.engine.world import FakeLog, FakeRound, Violation
@@ -120,15 +121,15 @@ def retire_before_the_flush(patch: Patch) -> None:
     take = DirtyRounds._take
 
     def remember(self: DirtyRounds, round_: Round) -> None:
-        rounds.append(round_)
+        taken[self._carrier] = round_
         take(self, round_)
 
     async def retire_first(self: Carrier, device: Device) -> float:
-        while rounds:
-            await rounds.pop().retire()
+        if round_ := taken.pop(self, None):
+            await round_.retire()
         return await flush(self, device)
 
-    rounds: list[Round] = []
+    taken: WeakKeyDictionary[Carrier, Round] = WeakKeyDictionary()
     patch.setattr(DirtyRounds, "_take", remember)
     patch.setattr(Carrier, "flush", retire_first)
 
@@ -252,6 +253,72 @@ def settle_a_compared_range_before_its_copies(patch: Patch) -> None:
     patch.setattr(BulkPass, "_bring", settle_first)
 
 
+def note_in_the_journal_before_the_flush(patch: Patch) -> None:
+    """The journal is told what is about to be flushed."""
+    secure = BulkPass._secure
+
+    async def tell_and_secure(self: BulkPass, device: Device) -> None:
+        self._on_stable(device.name, device.cursor)
+        await secure(self, device)
+
+    patch.setattr(BulkPass, "_secure", tell_and_secure)
+
+
+def resume_at_the_cursor(patch: Patch) -> None:
+    """The journal is told where the cursor stands, not what is flushed."""
+    settle = Device.settle
+    tell: list[Callable[[str, int], None]] = []
+
+    async def run(self: BulkPass, device: Device) -> None:
+        tell[:] = [self._on_stable]
+        await original(self, device)
+
+    def settle_and_tell(self: Device, extents: Sequence[Extent], kind: CopyKind, report: CopyReport) -> None:
+        settle(self, extents, kind, report)
+        if tell:
+            tell[0](self.name, self.cursor)
+
+    original = BulkPass.run
+    patch.setattr(BulkPass, "run", run)
+    patch.setattr(Device, "settle", settle_and_tell)
+
+
+def forget_the_rounds_of_the_dead(patch: Patch) -> None:
+    """What a dead coordinator had harvested and not brought over is not recorded again."""
+
+    class ForgetfulLog(FakeLog):
+        def left_behind(self) -> FakeLog:
+            log = super().left_behind()
+            log.orphans.clear()
+            return log
+
+    patch.setattr(world, "FakeLog", ForgetfulLog)
+
+
+def record_anew_when_resumed(patch: Patch) -> None:
+    """Who resumes starts to record afresh, as if nothing had been written before."""
+
+    class FreshLog(FakeLog):
+        async def reattach(self) -> None:
+            self.recording = [set() for _ in self.recording]
+            await super().reattach()
+
+    patch.setattr(world, "FakeLog", FreshLog)
+
+
+def stop_recording_when_resuming_fails(patch: Patch) -> None:
+    """A reattachment that fails is undone, as a start that fails is."""
+
+    async def reattach(self: DirtyRounds) -> None:
+        try:
+            await self._log.reattach()
+        except BaseException:
+            await self._log.stop()
+            raise
+
+    patch.setattr(DirtyRounds, "reattach", reattach)
+
+
 MUTANTS: Sequence[Callable[[Patch], None]] = (
     clear_bits_after_the_read,
     skip_zeroed_ranges_in_dirty_rounds,
@@ -272,6 +339,11 @@ MUTANTS: Sequence[Callable[[Patch], None]] = (
     stop_recording_at_the_last_round,
     send_all_extents_at_once,
     settle_a_compared_range_before_its_copies,
+    note_in_the_journal_before_the_flush,
+    resume_at_the_cursor,
+    forget_the_rounds_of_the_dead,
+    record_anew_when_resumed,
+    stop_recording_when_resuming_fails,
 )
 
 

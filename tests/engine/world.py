@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from qemu_blkmig.engine.device import SECTOR, DiskSpec
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Phase, Tuning
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
-from qemu_blkmig.errors import ConnectionLost, MigrationError, TopologyChanged
+from qemu_blkmig.errors import ConnectionLost, MigrationError, Refused, TopologyChanged
 
 PIECE = 3
 """Sectors that the mover looks up, reads and writes at a time."""
@@ -32,6 +33,14 @@ class Violation(AssertionError):
 
 class Injected(MigrationError):
     """A failure that the script put in."""
+
+
+class Dead(Exception):
+    """Nothing answers any more to an engine whose process has died."""
+
+
+LIFE: contextvars.ContextVar[int | None] = contextvars.ContextVar("LIFE", default=None)
+"""The life of the process that a task belongs to, if any; tasks hand it on to those that they start."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,10 @@ class Damage:
     length: int
 
 
+class Die:
+    """The process of the engine, and that of the mover, are gone between two steps."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The guest goes on to write on a new layer, where nobody records it."""
@@ -94,7 +107,7 @@ class Nothing:
     """A step in which nothing happens."""
 
 
-Action = Write | Discard | Fault | Cancel | Crash | WritebackError | Damage | Snapshot | Nothing
+Action = Write | Discard | Fault | Cancel | Crash | WritebackError | Damage | Die | Snapshot | Nothing
 
 
 @dataclass
@@ -144,6 +157,9 @@ class World:
         self.writeback_error = False
         self.restore_failed = False
         self.cancelled = False
+        self.life = 0
+        self.interrupted = False
+        self.told: list[dict[str, int]] = []
         self.stop_failed = False
         self.may_stop_recording = False
         self.violation: Violation | None = None
@@ -151,39 +167,87 @@ class World:
         self.operation: asyncio.Task[object] | None = None
         self.unfinished: list[tuple[int, range]] = []
         self.log = FakeLog(self, granularity)
-        self.mover = FakeMover(self)
         self.clock = FakeClock(self)
+        self._compare = compare
+        self.begin()
+
+    def begin(self) -> None:
+        """A new process, with an engine and a mover."""
+        self.mover = FakeMover(self)
         self.engine = BlockMigration(
-            [disk.spec for disk in disks],
+            [disk.spec for disk in self.disks],
             self.log,
             self.mover,
             FakeGuest(self),
             self.clock,
-            tuning,
-            compare=FakeComparer(self) if compare else None,
+            self.tuning,
+            compare=FakeComparer(self) if self._compare else None,
+            on_stable=self.note_stable,
         )
+
+    def note_stable(self, disk: str, stable: int) -> None:
+        """The journal; what comes from a process that is dead never gets into it."""
+        if LIFE.get() in (None, self.life):
+            self.told.append({**self.stable(), disk: stable})
+
+    def stable(self, lag: int = 0) -> dict[str, int]:
+        """What the journal holds, without its last `lag` entries."""
+        return self.told[-1 - lag] if len(self.told) > lag else {}
+
+    def die(self) -> None:
+        """The process is gone, wherever it was: nothing that it still tries has an effect."""
+        self.life += 1
+
+    def survive(self, lost: int, lag: int) -> None:
+        """What is left after a death, and a new process over it.
+
+        Of what was written and not flushed the sectors in the bit mask `lost` are gone; of the journal the last `lag`
+        entries. QEMU and its recording live on. What was found amiss is for whoever verifies to find again.
+        """
+        for disk in self.disks:
+            for sector in disk.damaged:
+                disk.destination[sector] = disk.flushed[sector] = disk.source[sector]
+            disk.damaged.clear()
+            disk.mended.clear()
+            for sector in range(len(disk)):
+                if lost >> sector & 1:
+                    disk.destination[sector] = disk.flushed[sector]
+            disk.known_zero = disk.dead = disk.death_noticed = False
+        self.told = [self.stable(lag)]
+        self.writeback_error = self.paused = self.restore_failed = self.stop_failed = False
+        self.log = self.log.left_behind()
+        self.interrupted = self.log.started
+        self.begin()
 
     def index(self, name: str) -> int:
         return next(index for index, disk in enumerate(self.disks) if disk.name == name)
 
     def fail(self, what: str) -> NoReturn:
         """Remember the violation as well as raise it: the engine may take it for an error of a port."""
+        self._require_life()
         self.violation = self.violation or Violation(what)
         raise self.violation
 
     async def step(self, fault: Exception | None = None) -> None:
         """One point between two steps of the engine. Raises `fault` if the script says so."""
+        self._require_life()
         self.check()
         await self.unwatched_step(fault)
 
     async def unwatched_step(self, fault: Exception | None = None) -> None:
         """The same, where something has just been lost that the engine cannot know of before the call fails."""
+        self._require_life()
         self.finish_writes()
         action = self.script.popleft() if self.script else Nothing()
         self.act(action)
         await asyncio.sleep(0)
+        self._require_life()
         if fault is not None and isinstance(action, Fault):
             raise fault
+
+    def _require_life(self) -> None:
+        if LIFE.get() not in (None, self.life):
+            raise Dead
 
     def act(self, action: Action) -> None:
         match action:
@@ -202,6 +266,8 @@ class World:
                 self.writeback_error = True
             case Damage(index, start, length) if self.log.started:
                 self._damage(self.disks[index % len(self.disks)], start, length)
+            case Die():
+                self.die()
             case Snapshot():
                 self.topology_changed = True
 
@@ -273,6 +339,14 @@ class FakeLog:
         self.stopped = False
         self.recording: list[set[int]] = [set() for _ in world.disks]
         self.rounds: list[FakeRound] = []
+        self.orphans: list[list[set[int]]] = []
+
+    def left_behind(self) -> FakeLog:
+        """The same recording as who comes next finds it: rounds that nobody holds any more are orphans."""
+        log = type(self)(self._world, self.granularity)
+        log.started, log.stopped, log.recording = self.started, self.stopped, self.recording
+        log.orphans = [*self.orphans, *(round_.granules for round_ in self.rounds)]
+        return log
 
     def mark(self, index: int, sectors: Iterable[int]) -> None:
         if self.started and not self._world.topology_changed:
@@ -297,6 +371,15 @@ class FakeLog:
         await self._world.step(Injected("start"))
         self.started, self.stopped = True, False
         await self._world.step(Injected("start, too late"))
+
+    async def reattach(self) -> None:
+        await self._world.step(Injected("reattach"))
+        if not self.started:
+            raise Refused("nothing is recorded")
+        while self.orphans:
+            for recording, granules in zip(self.recording, self.orphans.pop(), strict=True):
+                recording |= granules
+            await self._world.step(Injected("reattach, half way"))
 
     async def pending(self) -> Mapping[str, int]:
         await self._world.step(Injected("pending"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.errors import RequestError, TopologyChanged
+from qemu_blkmig.errors import Refused, RequestError, TopologyChanged
 from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.qmp.dirtylog import BitmapLog, BitmapRound
 from qemu_blkmig.qmp.disks import inventory, select
@@ -214,3 +214,55 @@ async def test_stop_twice_and_stop_after_qemu_is_gone_are_quiet(rig: Rig) -> Non
     rig.qemu.process.kill()
     await rig.qemu.monitor.wait_lost()
     await rig.log.stop()
+
+
+def another(rig: Rig) -> BitmapLog:
+    """The log of a coordinator that comes after one that died."""
+    old = rig.log
+    rig.log = BitmapLog(
+        rig.qemu.monitor,
+        list(old._disks.values()),
+        prefix=PREFIX,
+        granularity=GRANULARITY,
+        exports=rig.exports,
+        topology=old._topology,
+    )
+    return rig.log
+
+
+async def test_who_comes_after_a_dead_one_goes_on_recording_with_its_rounds_merged_back(rig: Rig) -> None:
+    await rig.log.start()
+    await rig.qemu.io("a", "write 0 64k")
+    await rig.log.harvest()
+    await rig.qemu.io("a", "write 1M 64k")
+    await rig.log.harvest()
+    await rig.qemu.io("a", "write 2M 64k")
+    log = another(rig)
+    await rig.qemu.io("b", "write 0 64k")
+    await log.reattach()
+    assert await log.pending() == {"a": 3 * GRANULARITY, "b": GRANULARITY}
+    assert len(await rig.qemu.bitmaps()) == 2
+    harvested = await log.harvest()
+    assert [extent.offset for extent in await rig.dirty(harvested, "a")] == [0, 1 << 20, 2 << 20]
+    await harvested.retire()
+    assert await log.pending() == {"a": 0, "b": 0}
+
+
+async def test_a_recording_that_is_not_there_is_not_taken_up(rig: Rig) -> None:
+    with pytest.raises(Refused, match="disk a: no bitmap records its writes"):
+        await rig.log.reattach()
+    await rig.log.start()
+    node = await _top_node(rig.qemu, "b")
+    await rig.qemu.user.execute("block-dirty-bitmap-remove", {"node": node, "name": f"{PREFIX}-b1"})
+    log = another(rig)
+    with pytest.raises(Refused, match="disk b: no bitmap records its writes"):
+        await log.reattach()
+    assert len(await rig.qemu.bitmaps()) == 1, "what is left is for whoever cleans up"
+
+
+async def test_a_recording_whose_disk_has_a_snapshot_since_is_not_taken_up(rig: Rig, tmp_path: Path) -> None:
+    await rig.log.start()
+    arguments = {"device": "a", "snapshot-file": str(tmp_path / "snap.qcow2"), "format": "qcow2"}
+    await rig.qemu.user.execute("blockdev-snapshot-sync", arguments)
+    with pytest.raises(TopologyChanged, match="a snapshot was taken"):
+        await another(rig).reattach()
