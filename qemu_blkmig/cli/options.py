@@ -110,6 +110,13 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--allow-plaintext", action="store_true", help="an encrypted disk may be written in plain text")
     group.add_argument(
+        "--bitmaps",
+        choices=["keep", "drop"],
+        default="keep",
+        help="dirty bitmaps of others (backup tools') on qcow2 disks: take them along where QEMU can, which the "
+        "warnings tell (keep, the default), or leave them (drop)",
+    )
+    group.add_argument(
         "--ignore-ownership",
         action="store_true",
         help="migrate from an image although a record beside it says that it is incomplete, or was moved away",
@@ -227,6 +234,7 @@ def selection(arguments: argparse.Namespace) -> Selection:
         allow_plaintext=arguments.allow_plaintext,
         ignore_ownership=arguments.ignore_ownership,
         compare=arguments.compare,
+        keep_bitmaps=arguments.bitmaps == "keep",
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import Stalled
+from qemu_blkmig.errors import Refused, Stalled
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import connect
 from qemu_blkmig.job.guard import Guard
@@ -22,6 +22,7 @@ from qemu_blkmig.job.result import Downtime, Result
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover, disks_budget
 from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.qmp.ram import unfit_capabilities
 from qemu_blkmig.units import show_seconds
 
 
@@ -56,7 +57,9 @@ class _Run:
             await self._engine.setup()
             await self._engine.bulk()
         await self._converge()
-        over = Switchover(self._life, self._options, self._interrupts, self._watch, self._connected, self._again)
+        over = Switchover(
+            self._life, self._options, self._interrupts, self._watch, self._connected, self._plan.disks, self._again
+        )
         return self._result(await over.run())
 
     async def _follow(self) -> None:
@@ -90,6 +93,8 @@ class _Run:
         target = self._options.target
         qemu = await self._life.launch_target(str(target.launch), Path(target.place.directory))
         verify_launched(self._plan, (await qemu.inventory()).disks)
+        if unfit := await unfit_capabilities(qemu.monitor):
+            raise Refused("; ".join(unfit))
 
     async def _again(self) -> Guard:
         """Ready for another attempt at the switchover: a new destination QEMU, rounds until the last one fits."""

@@ -86,6 +86,7 @@ class Selection:
     target_is_zero: bool = False
     allow_plaintext: bool = False
     ignore_ownership: bool = False
+    keep_bitmaps: bool = True
     compare: bool = False
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qemu_blkmig.destination.protocol import Backing as SharedBase
@@ -17,8 +17,10 @@ from qemu_blkmig.job.source_images import SourceImage, absolute, origin, trouble
 from qemu_blkmig.job.target import TargetQemu, counterpart
 from qemu_blkmig.qmp.disks import Backing, Disk, Layer, Skipped, inventory, obstacles, plain_filename, select
 from qemu_blkmig.qmp.features import probe
+from qemu_blkmig.qmp.foreign_bitmaps import foreign_bitmaps
 from qemu_blkmig.qmp.guest import UNDER_WAY
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.ram import unfit_capabilities
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.units import show_bytes
 
@@ -94,6 +96,9 @@ class Planner:
             self._problems.append(str(error))
         if disks:
             self._problems += await obstacles(source, disks, ours=prefix)
+        await self._check_bitmaps(source, disks, with_ram)
+        if with_ram and target is not None:
+            self._problems += await unfit_capabilities(target.monitor)
         self._check_one_file_each(source.peer_pid, disks, found.disks)
         self._tell_left_out(found.disks, disks, found.skipped)
         images = await self._target_images(disks, target) if target else self._directory_images(disks)
@@ -135,7 +140,16 @@ class Planner:
             self._problems.append(f"another migration of this guest is under way (status {migration})")
 
         if with_ram:
+            self._problems += await unfit_capabilities(source)
             self._problems += [f"QEMU cannot migrate this guest: {why}" for why in told.get("blocked-reasons", ())]
+
+    async def _check_bitmaps(self, source: Monitor, disks: Sequence[Disk], with_ram: bool) -> None:
+        for bitmaps in await foreign_bitmaps(source, disks):
+            if not self._selection.keep_bitmaps:
+                bitmaps = replace(bitmaps, lost="--bitmaps drop asked for that")
+            elif not with_ram and bitmaps.lost is None:
+                bitmaps = replace(bitmaps, lost="only a migration with RAM carries bitmaps")
+            self._warnings.append(bitmaps.tell())
 
     def _check_one_file_each(self, process: int | None, disks: Sequence[Disk], known: Sequence[Disk]) -> None:
         """A bitmap sees what is written through its own node only."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from qemu_blkmig.engine.convergence import Policy
 from qemu_blkmig.errors import BlkmigError, GuestStateError, MigrationError, RequestError, Stalled
@@ -23,7 +24,9 @@ from qemu_blkmig.job.options import MigrateOptions, OnStall
 from qemu_blkmig.job.record import Owner
 from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.result import Downtime
-from qemu_blkmig.job.target import TargetQemu
+from qemu_blkmig.job.target import TargetQemu, counterpart
+from qemu_blkmig.qmp.disks import Disk
+from qemu_blkmig.qmp.foreign_bitmaps import Carried, copy_bitmaps, foreign_bitmaps, image_node
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import NotSent
 from qemu_blkmig.qmp.ram import RamMigration
@@ -61,6 +64,7 @@ class Switchover:
         interrupts: Interrupts,
         watch: Stopwatch,
         connected: Connected,
+        disks: Sequence[Disk],
         again: Callable[[], Awaitable[Guard]],
     ) -> None:
         self._life = life
@@ -75,6 +79,7 @@ class Switchover:
         self._guest = connected.guest
         self._engine = connected.engine
         self._guard = connected.guard
+        self._disks = disks
         self._again = again
         self._policy = Policy(downtime=0.0, max_rounds=None)
         self._ram: RamMigration | None = None
@@ -115,7 +120,7 @@ class Switchover:
 
     async def _switch_over(self) -> Downtime | None:
         for attempt in itertools.count(1):
-            ram = RamMigration(self._life.source, self._target().monitor)
+            ram = RamMigration(self._life.source, self._target().monitor, await self._carried_bitmaps())
             async with self._called_off_on_error(ram):
                 with self._watch.phase("ram"):
                     paused = await self._migrate_ram(ram)
@@ -129,6 +134,24 @@ class Switchover:
                 await ram.cancel()
             await self._too_dirty(attempt)
         return await self._hand_over(ram, paused)
+
+    async def _carried_bitmaps(self) -> list[Carried]:
+        """The dirty bitmaps of others that are there now, and can go with the guest."""
+        if not self._options.selection.keep_bitmaps:
+            return []
+        candidates = (await self._target().inventory()).disks
+        images = {disk.name: image_node(counterpart(disk, candidates)) for disk in self._disks}
+        able = []
+        for bitmaps in await foreign_bitmaps(self._life.source, self._disks):
+            if bitmaps.lost is not None:
+                continue
+            if images[bitmaps.disk] is not None:
+                able.append(bitmaps)
+            else:
+                lost = "the destination's node has no name of its own (node-name=...)"
+                self._reporter.note(replace(bitmaps, lost=lost).tell())
+        nodes = {name: node for name, node in images.items() if node is not None}
+        return await copy_bitmaps(self._life.source, able, nodes, self._job.record.prefix)
 
     @contextlib.asynccontextmanager
     async def _called_off_on_error(self, ram: RamMigration) -> AsyncIterator[None]:

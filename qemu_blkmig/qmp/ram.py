@@ -10,15 +10,31 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, MigrationError, RequestError
+from qemu_blkmig.qmp.foreign_bitmaps import Carried
 from qemu_blkmig.qmp.guest import run_state
 from qemu_blkmig.qmp.monitor import CommandFailed, Event, EventStream, Monitor
 
 log = logging.getLogger(__name__)
 
 _CAPABILITIES = {"pause-before-switchover": True, "events": True, "return-path": True}
+_BITMAPS, _MAPPING = "dirty-bitmaps", "block-bitmap-mapping"
+_UNFIT = {
+    "multifd": "it needs several connections",
+    "postcopy-ram": "with postcopy neither side has the whole guest for a while, so no failure could be undone",
+    "postcopy-preempt": "with postcopy neither side has the whole guest for a while, so no failure could be undone",
+    "mapped-ram": "it writes into files only",
+    "rdma-pin-all": "there is no RDMA",
+    "background-snapshot": "it saves the guest of a past moment, whose disks are not those of the switchover",
+    "x-ignore-shared": "it leaves out RAM that is shared, as if both QEMUs had the same",
+    "x-colo": "with it two QEMUs run the guest",
+    "block": "with it QEMU copies the disks, too",
+    "zero-copy-send": "it needs a TCP connection of QEMU's own",
+}
+"""Capabilities of QEMU's migration that cannot be used over the one connection that we make, and why."""
 _PARAMETERS = ("downtime-limit", "max-bandwidth")
 _UNLIMITED = 1 << 40
 """Bytes a second; QEMU's own default of 128 MiB/s is a limit, and it knows no value for none."""
@@ -37,8 +53,9 @@ class RamMigration:
     In order: start, wait_paused, then proceed and wait_completed, or cancel, which is possible until proceed.
     """
 
-    def __init__(self, source: Monitor, destination: Monitor) -> None:
-        """Nothing happens before `start`."""
+    def __init__(self, source: Monitor, destination: Monitor, carried: Sequence[Carried] = ()) -> None:
+        """Nothing happens before `start`. `carried`: dirty bitmaps of others that are to go with it."""
+        self._carried = carried
         self._source = source
         self._destination = destination
         self._subscriptions = contextlib.ExitStack()
@@ -121,7 +138,12 @@ class RamMigration:
                 await monitor.execute("query-migrate-capabilities"),
                 await monitor.execute("query-migrate-parameters"),
             )
-            await monitor.execute("migrate-set-capabilities", {"capabilities": _switches(_CAPABILITIES)})
+            switches = _switches(_CAPABILITIES | {_BITMAPS: bool(self._carried)})
+            await monitor.execute("migrate-set-capabilities", {"capabilities": switches})
+            if self._carried:
+                arriving = monitor is self._destination
+                mapping = [each.mapping(arriving=arriving) for each in self._carried]
+                await self._set_parameters(monitor, {_MAPPING: mapping})
         await self._set_parameters(self._source, _limits(downtime, bandwidth))
 
     async def _connect(self) -> None:
@@ -181,13 +203,27 @@ class RamMigration:
         """Put back what users of these QEMUs had set, where that still can be done."""
         self._subscriptions.close()
         for monitor, (capabilities, parameters) in self._before.items():
-            before = {c["capability"]: c["state"] for c in capabilities if c["capability"] in _CAPABILITIES}
+            ours = {*_CAPABILITIES, _BITMAPS}
+            before = {c["capability"]: c["state"] for c in capabilities if c["capability"] in ours}
             try:
                 await monitor.execute("migrate-set-capabilities", {"capabilities": _switches(before)})
-                await self._set_parameters(monitor, {name: parameters[name] for name in _PARAMETERS})
+                # A mapping cannot be unset: where there was none, ours stays, which names nothing any more.
+                names = [name for name in (*_PARAMETERS, _MAPPING) if name in parameters]
+                await self._set_parameters(monitor, {name: parameters[name] for name in names})
             except (RequestError, ConnectionLost) as error:
                 log.debug("settings not restored: %s", error)
         self._before.clear()
+
+
+async def unfit_capabilities(monitor: Monitor) -> list[str]:
+    """Capabilities that somebody has set and that make RAM's migration over our connection impossible, in words."""
+    capabilities = await monitor.execute("query-migrate-capabilities")
+    names = [each["capability"] for each in capabilities if each["state"] and each["capability"] in _UNFIT]
+    return [
+        f"{monitor.who}: the migration capability {name} is set: {_UNFIT[name]}; switch it off "
+        "(QMP command migrate-set-capabilities)"
+        for name in names
+    ]
 
 
 async def cancel_migration(monitor: Monitor) -> None:

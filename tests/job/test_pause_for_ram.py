@@ -54,7 +54,7 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
     connected: Any = SimpleNamespace(
         engine=engine, guest=SimpleNamespace(check_still_here=nothing), guard=None, carriage=None
     )
-    over: Any = Switchover(life, options, Any, SimpleNamespace(clock=RealClock()), connected, Any)  # type: ignore[arg-type]
+    over: Any = Switchover(life, options, Any, SimpleNamespace(clock=RealClock()), connected, (), Any)  # type: ignore[arg-type]
     ram = SimpleNamespace(start=nothing, wait_paused=lambda: asyncio.sleep(0.01))
     began = RealClock().now()
     async with asyncio.timeout(20):

@@ -145,3 +145,15 @@ async def test_the_base_of_an_overlay_may_have_moved_but_not_be_incomplete(
     ownership.announce(str(base), "1a2b", "vda", "hosta:/old/base")
     [problem] = (await plan(qemu, tmp_path / "target")).problems
     assert f"{base} is incomplete" in problem
+
+
+async def test_a_capability_that_ram_cannot_be_migrated_with_is_told_before(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    drive = f"if=none,id=d,format=qcow2,file={make_image('disk')}"
+    qemu = await start_qemu("-drive", drive, "-device", "virtio-blk,drive=d")
+    switches = [{"capability": name, "state": True} for name in ("multifd", "xbzrle")]
+    await qemu.user.execute("migrate-set-capabilities", {"capabilities": switches})
+    [problem] = (await plan(qemu, tmp_path / "target", with_ram=True)).problems
+    assert "source QEMU: the migration capability multifd is set: it needs several connections" in problem
+    assert (await plan(qemu, tmp_path / "target")).problems == ()

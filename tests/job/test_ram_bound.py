@@ -44,7 +44,7 @@ def run_with(on_stall: OnStall, done: list[str]) -> Any:
         guard=SimpleNamespace(ignore_pauses=lambda: done.append("the pause is ours")),
     )
     unused: Any = None
-    return Switchover(life, options, unused, SimpleNamespace(clock=clock), connected, unused)  # type: ignore[arg-type]
+    return Switchover(life, options, unused, SimpleNamespace(clock=clock), connected, (), unused)  # type: ignore[arg-type]
 
 
 async def test_too_many_passes_abort_the_migration_when_so_asked() -> None:
