@@ -36,7 +36,7 @@ def add_all(commands: Commands) -> None:
 
 
 def _add_save(commands: Commands) -> None:
-    usual = Transfer()
+    usual = SaveOptions.transfer
     parser = commands.add_parser("save", help="write a guest's disks, or an image file, as a stream; the guest stays")
     parser.add_argument("source", metavar="SOURCE", help="qmp:/path/to.sock or image:/path")
     parser.add_argument("--to", required=True, metavar="URI", help=FORMS)

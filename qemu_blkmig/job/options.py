@@ -163,7 +163,7 @@ class SaveOptions:
     image_format: str | None = None
     agent: str | None = None
     selection: Selection = Selection()
-    transfer: Transfer = Transfer(granularity=1 << 20)
+    transfer: Transfer = Transfer(granularity=1 << 20, request_size=2 << 20)
     downtime: float = 0.3
     max_rounds: int | None = 30
     freeze_limit: float = 10.0

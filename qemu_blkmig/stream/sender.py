@@ -6,6 +6,7 @@ All of it blocks: it belongs in a thread, one call at a time, for one stream and
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable, Sequence
 
 from qemu_blkmig.destination.mover import zero_runs
@@ -183,6 +184,7 @@ class DiskSender:
         self._stream = stream
         self._classify = classify
         self._tail = connections[0].size // CHUNK * CHUNK if refuse_tail else None
+        self._throttle = throttle
         self._pump = Pump(name, connections, limits, throttle)
         self.sent = 0
 
@@ -206,8 +208,27 @@ class DiskSender:
         for connection in self._connections:
             connection.close()
 
+    def send_unread(self, piece: Piece, control: Control) -> None:
+        """Chunks that are known to be zero without having been read; as data they count as if they had been."""
+        if self._stream.zero_blocks:
+            self.send_zeroes(piece, control)
+            return
+        for start in range(piece.offset, piece.end, CHUNK):
+            self._wait_for_turn(control)
+            chunk = Piece(start, min(CHUNK, piece.end - start), Action.ZERO)
+            self._throttle.take(chunk.length)
+            self.send_zeroes(chunk, control)
+
+    def _wait_for_turn(self, control: Control) -> None:
+        poller = select.poll()
+        poller.register(control.wake, select.POLLIN)
+        while delay := self._throttle.delay():
+            poller.poll(delay * 1000)
+            if control.cancelled:
+                raise Cancelled
+
     def send_zeroes(self, piece: Piece, control: Control) -> None:
-        """Chunks that are known to be zero."""
+        """Chunks that are zero."""
         positions = range(piece.offset, piece.end, CHUNK)
         self._stream.zeroes(self._device, positions, control)
         self.sent += 0 if self._stream.zero_blocks else len(positions) * CHUNK
@@ -287,7 +308,7 @@ class _StreamSink:
         lease.release()
 
     def _zero(self, piece: Piece) -> None:
-        self._disk.send_zeroes(piece, self._control)
+        self._disk.send_unread(piece, self._control)
         self._control.tally.zeroed += piece.length
         self._advance(piece.length)
 
