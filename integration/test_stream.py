@@ -230,7 +230,17 @@ def test_a_save_freezes_the_file_systems_by_the_guest_agent_and_keeps_to_its_ban
     guest = lab.boot([disk], Orders(agent=True))
     acked = guest.wait_for_writing(more=20)
     stream = f"file:{lab.directory}/stream"
-    options = ("--agent", str(guest.agent), "--bandwidth", "16M", "--no-zero-blocks", "--output", "json")
+    options = (
+        "--name",
+        "dev0=disk0",
+        "--agent",
+        str(guest.agent),
+        "--bandwidth",
+        "16M",
+        "--no-zero-blocks",
+        "--output",
+        "json",
+    )
     saving = blkmig("save", f"qmp:{guest.qmp}", "--to", stream, *options)
     output, said = saving.communicate(timeout=120)
     assert saving.returncode == 0, said
