@@ -84,7 +84,13 @@ def add_target(parser: argparse.ArgumentParser) -> Any:
         "DEST; we append -S -incoming defer -qmp ...",
     )
     group.add_argument(
-        "--target-qmp", metavar="SOCK", help="the QMP socket of one that waits already, with -incoming defer"
+        "--target-qmp", metavar="SOCK", help="the QMP socket there of one that waits already, with -incoming defer"
+    )
+    parser.add_argument(
+        "--ram-uri",
+        metavar="URI",
+        help="RAM goes from QEMU to QEMU by this, such as tcp:hostb:4444, not through ssh: only on a network that you "
+        "trust, it is neither encrypted nor authenticated (default: the same way as everything else)",
     )
     return group
 
@@ -221,7 +227,7 @@ def place(arguments: argparse.Namespace) -> Place:
 
 def target(arguments: argparse.Namespace) -> Target:
     """Which QEMU the guest moves to, and where the images go. Raises `UsageError`."""
-    return Target(place(arguments), arguments.target_qmp, arguments.launch)
+    return Target(place(arguments), arguments.target_qmp, arguments.launch, arguments.ram_uri)
 
 
 def selection(arguments: argparse.Namespace) -> Selection:

@@ -1,4 +1,4 @@
-"""The agent's process: the control protocol on stdin and stdout, `python -m qemu_blkmig.destination.agent`."""
+"""The agent's process: the control protocol on stdin and stdout, for `receive` or run as a module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import msgspec
@@ -20,6 +21,9 @@ EXIT_LEFT = 1
 EXIT_GARBAGE = 2
 """A line was no request at all."""
 
+_GRACE = 1.0
+"""Seconds in which a line that waits is read."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -30,21 +34,31 @@ class _Identified(msgspec.Struct):
 class Agent:
     """Answers requests from `reader` on `writer` until bye, end of file, garbage or `stop`."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        roots: Sequence[str] | None = None,
+        *,
+        allow_launch: bool = False,
+    ) -> None:
+        """`roots`, `allow_launch`: see `confine.Confinement`."""
         self._reader = reader
         self._writer = writer
         self._writing = asyncio.Lock()
-        self._service = Service(self._send)
+        self._service = Service(self._send, roots, allow_launch=allow_launch)
         self._decoder = msgspec.json.Decoder(protocol.Request)
         self._encoder = msgspec.json.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._heard = asyncio.get_running_loop().time()
 
     async def serve(self) -> int:
         """The exit status, when all is over: copies drained, servers gone, unclosed creations removed."""
-        reading = asyncio.create_task(self._read())
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._listen_for_silence())]
         status = await self._ended
-        reading.cancel()
+        for task in tasks:
+            task.cancel()
         await self._service.end(remove=status != 0)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=1)
@@ -55,10 +69,22 @@ class Agent:
         if not self._ended.done():
             self._ended.set_result(status)
 
+    async def _listen_for_silence(self) -> None:
+        """A network that is gone without a word must not leave images locked for ever."""
+        loop = asyncio.get_running_loop()
+        while (rest := self._heard + protocol.SILENCE - loop.time()) > 0:
+            await asyncio.sleep(rest)
+            if self._heard + protocol.SILENCE <= loop.time():
+                # If it was us who were stopped, lines are waiting to be read.
+                await asyncio.sleep(_GRACE)
+        _log.error("nothing was heard from the coordinator for %.0f s", protocol.SILENCE)
+        self.stop(EXIT_LEFT)
+
     async def _read(self) -> None:
         while True:
             try:
                 line = await self._reader.readline()
+                self._heard = asyncio.get_running_loop().time()
             except ValueError:
                 _log.error("a line is longer than %d bytes", protocol.LINE_LIMIT)
                 return self.stop(EXIT_GARBAGE)
@@ -98,23 +124,23 @@ class Agent:
             self.stop(EXIT_LEFT)
 
 
-async def serve() -> int:
-    """Serve the coordinator on stdin and stdout; the exit status in the end."""
+async def serve(roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> int:
+    """Serve the coordinator on stdin and stdout; the exit status in the end. See `Agent`."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=protocol.LINE_LIMIT)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(0, "rb", buffering=0))
     transport, flow = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, _protocol_only_stdout())
-    agent = Agent(reader, asyncio.StreamWriter(transport, flow, None, loop))
+    agent = Agent(reader, asyncio.StreamWriter(transport, flow, None, loop), roots, allow_launch=allow_launch)
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, agent.stop, 128 + number)
     return await agent.serve()
 
 
-def run() -> int:
-    """Be the agent; the exit status. What belongs to a terminal (Ctrl-C) is the coordinator's affair."""
+def run(roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> int:
+    """Be the agent (see `Agent`); the exit status. What belongs to a terminal (Ctrl-C) is the coordinator's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="agent: %(levelname)s: %(message)s")
-    return asyncio.run(serve())
+    return asyncio.run(serve(roots, allow_launch=allow_launch))
 
 
 def _protocol_only_stdout() -> object:
@@ -124,9 +150,9 @@ def _protocol_only_stdout() -> object:
     return os.fdopen(mine, "wb", buffering=0)
 
 
-def main() -> NoReturn:
-    """Be the agent and exit, even if a thread hangs in its storage."""
-    status = run()
+def main(roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> NoReturn:
+    """Be the agent (see `Agent`) and exit, even if a thread hangs in its storage."""
+    status = run(roots, allow_launch=allow_launch)
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(status)

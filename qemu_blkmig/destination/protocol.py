@@ -5,8 +5,9 @@ a copy, or one for digests, the agent may send `Progress`. Unknown keys and oper
 `LINE_LIMIT` bytes. All offsets and lengths are bytes.
 
 The life of an agent: hello, inspect | prepare, then per disk open, copy*, flush, ..., close, at the end `bye`.
-When stdin ends without `bye` the agent ends its NBD servers and removes every image that it created and that was not
-yet closed; a closed image belongs to the switchover and is only ever removed by `discard`.
+When stdin ends without `bye`, or nothing was heard for `SILENCE` (a network may be gone without a word), the agent ends
+its NBD servers and removes every image that it created and that was not yet closed; a closed image belongs to the
+switchover and is only ever removed by `discard`. A QEMU that it launched lives on, to be ended by `end-process`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ from typing import Literal
 
 import msgspec
 
+from qemu_blkmig.destination.files import FileId
+from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.hashing import Algorithm
 
-PROTOCOL = 1
+PROTOCOL = 2
 LINE_LIMIT = 4 << 20
 BATCH_LIMIT = 16_384
 """Most extents in one copy request."""
+
+
+PING = 5.0
+"""Seconds between two pings of the coordinator."""
+SILENCE = 20.0
+"""Seconds without a line from the coordinator, after which it is taken for gone."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,9 +64,12 @@ class Image(Message, frozen=True):
     compared: bool = False
 
 
-class Hello(Message, frozen=True, tag="hello"):
+class Hello(Message, frozen=True, tag="hello", forbid_unknown_fields=False):
+    """`job`: whose agent this is, None for one that only looks. A later protocol's may hold more: not refused."""
+
     version: str
     protocol: int
+    job: str | None = None
 
 
 class Inspect(Message, frozen=True, tag="inspect"):
@@ -168,7 +180,65 @@ class Verify(Message, frozen=True, tag="verify"):
 
 
 class Bye(Message, frozen=True, tag="bye"):
-    """All is well; leave what is there and exit."""
+    """All is well; leave what is there and exit. The sockets' directories of the job's QEMUs go."""
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """The coordinator is there."""
+
+
+class Launch(Message, frozen=True, tag="launch"):
+    """Have a shell stand by to run `command` in `directory`, with what makes QEMU wait for a migration appended."""
+
+    command: str
+    directory: str
+
+
+class Go(Message, frozen=True, tag="go"):
+    """Run what was launched; answered once it listens on its QMP socket, refused with its words when it ended."""
+
+
+class Output(Message, frozen=True, tag="output"):
+    """What the launched process has said last."""
+
+
+class FindProgram(Message, frozen=True, tag="find-program"):
+    """Look for the program that a shell command, run in `directory`, begins with."""
+
+    command: str
+    directory: str
+
+
+class Identify(Message, frozen=True, tag="identify"):
+    """Find the process that listens on the unix socket `socket`; refused with what is wrong with it."""
+
+    socket: str
+
+
+class Alive(Message, frozen=True, tag="alive"):
+    """Whether this very process still runs."""
+
+    process: ProcessId
+
+
+class EndProcess(Message, frozen=True, tag="end-process"):
+    """End the process by SIGKILL; `group`: with it all of its process group, for what was launched."""
+
+    process: ProcessId
+    group: bool = False
+
+
+class Held(Message, frozen=True, tag="held"):
+    """Which of these images no QEMU has open as an active writer."""
+
+    paths: list[str]
+
+
+class Files(Message, frozen=True, tag="files"):
+    """What tells these files from all others (`files.file_id`); `process`: whose names they are, None: the agent's."""
+
+    names: list[str]
+    process: ProcessId | None = None
 
 
 class Created(Message, frozen=True):
@@ -194,6 +264,16 @@ Operation = (
     | Digests
     | Verify
     | Bye
+    | Ping
+    | Launch
+    | Go
+    | Output
+    | FindProgram
+    | Identify
+    | Alive
+    | EndProcess
+    | Held
+    | Files
 )
 
 
@@ -202,9 +282,17 @@ class Request(Message, frozen=True):
     op: Operation
 
 
-class HelloReply(Message, frozen=True, tag="hello"):
+class HelloReply(Message, frozen=True, tag="hello", forbid_unknown_fields=False):
+    """`host`: its name there. `boot_id`: see `files.boot_id`. `runtime`: a private directory that ends with the agent.
+
+    A later protocol's may hold more.
+    """
+
     version: str
     protocol: int
+    host: str = ""
+    boot_id: str = ""
+    runtime: str = ""
 
 
 class Problem(Message, frozen=True):
@@ -271,8 +359,49 @@ class DigestsReply(Message, frozen=True, tag="digests"):
     read: int
 
 
+class Launched(Message, frozen=True, tag="launched"):
+    """The process that waits for `Go`, and the QMP socket on which QEMU is to listen, which outlives the agent."""
+
+    process: ProcessId
+    qmp: str
+
+
+class Identified(Message, frozen=True, tag="identified"):
+    """The process that listens (identify, go); None where that cannot be seen from here."""
+
+    process: ProcessId | None
+
+
+class OutputReply(Message, frozen=True, tag="output"):
+    text: str
+
+
+class FindProgramReply(Message, frozen=True, tag="find-program"):
+    """The program, if it is a plain name that cannot be found; else None."""
+
+    missing: str | None
+
+
+class AliveReply(Message, frozen=True, tag="alive"):
+    """`alive`: the process runs (alive), or still does after all (end-process)."""
+
+    alive: bool
+
+
+class HeldReply(Message, frozen=True, tag="held"):
+    """Paths of the images that nobody holds."""
+
+    idle: list[str]
+
+
+class FilesReply(Message, frozen=True, tag="files"):
+    """In the order asked for; None: neither a regular file nor a block device is there."""
+
+    ids: list[FileId | None]
+
+
 class Done(Message, frozen=True, tag="done"):
-    """Done, with nothing to tell (open, flush, bandwidth, cancel, bye)."""
+    """Done, with nothing to tell (open, flush, bandwidth, cancel, ping, bye)."""
 
 
 class Failure(Message, frozen=True, tag="failure"):
@@ -300,6 +429,13 @@ Outcome = (
     | DiscardReply
     | DigestsReply
     | VerifyReply
+    | Launched
+    | Identified
+    | OutputReply
+    | FindProgramReply
+    | AliveReply
+    | HeldReply
+    | FilesReply
     | Done
     | Failure
 )

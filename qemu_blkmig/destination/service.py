@@ -6,16 +6,23 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import qemu_blkmig
 from qemu_blkmig import errors
-from qemu_blkmig.destination import images, protocol, qemu_nbd
+from qemu_blkmig.destination import files, images, launching, locks, protocol, qemu_nbd
+from qemu_blkmig.destination.confine import Confinement
 from qemu_blkmig.destination.digests import digests
 from qemu_blkmig.destination.hashtable import HashTable, table_path
+from qemu_blkmig.destination.launching import Launcher
 from qemu_blkmig.destination.mover import DiskMover, Settings, write_error
 from qemu_blkmig.destination.writers import NbdWriter, RawWriter, Writer
 from qemu_blkmig.engine.extents import Extent
@@ -26,6 +33,8 @@ _PROGRESS_SECONDS = 0.2
 _TEARDOWN_SECONDS = 20.0
 _MOST_READ_BACK = 1 << 30
 _HASH_UNITS = range(4 << 10, (1 << 20) + 1)
+_KILL_SECONDS = 10.0
+_JOB = re.compile(r"[0-9A-Za-z-]{1,64}")
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -92,10 +101,18 @@ class _Disk:
 
 
 class Service:
-    """The agent's disks. `tell` is where progress goes."""
+    """The agent's disks, and the QEMU beside them. `tell` is where progress goes.
 
-    def __init__(self, tell: Tell) -> None:
+    `roots`, `allow_launch`: see `Confinement`.
+    """
+
+    def __init__(self, tell: Tell, roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> None:
         self._tell = tell
+        self._launcher = Launcher(None)
+        self._runtime: str | None = None
+        self._bounds = Confinement(
+            roots, allow_launch=allow_launch, ours=self._is_ours, processes=lambda: self._launcher.launched()
+        )
         self._throttle = Throttle()
         self._disks: dict[str, _Disk] = {}
         self._ended = False
@@ -116,11 +133,18 @@ class Service:
             if disk.control is not None:
                 disk.control.cancel()
         await asyncio.gather(*(self._end(disk, remove=remove) for disk in disks))
+        if self._runtime is not None:
+            await asyncio.to_thread(shutil.rmtree, self._runtime, ignore_errors=True)
 
     async def _dispatch(self, op: protocol.Operation) -> protocol.Outcome:
+        # Not for all: a cancellation must not overtake the copy that it is to end.
+        if self._bounds.concerns(op):
+            await asyncio.to_thread(self._bounds.check, op)
         match op:
             case protocol.Hello():
-                return _hello(op)
+                return self._hello(op)
+            case protocol.Ping():
+                return protocol.Done()
             case protocol.Inspect():
                 problems, free = await asyncio.to_thread(images.inspect, op.images)
                 there = [image.path for image in op.images if image.create and os.path.lexists(image.path)]
@@ -150,7 +174,55 @@ class Service:
                 return await self._close(op)
             case protocol.Bye():
                 await self.end(remove=False)
+                await asyncio.to_thread(self._launcher.forget)
                 return protocol.Done()
+            case _:
+                return await self._dispatch_for_qemu(op)
+
+    async def _dispatch_for_qemu(self, op: protocol.Operation) -> protocol.Outcome:
+        match op:
+            case protocol.Launch():
+                return protocol.Launched(*await asyncio.to_thread(self._launcher.launch, op.command, op.directory))
+            case protocol.Go():
+                return protocol.Identified(await self._launcher.go())
+            case protocol.Output():
+                return protocol.OutputReply(self._launcher.output())
+            case protocol.FindProgram():
+                missing = await asyncio.to_thread(launching.program_missing, op.command, op.directory)
+                return protocol.FindProgramReply(missing)
+            case protocol.Identify():
+                process = await asyncio.to_thread(launching.listener, op.socket)
+                if process is not None:
+                    self._bounds.know(process)
+                return protocol.Identified(process)
+            case protocol.Alive():
+                return protocol.AliveReply(op.process.alive)
+            case protocol.EndProcess():
+                gone = await asyncio.to_thread(op.process.kill, _KILL_SECONDS, group=op.group)
+                return protocol.AliveReply(not gone)
+            case protocol.Held():
+                return protocol.HeldReply([path for path in op.paths if not _in_use(path)])
+            case protocol.Files():
+                pid = op.process.pid if op.process else None
+                return protocol.FilesReply([files.file_id_for(pid, name) for name in op.names])
+        raise errors.Refused(f"{type(op).__name__} is not understood")
+
+    def _hello(self, op: protocol.Hello) -> protocol.HelloReply:
+        ours = qemu_blkmig.__version__
+        if op.protocol != protocol.PROTOCOL:
+            raise errors.Refused(mismatch(socket.gethostname(), (op.version, op.protocol), (ours, protocol.PROTOCOL)))
+        if op.job is not None and not _JOB.fullmatch(op.job):
+            raise errors.Refused(f"{op.job!r} is no name of a job")
+        if self._runtime is None:
+            self._launcher = Launcher(op.job)
+            self._runtime = tempfile.mkdtemp(prefix=launching.private_prefix(op.job, "agent"))
+        return protocol.HelloReply(ours, protocol.PROTOCOL, socket.gethostname(), files.boot_id(), self._runtime)
+
+    def _is_ours(self, path: str) -> bool:
+        """Whether `path` is a socket in a directory that we made."""
+        place = Path(os.path.realpath(path))
+        in_runtime = self._runtime is not None and place.is_relative_to(os.path.realpath(self._runtime))
+        return in_runtime or self._launcher.is_ours(path)
 
     def _limit(self, rate: int | None) -> protocol.Done:
         if rate is not None and rate <= 0:
@@ -320,13 +392,21 @@ def failure(error: Exception) -> protocol.Failure:
     return protocol.Failure("internal", what, disk)
 
 
-def _hello(op: protocol.Hello) -> protocol.HelloReply:
-    if op.protocol != protocol.PROTOCOL:
-        raise errors.Refused(
-            f"the coordinator ({op.version}) speaks protocol {op.protocol}, "
-            f"this agent ({qemu_blkmig.__version__}) speaks {protocol.PROTOCOL}"
-        )
-    return protocol.HelloReply(qemu_blkmig.__version__, protocol.PROTOCOL)
+def mismatch(host: str, coordinator: tuple[str, int], agent: tuple[str, int]) -> str:
+    """What to say of two sides, each a version and a protocol, that do not understand each other."""
+    older, version = (host, coordinator[0]) if agent[1] < coordinator[1] else ("the source host", agent[0])
+    return (
+        f"the coordinator ({coordinator[0]}) speaks protocol {coordinator[1]}, the agent on {host} ({agent[0]}) speaks "
+        f"{agent[1]}: install qemu-blkmig {version} on {older}, too"
+    )
+
+
+def _in_use(path: str) -> bool:
+    try:
+        return locks.in_use(path)
+    except OSError as error:
+        _log.warning("%s", error)
+        return False
 
 
 def _settings(op: protocol.Open) -> Settings:

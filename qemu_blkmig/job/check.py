@@ -9,14 +9,16 @@ from pathlib import Path
 
 import msgspec
 
+from qemu_blkmig.destination.protocol import FindProgram, FindProgramReply
 from qemu_blkmig.errors import BlkmigError
 from qemu_blkmig.job.options import Selection, Target
 from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.plan import Plan, Planner
-from qemu_blkmig.job.target import TargetQemu, program_missing
+from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.places import state_directory
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.transport.client import AgentClient
 
 
 class CheckedDisk(msgspec.Struct, frozen=True):
@@ -45,12 +47,10 @@ async def check(source: str, target: Target, selection: Selection) -> CheckResul
     plan: Plan | None = None
     try:
         libnbd()
-        plan = await _plan(source, target, selection)
-        problems += plan.problems
+        plan, others = await _plan(source, target, selection)
+        problems += [*plan.problems, *others]
     except BlkmigError as error:
         problems.append(str(error))
-    if target.launch is not None and (program := program_missing(target.launch)) is not None:
-        problems.append(f"the --launch command's program {program} is not there")
     if (trouble := _state_directory_trouble()) is not None:
         problems.append(trouble)
     images = plan.images if plan else {}
@@ -68,7 +68,8 @@ async def check(source: str, target: Target, selection: Selection) -> CheckResul
     return CheckResult(not problems, disks, problems, list(plan.warnings) if plan else [])
 
 
-async def _plan(source: str, target: Target, selection: Selection) -> Plan:
+async def _plan(source: str, target: Target, selection: Selection) -> tuple[Plan, list[str]]:
+    """The plan, and problems that are none of its own."""
     async with contextlib.AsyncExitStack() as stack:
         monitor = await Monitor.connect(source, who="source QEMU")
         stack.push_async_callback(monitor.close)
@@ -79,11 +80,19 @@ async def _plan(source: str, target: Target, selection: Selection) -> Plan:
         stack.push_async_callback(agent.close)
         qemu = None
         if target.qmp is not None:
-            qemu = await TargetQemu.attach(target.qmp)
+            qemu = await TargetQemu.attach(host, agent, target.qmp)
             stack.push_async_callback(qemu.close)
-        return await Planner(agent, selection, Path(target.place.directory)).plan(
+        plan = await Planner(agent, selection, Path(target.place.directory)).plan(
             monitor, qemu, "blkmig-(none)", with_ram=True
         )
+        return plan, await _program_missing(agent, target)
+
+
+async def _program_missing(agent: AgentClient, target: Target) -> list[str]:
+    if target.launch is None:
+        return []
+    reply = await agent.expect(FindProgram(target.launch, target.place.directory), FindProgramReply)
+    return [f"the --launch command's program {reply.missing} is not there"] if reply.missing else []
 
 
 def _state_directory_trouble() -> str | None:

@@ -114,7 +114,7 @@ class Guard:
 
     async def _watch_target(self, target: TargetQemu) -> NoReturn:
         await target.monitor.wait_lost()
-        raise target.describe(DestinationFailed("the destination QEMU ended before it had the guest"))
+        raise await target.describe(DestinationFailed("the destination QEMU ended before it had the guest"))
 
     async def _watch_watchdog(self) -> NoReturn:
         status = await self._watchdog.wait_ended()

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from types import TracebackType
 
-from qemu_blkmig.destination.protocol import Mark
+from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.destination.protocol import AliveReply, EndProcess, Mark
 from qemu_blkmig.errors import (
     BlkmigError,
     ConnectionLost,
@@ -25,7 +25,6 @@ from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import Journal
 from qemu_blkmig.job.place import Place, host_of
 from qemu_blkmig.job.plan import Plan
-from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
@@ -147,7 +146,7 @@ class Lifecycle:
         """Start the agent beside the destination's storage at `place`. Raises `Refused`, `DestinationFailed`."""
         self.job.record.target_place = place
         self.job.save()
-        self._host = host_of(place, self.job.runtime)
+        self._host = host_of(place, self.job.runtime, self.job.record.job)
         self._agent = await self._host.start_agent()
         return self._agent
 
@@ -158,16 +157,23 @@ class Lifecycle:
             raise RuntimeError("the destination host is not known yet")
         return self._host
 
+    @property
+    def agent(self) -> AgentClient:
+        """The agent beside the destination's storage, once started."""
+        if self._agent is None:
+            raise RuntimeError("the agent is not started yet")
+        return self._agent
+
     async def attach_target(self, path: str) -> None:
-        """Connect to a destination QEMU that already waits. Raises `Refused`."""
-        self.target = await TargetQemu.attach(path)
+        """Connect to a destination QEMU that already waits at the QMP socket `path` there. Raises `Refused`."""
+        self.target = await TargetQemu.attach(self.host, self.agent, path)
         self.job.record.target_qmp = path
         self.job.record.target_process = self.target.process
         self.job.save()
 
-    async def launch_target(self, command: str, directory: Path) -> TargetQemu:
+    async def launch_target(self, command: str, directory: str) -> TargetQemu:
         """Start the destination QEMU. Raises `Refused`."""
-        self.target = await TargetQemu.launch(self.job, command, directory)
+        self.target = await TargetQemu.launch(self.job, self.host, self.agent, command, directory)
         return self.target
 
     async def drop_target(self) -> None:
@@ -177,7 +183,7 @@ class Lifecycle:
             await self._guard.stand_down()
         if self.target is not None:
             await self.target.close()
-        if process is not None and not await asyncio.to_thread(process.kill, 10, group=True):
+        if process is not None and (await self.agent.expect(EndProcess(process, group=True), AliveReply)).alive:
             raise MigrationError(f"the destination QEMU (pid {process.pid}) could not be ended")
 
     def guard(self) -> Guard:
@@ -239,21 +245,23 @@ class Lifecycle:
     async def settle(self) -> Settlement:
         """Bring both sides to rest, by what the record says."""
         target = self.target.monitor if self.target is not None else None
-        return await settle(self.job, self._source, target, self._release_images)
+        return await settle(self.job, self._source, target, self._release_images, self._host, self._agent)
 
     async def _conclude(self, result: Result) -> None:
         if self._guard is not None:
             await self._guard.stand_down()
         if self._agent is not None:
             await self._mark(self._agent, result)
-            await self._agent.close()
-            self._agent = None
         if self.job.record.owner is Owner.DESTINATION:
-            settlement = await self.settle()
+            target = self.target.monitor if self.target is not None else None
+            settlement = await settle(self.job, self._source, target, host=self._host, agent=self._agent)
             self._ended_there = settlement.ended
             result.warnings.extend(settlement.facts[1:])
         else:
             await self._leave_source(result)
+        if self._agent is not None:
+            await self._agent.close()
+            self._agent = None
         await self._let_go()
         await self._forget(0, result.outcome, result.guest)
 
@@ -336,6 +344,10 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
             if isinstance(failure, Interrupted)
             else "mend the cause and run the same command again"
         )
+        return failure
+    if settlement.left_there:
+        failure.state = "; ".join(settlement.facts)
+        failure.advice = f"when the destination host can be reached again, run: qemu-blkmig cleanup {job.record.job}"
         return failure
     undecided = unsettled(str(failure), settlement, job.record.job)
     undecided.__cause__ = failure

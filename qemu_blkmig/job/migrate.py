@@ -91,8 +91,8 @@ class _Run:
 
     async def _launch(self) -> None:
         target = self._options.target
-        qemu = await self._life.launch_target(str(target.launch), Path(target.place.directory))
-        verify_launched(self._plan, (await qemu.inventory()).disks)
+        qemu = await self._life.launch_target(str(target.launch), target.place.directory)
+        await verify_launched(self._plan, qemu)
         if unfit := await unfit_capabilities(qemu.monitor):
             raise Refused("; ".join(unfit))
 

@@ -57,11 +57,15 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Target:
-    """Where to: images at `place`; there a QEMU already waiting at `qmp`, or one to be started by `launch`, or none."""
+    """Where to: images at `place`; there a QEMU already waiting at `qmp`, or one to be started by `launch`, or none.
+
+    `ram_uri`: for QEMU's `migrate` and `migrate-incoming`, where RAM is not to go the way of everything else.
+    """
 
     place: Place
     qmp: str | None = None
     launch: str | None = None
+    ram_uri: str | None = None
 
     def __post_init__(self) -> None:
         if self.launch is None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from qemu_blkmig.errors import Refused, UsageError
+from qemu_blkmig.errors import UsageError
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.local import LocalHost
+from qemu_blkmig.transport.ssh import SshHost
 
 REMOTE_COMMAND = "qemu-blkmig"
 FORMS = "local:/directory or ssh://[user@]host[:port]/directory"
@@ -71,10 +72,13 @@ def host_name(place: Place | None) -> str:
     return place.host if isinstance(place, Ssh) else socket.gethostname()
 
 
-def host_of(place: Place, runtime: Path) -> Host:
-    """The host of `place`; `runtime`: this host's private directory for the sockets that lead there."""
+def host_of(place: Place, runtime: Path, job: str | None = None) -> Host:
+    """The host of `place`; `runtime`: this host's private directory for the sockets that lead there.
+
+    `job`: whose agents are started there, None for such that only look.
+    """
     match place:
         case Local():
-            return LocalHost()
+            return LocalHost(job)
         case Ssh():
-            raise Refused(f"{place.host}: ssh is not there yet, not even for {runtime}")
+            return SshHost(place.host, place.user, place.port, place.remote_command, runtime, job)

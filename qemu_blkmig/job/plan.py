@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qemu_blkmig.destination.files import FileId, boot_id, file_id, file_id_for, opened_by
 from qemu_blkmig.destination.protocol import Backing as SharedBase
-from qemu_blkmig.destination.protocol import Image, Inspect, InspectReply
+from qemu_blkmig.destination.protocol import Files, FilesReply, Image, Inspect, InspectReply
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.files import FileId, file_id, file_id_for, opened_by
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.source_images import SourceImage, absolute, origin, troubles
 from qemu_blkmig.job.target import TargetQemu, counterpart
@@ -103,13 +103,13 @@ class Planner:
         self._tell_left_out(found.disks, disks, found.skipped)
         images = await self._target_images(disks, target) if target else self._directory_images(disks)
         own = {file_id_for(source.peer_pid, layer.filename) for disk in found.disks for layer in disk.layers}
-        self._check_apart(images, own | opened_by(source.peer_pid))
+        await self._check_apart(images, own | opened_by(source.peer_pid))
         return await self._checked(disks, tuple(found.skipped), images)
 
     async def plan_image(self, disk: Disk) -> Plan:
         """The plan for a disk without a guest."""
         images = self._directory_images((disk,))
-        self._check_apart(
+        await self._check_apart(
             images, {file_id(name) for name in (disk.filename, disk.backing and disk.backing.full) if name}
         )
         return await self._checked((disk,), (), images)
@@ -162,10 +162,16 @@ class Planner:
                     "what is written to one is not seen at the other"
                 )
 
-    def _check_apart(self, images: Mapping[str, Image], own: Collection[FileId | None]) -> None:
-        """Locks do not tell of a source that was opened without them, or that shares its image with other writers."""
-        for name, image in images.items():
-            there = file_id(image.path)
+    async def _check_apart(self, images: Mapping[str, Image], own: Collection[FileId | None]) -> None:
+        """Locks do not tell of a source that was opened without them, or that shares its image with other writers.
+
+        Two hosts may be one machine under two names, or containers of one.
+        """
+        if self._agent is None or self._agent.there.boot_id != boot_id():
+            return
+        names = [image.path for image in images.values()]
+        found = (await self._agent.expect(Files(names), FilesReply)).ids
+        for (name, image), there in zip(images.items(), found, strict=True):
             if there is not None and there in own:
                 self._problems.append(f"disk {name}: the destination {image.path} is a file of the source itself")
 
@@ -293,8 +299,9 @@ class Planner:
             )
 
 
-def verify_launched(plan: Plan, found: Sequence[Disk]) -> None:
+async def verify_launched(plan: Plan, target: TargetQemu) -> None:
     """Raise `Refused` unless the QEMU that we launched uses just the images that we fill, each for the right disk."""
+    found = (await target.inventory()).disks
     for disk in plan.disks:
         other = counterpart(disk, found)
         image = plan.images[disk.name]
@@ -305,7 +312,8 @@ def verify_launched(plan: Plan, found: Sequence[Disk]) -> None:
                 disk=disk.name,
                 advice="its devices must be the same as the source's",
             )
-        if Path(other.filename).resolve() != Path(image.path).resolve():
+        uses, filled = await target.files([other.filename, image.path])
+        if filled is None or uses != filled:
             raise Refused(
                 f"the --launch command uses {other.filename} for it, but the image is {image.path}", disk=disk.name
             )

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import msgspec
 
+from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.history import archive
 from qemu_blkmig.job.place import Place
-from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.source_images import SourceImage
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from qemu_blkmig.destination.protocol import Discard, DiscardReply, Mark
+from qemu_blkmig.destination.protocol import Discard, DiscardReply, Done, Mark
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError, Undecided
 from qemu_blkmig.job.activation import activate
-from qemu_blkmig.job.place import Local, host_of
-from qemu_blkmig.job.process import ProcessId
+from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable, until
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.source_images import mark_moved
 from qemu_blkmig.qmp.agent import GuestAgent
@@ -28,11 +27,10 @@ from qemu_blkmig.qmp.monitor import Monitor, NoAnswer
 from qemu_blkmig.qmp.ram import cancel_migration
 from qemu_blkmig.qmp.removal import remove_all
 from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.host import Host
 
 log = logging.getLogger(__name__)
 
-REACH = 20.0
-"""Seconds in which a QEMU that is alive must become reachable; its QMP socket may be taken by another for a while."""
 SETTLE = 15.0
 """Seconds in which a QEMU's own migration must come to an end, one way or the other."""
 DYING = 0.5
@@ -52,12 +50,14 @@ NOT_STARTED = ("inmigrate", "paused", "prelaunch", "postmigrate")
 class Settlement:
     """How things stand: who owns the guest, and in sentences what is so. `decided`: nothing is left to be done.
 
-    `ended`: the destination has the guest, but its QEMU has ended since.
+    `ended`: the destination has the guest, but its QEMU has ended since. `left_there`: the guest is at rest, but at a
+    destination host that cannot be reached something is left to be tidied up.
     """
 
     owner: Owner
     decided: bool = True
     ended: bool = False
+    left_there: bool = False
     facts: list[str] = field(default_factory=list)
 
 
@@ -76,79 +76,17 @@ def unsettled(what: str, settlement: Settlement, job: str) -> Undecided:
     return Undecided(what, state="; ".join(settlement.facts), advice=advice)
 
 
-class Unreachable(BlkmigError):
-    """A QEMU that is alive does not answer."""
-
-
-class Peer:
-    """One of the two QEMUs, connected to when first asked."""
-
-    def __init__(self, who: str, path: str | None, process: ProcessId | None, monitor: Monitor | None) -> None:
-        self.who = who
-        self._path = path
-        self.process = process
-        self._monitor = monitor
-
-    @property
-    def gone(self) -> bool:
-        """Whether it is known to run no more."""
-        return self._path is None or (self.process is not None and not self.process.alive)
-
-    async def monitor(self) -> Monitor | None:
-        """Its monitor; None when the QEMU is gone. Raises `Unreachable` when it lives and doesn't answer."""
-        if self._monitor is not None and not self._monitor.lost:
-            return self._monitor
-        deadline = asyncio.get_running_loop().time() + REACH
-        while True:
-            if self._path is None or self.gone:
-                return None
-            try:
-                self._monitor = await Monitor.connect(self._path, who=self.who, timeout=2.0)
-                return self._monitor
-            except (Refused, ConnectionLost, RequestError) as error:
-                if self.process is None and await _nobody_listens(self._path):
-                    return None
-                if asyncio.get_running_loop().time() > deadline:
-                    raise Unreachable(f"the {self.who} lives but does not answer on {self._path}: {error}") from error
-            await asyncio.sleep(0.1)
-
-    async def fence(self) -> bool:
-        """End this QEMU for certain; True when it is gone."""
-        if self.gone:
-            return True
-        try:
-            if (monitor := await self.monitor()) is not None:
-                with contextlib.suppress(RequestError, ConnectionLost):
-                    await monitor.execute("quit", timeout=5)
-        except Unreachable as error:
-            log.warning("%s", error)
-        gone: Callable[[], Awaitable[bool]] = self._is_gone
-        if await _until(gone, 10):
-            return True
-        return self.process is not None and await asyncio.to_thread(self.process.kill, 10)
-
-    async def kill(self) -> bool:
-        """End what we launched ourselves, and what never had the guest, without asking; True when it is gone."""
-        return self.process is None or await asyncio.to_thread(self.process.kill, 10, group=True)
-
-    async def _is_gone(self) -> bool:
-        if self.process is not None:
-            return not self.process.alive
-        return self._path is None or await _nobody_listens(self._path)
-
-    async def close(self) -> None:
-        """Let go of the monitor."""
-        if self._monitor is not None:
-            await self._monitor.close()
-
-
 async def settle(
     job: Job,
     source: Monitor | None = None,
     destination: Monitor | None = None,
     release_images: Callable[[], Awaitable[None]] | None = None,
+    host: Host | None = None,
+    agent: AgentClient | None = None,
 ) -> Settlement:
     """Settle the job. `source` and `destination` are live monitors, where the caller has them; they are closed.
+
+    `host` and `agent` are the caller's ways to the destination host, and stay; without them it is reached anew.
 
     `release_images` ends what of the caller's still has the destination's images open, before they are removed; the
     guest does not wait for it.
@@ -157,27 +95,35 @@ async def settle(
     be settled is told in the settlement, with `decided` False, and the record stays for another try.
     """
     record = job.record
-    here = Peer("source QEMU", record.source_qmp, record.source_process, source)
-    there = Peer("destination QEMU", record.target_qmp, record.target_process, destination)
+    beyond = There(job, host, agent)
+    here = Peer("source QEMU", Here(), record.source_qmp, record.source_process, source)
+    there = Peer("destination QEMU", beyond, record.target_qmp, record.target_process, destination)
     before = record.owner
     settlement = Settlement(before)
     try:
         for attempt in range(ATTEMPTS):
             settlement.facts.clear()
             try:
-                await _settle(job, here, there, settlement)
+                await _settle(job, here, there, beyond, settlement)
                 if release_images is not None:
+                    beyond.leave_agent()
                     await release_images()
                 if record.owner is Owner.SOURCE:
-                    await _discard(job, settlement)
+                    await _discard(job, beyond, settlement)
                     _tell_overwritten(job, settlement)
                 elif record.owner is Owner.DESTINATION:
-                    await _mark(job, settlement)
+                    await _mark(job, beyond, settlement)
+                await beyond.tidy(needed=record.target_launched and release_images is not None)
                 break
             except ConnectionLost:
                 if attempt == ATTEMPTS - 1:
                     raise
                 await asyncio.sleep(DYING)
+    except HostUnreachable as error:
+        settlement.decided = False
+        settlement.left_there = record.owner is not Owner.UNDECIDED
+        if str(error) not in "; ".join(settlement.facts):
+            settlement.facts.append(str(error))
     except (BlkmigError, OSError, TimeoutError) as error:
         log.warning("settling job %s: %s", record.job, error, exc_info=log.isEnabledFor(logging.DEBUG))
         settlement.decided = False
@@ -186,16 +132,17 @@ async def settle(
         settlement.owner = record.owner
         if record.source_qmp is not None:
             _tell_why(before, settlement)
+        if settlement.owner is Owner.UNDECIDED:
+            settlement.decided = False
         for peer in (here, there):
             await peer.close()
-    if settlement.owner is Owner.UNDECIDED:
-        settlement.decided = False
+        await beyond.close(done=settlement.decided)
     return settlement
 
 
-async def _settle(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
+async def _settle(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement) -> None:
     if job.record.owner is Owner.UNDECIDED:
-        job.record.owner = await _decide(job, here, there, settlement)
+        job.record.owner = await _decide(job, here, there, beyond, settlement)
         _save(job)
     if job.record.owner is Owner.SOURCE:
         await _return_to_source(job, here, there, settlement)
@@ -211,7 +158,7 @@ def _save(job: Job, *, synced: bool = True) -> None:
         log.warning("the record of job %s cannot be written: %s", job.record.job, error)
 
 
-async def _decide(job: Job, here: Peer, there: Peer, settlement: Settlement) -> Owner:
+async def _decide(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement) -> Owner:
     """After the handover: did the destination take the guest? Leaves a destination that did not take it fenced."""
     source = await here.monitor()
     arrived = True
@@ -223,11 +170,17 @@ async def _decide(job: Job, here: Peer, there: Peer, settlement: Settlement) -> 
             settlement.facts.append(f"the source's migration is still in state {status}")
             return Owner.UNDECIDED
         arrived = status == "completed"
-    if arrived and await _take(job, there):
+    if arrived and await _take(job, there, beyond):
         return Owner.DESTINATION
-    if job.record.started_there and there.gone:
-        return await _decide_after_lost_start(source, settlement)
-    if await there.fence():
+    try:
+        if job.record.started_there and await there.gone():
+            return await _decide_after_lost_start(source, settlement)
+        if await there.fence():
+            return Owner.SOURCE
+    except HostUnreachable:
+        # Never told to start the guest, it waits paused, until somebody who can reach it ends it.
+        if source is None or job.record.started_there:
+            raise
         return Owner.SOURCE
     settlement.facts.append("the destination QEMU neither took the guest nor could be ended")
     return Owner.UNDECIDED
@@ -255,19 +208,19 @@ async def _conclude(source: Monitor) -> str:
     async def ended() -> bool:
         return await _migration_status(source) not in UNDER_WAY
 
-    if not await _until(ended, SETTLE):
+    if not await until(ended, SETTLE):
         await cancel_migration(source)
     return await _migration_status(source)
 
 
-async def _take(job: Job, there: Peer) -> bool:
+async def _take(job: Job, there: Peer, beyond: There) -> bool:
     """Whether the destination has the guest, started there if it ran before.
 
     Raises `Unreachable` if it was told to start the guest and does not answer.
     """
     try:
         destination = await there.monitor()
-        return destination is not None and await _take_by(job, destination)
+        return destination is not None and await _take_by(job, beyond, destination)
     except (NoAnswer, Unreachable) as error:
         if job.record.started_there:
             raise Unreachable(f"whether the guest runs at the destination cannot be known: {error}") from error
@@ -275,16 +228,16 @@ async def _take(job: Job, there: Peer) -> bool:
         return False
 
 
-async def _take_by(job: Job, destination: Monitor) -> bool:
+async def _take_by(job: Job, beyond: There, destination: Monitor) -> bool:
     async def ended() -> bool:
         return await _migration_status(destination) not in ("setup", "active", "none")
 
-    await _until(ended, SETTLE)
+    await until(ended, SETTLE)
     if await _migration_status(destination) != "completed":
         return False
     if not job.record.was_running:
         try:
-            await activate(destination, job.record.images)
+            await activate(destination, beyond.idle, job.record.images)
             return True
         except DestinationFailed as error:
             log.warning("%s", error)
@@ -318,11 +271,21 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
         await _give_back_run_state(job, source, settlement)
         if record.frozen_by is not None:
             await _thaw(record.frozen_by, settlement)
-    if record.target_launched and not await there.kill():
-        settlement.decided = False
-        settlement.facts.append(f"the destination QEMU (pid {there.process and there.process.pid}) could not be ended")
     if source is not None:
         await _clean(job, source, settlement)
+    if record.target_launched:
+        await _end_launched(there, settlement)
+
+
+async def _end_launched(there: Peer, settlement: Settlement) -> None:
+    who = f"the destination QEMU (pid {there.process and there.process.pid})"
+    try:
+        if not await there.kill():
+            settlement.decided = False
+            settlement.facts.append(f"{who} could not be ended")
+    except HostUnreachable as error:
+        settlement.decided, settlement.left_there = False, True
+        settlement.facts.append(f"{error}; {who} waits there, paused, never to be told `cont`, and is to be ended")
 
 
 async def _clean(job: Job, source: Monitor, settlement: Settlement) -> None:
@@ -370,43 +333,33 @@ async def _thaw(path: str, settlement: Settlement) -> None:
         settlement.facts.append(f"the guest's file systems may still be frozen: {error}")
 
 
-@contextlib.asynccontextmanager
-async def _agent_there(job: Job) -> AsyncIterator[AgentClient]:
-    """An agent beside the destination's images, of our own."""
-    host = host_of(job.record.target_place or Local("/"), job.runtime)
-    try:
-        agent = await host.start_agent()
-        try:
-            yield agent
-        finally:
-            await agent.close()
-    finally:
-        await host.close()
-
-
-async def _mark(job: Job, settlement: Settlement) -> None:
+async def _mark(job: Job, beyond: There, settlement: Settlement) -> None:
     """The ownership records follow what was decided (see `destination/ownership.py`)."""
     record = job.record
     settlement.facts += await asyncio.to_thread(mark_moved, record.moving, record.job)
     if record.marked or not record.images:
         return
     try:
-        async with _agent_there(job) as agent:
-            await agent.request(Mark(record.job, record.images, "complete"))
+        await beyond.ask(Mark(record.job, record.images, "complete"), Done)
         record.marked = True
     except BlkmigError as error:
         settlement.facts.append(f"the images at the destination are complete, but their records do not say so: {error}")
 
 
-async def _discard(job: Job, settlement: Settlement) -> None:
+async def _discard(job: Job, beyond: There, settlement: Settlement) -> None:
     record = job.record
     untouched = [path for path in record.images if not record.filling]
     if not record.created and not untouched:
         return
-    async with _agent_there(job) as agent:
+    try:
         if untouched:
-            await _mark_untouched(agent, record.job, untouched, settlement)
-        reply = await agent.expect(Discard(record.created), DiscardReply)
+            await _mark_untouched(beyond, record.job, untouched, settlement)
+        reply = await beyond.ask(Discard(record.created), DiscardReply)
+    except HostUnreachable as error:
+        settlement.decided, settlement.left_there = False, True
+        paths = ", ".join(created.path for created in record.created)
+        settlement.facts.append(f"{error}; incomplete images may be left there: {paths or 'none'}")
+        return
     if not record.created:
         return
     if reply.left:
@@ -415,9 +368,9 @@ async def _discard(job: Job, settlement: Settlement) -> None:
         settlement.facts.append("the incomplete images at the destination were removed")
 
 
-async def _mark_untouched(agent: AgentClient, job: str, images: list[str], settlement: Settlement) -> None:
+async def _mark_untouched(beyond: There, job: str, images: list[str], settlement: Settlement) -> None:
     try:
-        await agent.request(Mark(job, images, "untouched"))
+        await beyond.ask(Mark(job, images, "untouched"), Done)
     except Refused as error:
         settlement.facts.append(str(error))
 
@@ -428,7 +381,8 @@ def _tell_why(before: Owner, settlement: Settlement) -> None:
         case Owner.SOURCE, Owner.SOURCE:
             settlement.facts.append("this job had not handed it over")
         case Owner.UNDECIDED, Owner.SOURCE:
-            settlement.facts.append("in the handover the destination did not take it, and no longer can")
+            last = "was never told to start it" if settlement.left_there else "no longer can"
+            settlement.facts.append(f"in the handover the destination did not take it, and {last}")
         case Owner.UNDECIDED, Owner.DESTINATION:
             settlement.facts.append("the destination took it in the handover")
 
@@ -442,7 +396,10 @@ def _tell_overwritten(job: Job, settlement: Settlement) -> None:
 
 
 async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
-    if there.gone:
+    ended = False
+    with contextlib.suppress(HostUnreachable):
+        ended = await there.gone()
+    if ended:
         settlement.ended = True
         fact = "the guest was handed over, and the destination QEMU has ended since; its disks hold what it wrote"
     elif job.record.was_running:
@@ -463,24 +420,3 @@ async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: S
 
 async def _migration_status(monitor: Monitor) -> str:
     return await migration_status(monitor, timeout=ANSWER)
-
-
-async def _nobody_listens(path: str) -> bool:
-    try:
-        _, writer = await asyncio.open_unix_connection(path)
-    except (ConnectionRefusedError, FileNotFoundError):
-        return True
-    except OSError:
-        return False
-    writer.close()
-    return False
-
-
-async def _until(condition: Callable[[], Awaitable[bool]], seconds: float) -> bool:
-    """Poll until the condition holds; False when it does not within `seconds`."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    while not await condition():
-        if asyncio.get_running_loop().time() > deadline:
-            return False
-        await asyncio.sleep(0.02)
-    return True

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from qemu_blkmig.destination import ownership
-from qemu_blkmig.job.files import file_id
+from qemu_blkmig.destination.files import file_id
 from qemu_blkmig.qmp.disks import Disk, plain_filename
 
 OVERRIDE = "--ignore-ownership overrides"

@@ -1,110 +1,113 @@
-"""The destination's QEMU: started by us or already waiting, with a disk for each that is migrated."""
+"""The destination's QEMU: started by us or already waiting, with a disk for each that is migrated.
+
+What concerns its process is asked of the agent beside it; its QMP socket is reached through the host.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import IO
 
+from qemu_blkmig.destination.files import FileId
+from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.destination.protocol import (
+    Files,
+    FilesReply,
+    Go,
+    Held,
+    HeldReply,
+    Identified,
+    Identify,
+    Launch,
+    Launched,
+    Output,
+    OutputReply,
+)
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused
-from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.qmp.disks import Disk, Inventory, inventory
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.host import Host
 
 WHO = "destination QEMU"
-START = 30.0
-"""Seconds in which a launched QEMU must open its QMP socket."""
-OUTPUT = 4000
-"""Bytes of a failed QEMU's last output that are shown."""
+CONNECT = 10.0
+"""Seconds in which a launched QEMU, which listens, must answer on its QMP socket."""
+ANSWER = 5.0
+"""Seconds in which the agent must say what became of a QEMU."""
 
 
 class TargetQemu:
     """A QEMU that waits for a migration; once claimed, it never starts the guest by itself (see `settle`)."""
 
-    def __init__(self, monitor: Monitor, process: ProcessId | None, output: IO[bytes] | None) -> None:
+    def __init__(self, monitor: Monitor, process: ProcessId | None, agent: AgentClient) -> None:
         self.monitor = monitor
         self.process = process
-        self._output = output
+        self._agent = agent
 
     @classmethod
-    async def attach(cls, path: str) -> TargetQemu:
-        """The QEMU that already waits at the QMP socket `path`. Raises `Refused` if it doesn't wait."""
-        monitor = await Monitor.connect(path, who=WHO)
+    async def attach(cls, host: Host, agent: AgentClient, path: str) -> TargetQemu:
+        """The QEMU that already waits at the QMP socket `path` there. Raises `Refused` if it doesn't wait."""
         try:
-            return await cls._waiting(monitor, None)
-        except BaseException:
-            await monitor.close()
-            raise
+            found = await agent.expect(Identify(path), Identified)
+        except Refused as error:
+            raise Refused(f"{WHO}: {error}", advice=error.advice) from error
+        return await cls._waiting(await Monitor.connect(await host.reach(path), who=WHO), found.process, agent)
 
     @classmethod
-    async def launch(cls, job: Job, command: str, directory: Path) -> TargetQemu:
-        """Run the shell command, with what makes QEMU wait for us appended. Raises `Refused` with what it said.
+    async def launch(cls, job: Job, host: Host, agent: AgentClient, command: str, directory: str) -> TargetQemu:
+        """Run the shell command there, with what makes QEMU wait for us appended. Raises `Refused` with what it said.
 
         A process id is in the job's record before the program runs: the shell waits for our word. Once QEMU answers,
         the record names QEMU itself, whatever the command did in between.
         """
-        qmp = job.runtime / "target.qmp"
-        output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the QEMU does
-        waiting = ["-S", "-incoming", "defer", "-qmp", f"unix:{qmp},server=on,wait=off"]
-        script = f'read go && exec </dev/null && {in_place_of_the_shell(command.strip())} "$@"'
-        # Not asyncio's: that kills what still runs when the loop is closed (seen with Python 3.13).
-        process = await asyncio.to_thread(
-            subprocess.Popen, ["/bin/sh", "-c", script, "sh", *waiting],
-            stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=directory, start_new_session=True,
-        )  # fmt: skip
+        launched = await agent.expect(Launch(command, directory), Launched)
         job.record.target_launched = True
-        job.record.target_qmp = str(qmp)
-        job.record.target_process = ProcessId.of(process.pid)
+        job.record.target_qmp = launched.qmp
+        job.record.target_process = launched.process
         job.save()
-        if process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-                stdin.write(b"go\n")
-        monitor = await cls._connect(qmp, process, output)
-        target = await cls._waiting(monitor, output)
-        job.record.target_process = target.process or job.record.target_process
+        process = (await agent.expect(Go(), Identified)).process or launched.process
+        job.record.target_process = process
         job.save()
-        return target
+        return await cls._waiting(await cls._connect(await host.reach(launched.qmp)), process, agent)
 
     @classmethod
-    async def _connect(cls, qmp: Path, process: subprocess.Popen[bytes], output: IO[bytes]) -> Monitor:
-        deadline = asyncio.get_running_loop().time() + START
-        while asyncio.get_running_loop().time() < deadline:
-            if qmp.exists():
-                with contextlib.suppress(Refused, ConnectionLost):
-                    return await Monitor.connect(str(qmp), who=WHO)
-            if process.poll() not in (None, 0):
-                raise Refused(
-                    f"the --launch command ended with status {process.returncode}: {_tail(output)}",
-                    advice="try the command by hand in the destination directory; we append "
-                    "-S -incoming defer -qmp unix:SOCKET,server=on,wait=off",
-                )
+    async def _connect(cls, path: str) -> Monitor:
+        """To a QEMU that was just seen listening, and may have its hands full."""
+        deadline = asyncio.get_running_loop().time() + CONNECT
+        while True:
+            try:
+                return await Monitor.connect(path, who=WHO)
+            except (Refused, ConnectionLost):
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
             await asyncio.sleep(0.02)
-        raise Refused(
-            f"the --launch command did not open a QMP socket within {START:.0f} s: {_tail(output)}",
-            advice='a wrapper script must pass the arguments on that we append: exec qemu-system-... "$@"',
-        )
 
     @classmethod
-    async def _waiting(cls, monitor: Monitor, output: IO[bytes] | None) -> TargetQemu:
-        status = await monitor.execute("query-status")
-        if status["status"] != "inmigrate":
-            raise Refused(
-                f"the {WHO} does not wait for a migration (run state {status['status']})",
-                advice="start it with -incoming defer",
-            )
-        pid = monitor.peer_pid
-        return cls(monitor, ProcessId.of(pid) if pid else None, output)
+    async def _waiting(cls, monitor: Monitor, process: ProcessId | None, agent: AgentClient) -> TargetQemu:
+        try:
+            status = await monitor.execute("query-status")
+            if status["status"] != "inmigrate":
+                raise Refused(
+                    f"the {WHO} does not wait for a migration (run state {status['status']})",
+                    advice="start it with -incoming defer",
+                )
+        except BaseException:
+            await monitor.close()
+            raise
+        return cls(monitor, process, agent)
 
     async def inventory(self) -> Inventory:
         """The disks that it waits with."""
         return await inventory(self.monitor)
+
+    async def files(self, names: Sequence[str]) -> Sequence[FileId | None]:
+        """Which files it means by these names. Raises `DestinationFailed`."""
+        return (await self._agent.expect(Files(list(names), self.process), FilesReply)).ids
+
+    async def idle(self, images: Sequence[str]) -> Sequence[str]:
+        """Which of these images no QEMU has open as an active writer. Raises `DestinationFailed`."""
+        return (await self._agent.expect(Held(list(images)), HeldReply)).idle
 
     async def claim(self) -> None:
         """From now on the guest starts here only when we say so: `stop` clears a waiting QEMU's autostart."""
@@ -114,17 +117,20 @@ class TargetQemu:
         """Let the guest run here. Its return is the proof that the disks could be activated (FACTS.md)."""
         await self.monitor.execute("cont")
 
-    def describe(self, error: BlkmigError) -> DestinationFailed:
-        """`error` with what the QEMU last said, where we can hear it."""
-        if self._output is None:
-            return DestinationFailed(f"{error}; what it said is where its output goes")
-        return DestinationFailed(f"{error}; {_tail(self._output)}")
+    async def describe(self, error: BlkmigError) -> DestinationFailed:
+        """`error` with what the QEMU last said, where the agent has heard it; without the agent, what became of it."""
+        try:
+            async with asyncio.timeout(ANSWER):
+                said = (await self._agent.expect(Output(), OutputReply)).text
+        except DestinationFailed as gone:
+            return gone
+        except (BlkmigError, TimeoutError):
+            said = "the agent beside it does not answer"
+        return DestinationFailed(f"{error}; {said}")
 
     async def close(self) -> None:
         """Let go of it; it runs on."""
         await self.monitor.close()
-        if self._output is not None:
-            self._output.close()
 
 
 def counterpart(disk: Disk, candidates: Sequence[Disk]) -> Disk | None:
@@ -135,28 +141,3 @@ def counterpart(disk: Disk, candidates: Sequence[Disk]) -> Disk | None:
         if len(found) == 1:
             return found[0]
     return None
-
-
-def _tail(output: IO[bytes]) -> str:
-    output.seek(0, 2)
-    output.seek(max(0, output.tell() - OUTPUT))
-    said = output.read().decode(errors="replace").strip()
-    return f"it said: {said}" if said else "it said nothing"
-
-
-def in_place_of_the_shell(command: str) -> str:
-    """`command`, with `exec` where it is just a program and its arguments: no shell then waits beside the QEMU."""
-    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
-    lexer.commenters = ""
-    words = list(lexer)
-    compound = "\n" in command or any(set(word) <= set("();<>|&") for word in words)
-    return command if compound or shutil.which(words[0]) is None else f"exec {command}"
-
-
-def program_missing(command: str) -> str | None:
-    """The program that the launch command begins with, if it is a plain name that cannot be found."""
-    program = shlex.split(command)[0]
-    if "=" in program:
-        return None
-    found = subprocess.run(["/bin/sh", "-c", 'command -v -- "$1" >/dev/null', "sh", program], check=False)
-    return program if found.returncode else None

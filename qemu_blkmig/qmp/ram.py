@@ -1,7 +1,7 @@
 """The migration of RAM and device state, which QEMU does itself; ours is when it may switch over.
 
 With pause-before-switchover QEMU stops in `pre-switchover`, the guest paused and its disks still active, until
-`migrate-continue` (FACTS.md, "Plain QEMU"). Both QEMUs get one end of a socket pair, so no port and no path is used.
+`migrate-continue` (FACTS.md, "Plain QEMU").
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import Sequence
 from typing import Any
 
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, MigrationError, RequestError
+from qemu_blkmig.qmp.channel import Channel, SocketPair
 from qemu_blkmig.qmp.foreign_bitmaps import Carried
 from qemu_blkmig.qmp.guest import run_state
 from qemu_blkmig.qmp.monitor import CommandFailed, Event, EventStream, Monitor
@@ -38,7 +38,6 @@ _UNFIT = {
 _PARAMETERS = ("downtime-limit", "max-bandwidth")
 _UNLIMITED = 1 << 40
 """Bytes a second; QEMU's own default of 128 MiB/s is a limit, and it knows no value for none."""
-_CHANNEL = "blkmig-ram"
 _POLL = 0.01
 _MOMENT = 0.2
 _END_LIMIT = 1.0
@@ -53,9 +52,19 @@ class RamMigration:
     In order: start, wait_paused, then proceed and wait_completed, or cancel, which is possible until proceed.
     """
 
-    def __init__(self, source: Monitor, destination: Monitor, carried: Sequence[Carried] = ()) -> None:
-        """Nothing happens before `start`. `carried`: dirty bitmaps of others that are to go with it."""
+    def __init__(
+        self,
+        source: Monitor,
+        destination: Monitor,
+        carried: Sequence[Carried] = (),
+        channel: Channel | None = None,
+    ) -> None:
+        """Nothing happens before `start`. `carried`: dirty bitmaps of others that are to go with it.
+
+        `channel`: the way that it takes; None: both QEMUs are on this host.
+        """
         self._carried = carried
+        self._channel = channel or SocketPair()
         self._source = source
         self._destination = destination
         self._subscriptions = contextlib.ExitStack()
@@ -147,13 +156,9 @@ class RamMigration:
         await self._set_parameters(self._source, _limits(downtime, bandwidth))
 
     async def _connect(self) -> None:
-        here, there = socket.socketpair()
-        with here, there:
-            await self._destination.pass_fd(there.fileno(), _CHANNEL)
-            await self._destination.execute("migrate-incoming", {"uri": f"fd:{_CHANNEL}"})
-            await self._source.pass_fd(here.fileno(), _CHANNEL)
-            self._begun = True
-            await self._source.execute("migrate", {"uri": f"fd:{_CHANNEL}"})
+        uri = await self._channel.open(self._source, self._destination)
+        self._begun = True
+        await self._source.execute("migrate", {"uri": uri})
 
     async def _wait_source(self, wanted: str) -> None:
         while True:

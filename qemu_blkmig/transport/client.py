@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
@@ -17,11 +17,14 @@ from qemu_blkmig.destination import protocol
 
 _Reply = TypeVar("_Reply", bound=protocol.Message)
 OnProgress = Callable[[protocol.Progress], None]
+Explain = Callable[[int], Awaitable[errors.DestinationFailed | None]]
+"""Given the exit status of what leads to the agent."""
 
 _EXIT_TIMEOUT = 30.0
 _KILL_TIMEOUT = 5.0
 """Seconds in which a killed agent must be gone; one that hangs in its storage is left to the kernel."""
 _LAST_LINES = 20
+_SAME_VERSION = "install the same version of qemu-blkmig on both hosts"
 
 
 class CopyCancelled(errors.RequestError):
@@ -31,11 +34,23 @@ class CopyCancelled(errors.RequestError):
 class AgentClient:
     """Speaks to the agent behind `process`, whose stdin, stdout and stderr are pipes.
 
-    Stdout's limit has to be `protocol.LINE_LIMIT`.
+    Stdout's limit has to be `protocol.LINE_LIMIT`. `where`: the agent's host, for messages. `explain`: called when the
+    process has ended; what it was that broke, if that was not the agent.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, on_progress: OnProgress | None = None) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        on_progress: OnProgress | None = None,
+        *,
+        where: str = "this host",
+        explain: Explain | None = None,
+    ) -> None:
         self.on_progress = on_progress
+        self.there = protocol.HelloReply("", 0)
+        """What the agent has answered to hello."""
+        self._where = where
+        self._explain = explain
         self._process = process
         self._waiting: dict[int, asyncio.Future[protocol.Outcome]] = {}
         self._next_id = 1
@@ -43,15 +58,39 @@ class AgentClient:
         self._decoder: msgspec.json.Decoder[protocol.FromAgent] = msgspec.json.Decoder(protocol.FromAgent)
         self._gone: errors.DestinationFailed | None = None
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._overhear())]
+        self._heart = asyncio.create_task(self._beat())
 
     @property
     def pid(self) -> int:
         """The process id of what leads to the agent (the agent itself where it is local)."""
         return self._process.pid
 
-    async def hello(self) -> protocol.HelloReply:
-        """Check that both sides speak the same protocol. Raises as `request` does."""
-        return await self.expect(protocol.Hello(qemu_blkmig.__version__, protocol.PROTOCOL), protocol.HelloReply)
+    async def hello(self, job: str | None = None) -> protocol.HelloReply:
+        """Check that both sides speak the same protocol; `job`: whose agent it is. Raises as `request` does."""
+        ours = qemu_blkmig.__version__
+        try:
+            reply = await self.expect(protocol.Hello(ours, protocol.PROTOCOL, job), protocol.HelloReply)
+        except errors.Refused as error:
+            error.advice = error.advice or _SAME_VERSION
+            raise
+        if reply.protocol != protocol.PROTOCOL:
+            raise errors.Refused(
+                f"the agent on {self._where} ({reply.version}) speaks protocol {reply.protocol}, this qemu-blkmig "
+                f"({ours}) speaks {protocol.PROTOCOL}",
+                advice=_SAME_VERSION,
+            )
+        self.there = reply
+        return reply
+
+    @property
+    def last_words(self) -> str:
+        """What was said besides the protocol, its last lines."""
+        return "\n".join(self._said)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the agent is known to be gone."""
+        return self._gone is not None
 
     async def request(self, op: protocol.Operation) -> protocol.Outcome:
         """Have the agent carry out `op`; its outcome, never a `Failure`.
@@ -92,6 +131,7 @@ class AgentClient:
 
         One that does not exit is killed.
         """
+        self._heart.cancel()
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
@@ -105,6 +145,13 @@ class AgentClient:
         """End the agent at once; what it made is for `Discard` to remove."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+
+    async def _beat(self) -> None:
+        """The agent takes silence for our end."""
+        with contextlib.suppress(errors.BlkmigError):
+            while True:
+                await asyncio.sleep(protocol.PING)
+                await self.request(protocol.Ping())
 
     async def _write(self, request: protocol.Request) -> None:
         stdin = self._process.stdin
@@ -120,7 +167,15 @@ class AgentClient:
         stdout = self._process.stdout
         try:
             while stdout is not None and (line := await stdout.readline()).endswith(b"\n"):
-                self._heard(self._decoder.decode(line))
+                try:
+                    message = self._decoder.decode(line)
+                except msgspec.DecodeError:
+                    # What a login shell there says before the agent runs.
+                    if self.there.protocol or len(self._said) == _LAST_LINES:
+                        raise
+                    self._said.append(line.decode(errors="replace").rstrip())
+                    continue
+                self._heard(message)
         except (ValueError, msgspec.DecodeError) as error:
             self._said.append(f"(the agent's answer makes no sense: {error})")
             self._process.kill()
@@ -148,7 +203,11 @@ class AgentClient:
             async with asyncio.timeout(1):
                 await asyncio.shield(self._tasks[1])
         said = "".join(f"\n  {line}" for line in self._said)
-        self._gone = errors.DestinationFailed(f"the agent at the destination is gone ({_ending(status)}){said}")
+        self._heart.cancel()
+        reason = await self._explain(status) if self._explain is not None else None
+        self._gone = reason or errors.DestinationFailed(
+            f"the agent at the destination is gone ({_ending(status)}){said}"
+        )
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(self._gone)

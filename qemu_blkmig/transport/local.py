@@ -15,6 +15,10 @@ class LocalHost:
 
     name = "this host"
 
+    def __init__(self, job: str | None = None) -> None:
+        """`job`: whose agents are started."""
+        self._job = job
+
     async def start_agent(self, on_progress: OnProgress | None = None) -> AgentClient:
         """See `Host`. The agent is in a session of its own, so that Ctrl-C reaches only the coordinator."""
         try:
@@ -32,7 +36,7 @@ class LocalHost:
             raise errors.DestinationFailed(f"the agent cannot be started: {error}") from error
         client = AgentClient(process, on_progress)
         try:
-            await client.hello()
+            await client.hello(self._job)
         except BaseException:
             await client.abandon()
             raise

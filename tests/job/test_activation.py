@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,10 +33,14 @@ async def arrived(start: StartQemu, images: list[Path], before_the_end: Callable
     return destination
 
 
+async def idle(images: Sequence[str]) -> Sequence[str]:
+    return [image for image in images if not locks.in_use(image)]
+
+
 async def test_a_paused_destination_holds_its_images(start_qemu: StartQemu, make_image: MakeImage) -> None:
     images = [make_image("source"), make_image("destination")]
     destination = await arrived(start_qemu, images)
-    await activate(destination.monitor, [str(images[1])])
+    await activate(destination.monitor, idle, [str(images[1])])
     assert locks.in_use(images[1])
     assert await run_state(destination.monitor) != "running"
 
@@ -51,4 +55,4 @@ async def test_a_destination_that_cannot_take_its_disks_is_told_of(
             # It has tried and failed at the migration's end, and does not try again.
             foreign.close()
         with pytest.raises(DestinationFailed, match="activate its disks"):
-            await activate(destination.monitor, [str(images[1])])
+            await activate(destination.monitor, idle, [str(images[1])])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner, left_behind, read_record
 from qemu_blkmig.places import STATE_VARIABLE
 

@@ -16,10 +16,10 @@ import pytest
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import locks, protocol
+from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.service import failure
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.ports import CopyKind
-from qemu_blkmig.job.process import ProcessId
 from qemu_blkmig.transport.client import AgentClient, CopyCancelled, error_of
 from qemu_blkmig.transport.local import LocalHost
 from qemu_blkmig.transport.mover import RemoteMover

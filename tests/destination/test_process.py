@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qemu_blkmig.job.process import ProcessId
+from qemu_blkmig.destination.process import ProcessId
 
 WITHOUT_ITS_FIRST_THREAD = """
 import ctypes, sys, threading, time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qemu_blkmig.job.target import in_place_of_the_shell
+from qemu_blkmig.destination.launching import in_place_of_the_shell
 
 
 @pytest.mark.parametrize("command", ["true", "/bin/true -drive 'file=a;b'", 'true "a && b" c=d'])

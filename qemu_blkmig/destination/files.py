@@ -8,6 +8,12 @@ import stat
 from pathlib import Path
 
 FileId = tuple[str, int, int]
+"""Holds until the host is booted anew (`boot_id`), and among hosts of one kernel."""
+
+
+def boot_id() -> str:
+    """What tells this boot of this kernel from all others (random(4)); containers of one host have the same."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def file_id(path: str | Path) -> FileId | None:
@@ -21,9 +27,14 @@ def file_id(path: str | Path) -> FileId | None:
     return None
 
 
+def path_for(process: int | None, name: str) -> Path:
+    """Where `name` leads as `process` (None: ours) uses it, which may be relative to its working directory."""
+    return Path(name) if process is None else Path(f"/proc/{process}/cwd", name)
+
+
 def file_id_for(process: int | None, name: str) -> FileId | None:
-    """The same for a name as `process` (None: ours) uses it, which may be relative to its working directory."""
-    return file_id(name if process is None else Path(f"/proc/{process}/cwd", name)) if name else None
+    """`file_id` for a name as `process` uses it."""
+    return file_id(path_for(process, name)) if name else None
 
 
 def opened_by(process: int | None) -> set[FileId]:

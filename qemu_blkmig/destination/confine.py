@@ -1,0 +1,161 @@
+"""What an agent may be asked for, where an administrator has bounds (`receive --root DIR... [--allow-launch]`).
+
+Whoever holds the key of a forced command may say anything in the protocol: no path of any message, and no file that an
+image's own header names, leads out of the roots, whatever links and `..` it is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qemu_blkmig.destination import protocol
+from qemu_blkmig.destination.files import path_for
+from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.errors import Refused
+
+_FORMATS = ("raw", "qcow2")
+"""Formats of images that were there before: of these we know all that their headers can name."""
+_CHECKED = (
+    protocol.Inspect, protocol.Prepare, protocol.Discard, protocol.Held, protocol.Files, protocol.Open,
+    protocol.Identify, protocol.Launch, protocol.FindProgram, protocol.Alive, protocol.EndProcess,
+)  # fmt: skip
+_LAYERS = 200
+"""Most layers of a backing chain that are looked into."""
+
+
+class Confinement:
+    """Bounds to what `roots` hold (None: no bounds), and whether programs may be launched.
+
+    `ours`: whether a path is the agent's own (its sockets); `processes`: those that its job launched.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[str] | None,
+        *,
+        allow_launch: bool,
+        ours: Callable[[str], bool],
+        processes: Callable[[], set[ProcessId]],
+    ) -> None:
+        self._roots = None if roots is None else [Path(os.path.realpath(root)) for root in roots]
+        self._allow_launch = allow_launch
+        self._ours = ours
+        self._processes = processes
+        self._identified: set[ProcessId] = set()
+
+    def know(self, process: ProcessId) -> None:
+        """`process` listens on a socket that was permitted: it may be asked after, and ended."""
+        self._identified.add(process)
+
+    def concerns(self, op: protocol.Operation) -> bool:
+        """Whether `op` names anything that is to be checked."""
+        return self._roots is not None and isinstance(op, _CHECKED)
+
+    def check(self, op: protocol.Operation) -> None:
+        """Raise `Refused` if `op` is out of bounds. May read images; call it from a thread."""
+        match op:
+            case protocol.Inspect() | protocol.Prepare():
+                for image in op.images:
+                    self._check_image(image)
+            case protocol.Discard():
+                for created in op.images:
+                    self._check_path(created.path)
+            case protocol.Held():
+                for path in op.paths:
+                    self._check_path(path)
+            case protocol.Files():
+                for name in op.names:
+                    self._check_path(str(path_for(op.process.pid if op.process else None, name)))
+            case protocol.Open():
+                self._check_socket(op.socket)
+            case protocol.Identify():
+                self._check_socket(op.socket)
+            case protocol.Launch() | protocol.FindProgram():
+                if not self._allow_launch:
+                    raise Refused(
+                        "this agent launches no programs (`receive --root` without --allow-launch)",
+                        advice="start the destination's QEMU there, with -incoming defer and its QMP socket within the "
+                        "root, and name that by --target-qmp; or have --allow-launch added to the agent's command",
+                    )
+                self._check_path(op.directory)
+            case protocol.Alive() | protocol.EndProcess():
+                if op.process not in self._identified | self._processes():
+                    raise Refused(f"process {op.process.pid} is none of this job's")
+
+    def _check_path(self, path: str) -> None:
+        if not self._within(path):
+            raise Refused(
+                f"{path} is out of bounds: this agent works below "
+                f"{' and '.join(str(root) for root in self._roots or ())} only",
+                advice="choose a directory there, or have the agent's command (`receive --root`) changed",
+            )
+
+    def _check_socket(self, path: str) -> None:
+        if not self._ours(path):
+            self._check_path(path)
+
+    def _within(self, path: str) -> bool:
+        if "\0" in path:
+            return False
+        place = Path(os.path.realpath(path))
+        return any(place.is_relative_to(root) for root in self._roots or ())
+
+    def _check_image(self, image: protocol.Image) -> None:
+        self._check_path(image.path)
+        if image.backing is not None:
+            base = str(Path(image.path).parent / image.backing.path)
+            self._check_plain(image.backing.path)
+            self._check_path(base)
+            self._check_header(base, image.backing.format)
+        if os.path.lexists(image.path):
+            self._check_header(image.path, image.format)
+
+    def _check_plain(self, name: str) -> None:
+        """qemu-img takes `json:...`, `nbd:...` and the like for other things than files."""
+        head, colon, _ = name.partition(":")
+        if colon and "/" not in head:
+            raise Refused(f"{name} is no plain file name")
+
+    def _check_header(self, path: str, image_format: str) -> None:
+        """An image names other files: backing files are read, an external data file is written."""
+        for _ in range(_LAYERS):
+            if not os.path.lexists(path) or image_format == "raw":
+                return
+            if image_format not in _FORMATS:
+                raise Refused(
+                    f"{path} has format {image_format}: a confined agent takes {' and '.join(_FORMATS)} images only"
+                )
+            info = _info(path, image_format)
+            data = info.get("format-specific", {}).get("data", {}).get("data-file")
+            if data is not None:
+                self._check_plain(data)
+                self._check_path(str(Path(path).parent / data))
+            backing = info.get("backing-filename")
+            if backing is None:
+                return
+            self._check_plain(backing)
+            path = str(Path(path).parent / backing)
+            self._check_path(path)
+            if "backing-filename-format" not in info:
+                raise Refused(f"the header of an image does not say the format of its backing file {path}")
+            image_format = info["backing-filename-format"]
+        raise Refused(f"more than {_LAYERS} layers: {path}")
+
+
+def _info(path: str, image_format: str) -> dict[str, Any]:
+    """The header's say; the file is named so that qemu-img takes its name for nothing else."""
+    command = ["qemu-img", "info", "--force-share", "--output=json", "-f", image_format, os.path.realpath(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Refused(f"{shlex.join(command[:2])}: {error}") from error
+    if done.returncode:
+        raise Refused(done.stderr.strip() or f"qemu-img info ended with status {done.returncode}")
+    info: dict[str, Any] = json.loads(done.stdout)
+    return info

@@ -1,0 +1,252 @@
+"""Another host as the destination, reached by the system's own ssh: its keys, configuration, agents and jump hosts.
+
+One `ssh` is the connection (ssh_config(5), ControlMaster); agents are sessions of it, and unix sockets are forwarded
+through it on demand. It dies with us, and within `ALIVE` seconds of silence; a later call connects anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+from collections import deque
+from pathlib import Path
+
+from qemu_blkmig import errors
+from qemu_blkmig.destination import protocol
+from qemu_blkmig.destination.launching import PATH_LIMIT
+from qemu_blkmig.transport.client import AgentClient, OnProgress
+from qemu_blkmig.transport.ssh_words import failure_of, refusal_of_forward
+
+COMMAND_VARIABLE = "QEMU_BLKMIG_SSH"
+"""Environment: the ssh to use, with options, as a shell would read it; "ssh" without it."""
+CONNECT = 15
+"""Seconds in which a host must take a connection."""
+ALIVE = 15
+"""Seconds of silence after which a connection is given up."""
+LOGIN = 60.0
+"""Seconds in which a connection must stand, jump hosts and all."""
+HELLO = 30.0
+"""Seconds in which an agent must answer hello."""
+FORWARD = 10.0
+"""Seconds in which a socket must be forwarded."""
+_ADDED_BY_SSH = 17
+"""Bytes that ssh appends to a control socket's path while it makes it."""
+_STANDS = "qemu-blkmig-connected"
+_LAST_LINES = 20
+_OPTIONS = {
+    "BatchMode": "yes",
+    "ClearAllForwardings": "yes",
+    "ConnectTimeout": str(CONNECT),
+    "ControlPersist": "no",
+    "ExitOnForwardFailure": "yes",
+    "ForkAfterAuthentication": "no",
+    "ForwardAgent": "no",
+    "ForwardX11": "no",
+    "LocalCommand": f"echo {_STANDS}",
+    "PermitLocalCommand": "yes",
+    "RemoteCommand": "none",
+    "ServerAliveCountMax": "3",
+    "ServerAliveInterval": str(ALIVE // 3),
+    "SessionType": "none",
+    "Tunnel": "no",
+}
+
+
+class SshHost:
+    """See `transport.host.Host`."""
+
+    def __init__(
+        self,
+        host: str,
+        user: str | None,
+        port: int | None,
+        remote_command: str,
+        runtime: Path,
+        job: str | None = None,
+    ) -> None:
+        """`runtime`: a private directory here, for sockets. `job`: whose agents are started."""
+        self.name = host
+        self._account = [*(["-l", user] if user else []), *(["-p", str(port)] if port else [])]
+        self._remote_command = remote_command
+        self._runtime = runtime
+        self._job = job
+        self._ssh = shlex.split(os.environ.get(COMMAND_VARIABLE, "ssh"))
+        self._count = 0
+        self._connecting = asyncio.Lock()
+        self._master: asyncio.subprocess.Process | None = None
+        self._control = ""
+        self._said: deque[str] = deque(maxlen=_LAST_LINES)
+        self._overhearing: asyncio.Task[None] | None = None
+        self._reached: dict[str, str] = {}
+        self._agent: AgentClient | None = None
+
+    async def start_agent(self, on_progress: OnProgress | None = None) -> AgentClient:
+        """See `Host`. What ssh says is in the errors, and what to do about it."""
+        await self._connect()
+        process = await asyncio.create_subprocess_exec(
+            *self._by_master("-T", "--", self.name, f"{self._remote_command} receive"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=protocol.LINE_LIMIT,
+            start_new_session=True,
+        )
+        client = AgentClient(process, on_progress, where=self.name, explain=self._explain)
+        try:
+            async with asyncio.timeout(HELLO):
+                await client.hello(self._job)
+        except BaseException as error:
+            if isinstance(error, TimeoutError):
+                client.kill()
+            await client.abandon()
+            if isinstance(error, errors.DestinationFailed) and process.returncode not in (None, 255):
+                raise failure_of(client.last_words, self.name, self._remote_command, process.returncode) from error
+            if isinstance(error, TimeoutError):
+                raise errors.DestinationFailed(
+                    f"the agent on {self.name} did not answer within {HELLO:.0f} s",
+                    advice=f"try by hand: ssh {self.name} {self._remote_command} --version",
+                ) from error
+            raise
+        self._agent = client
+        return client
+
+    async def expose(self, socket: str) -> str:
+        """See `Host`. The path is in the latest agent's private directory."""
+        if self._agent is None:
+            raise errors.DestinationFailed(f"no agent was started on {self.name}")
+        there = f"{self._agent.there.runtime}/{self._next()}"
+        await self._forward("-R", f"{_escaped(there)}:{_escaped(socket)}")
+        return there
+
+    async def reach(self, socket: str) -> str:
+        """See `Host`. That nobody listens there shows only when it is connected to."""
+        await self._connect()
+        if socket not in self._reached:
+            here = self._path(f"there-{self._next()}")
+            await self._forward("-L", f"{_escaped(here)}:{_escaped(socket)}")
+            self._reached[socket] = here
+        return self._reached[socket]
+
+    async def close(self) -> None:
+        """See `Host`."""
+        if self._master is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._master.terminate()
+            await self._master.wait()
+        if self._overhearing is not None:
+            await asyncio.wait({self._overhearing})
+
+    @property
+    def _connected(self) -> bool:
+        return self._master is not None and self._master.returncode is None
+
+    async def _connect(self) -> None:
+        """See to it that the connection stands. Raises `DestinationFailed`, `Refused` with what ssh said."""
+        async with self._connecting:
+            if self._connected:
+                return
+            self._reached.clear()
+            self._said = deque(maxlen=_LAST_LINES)
+            self._control = self._path(f"ssh-{self._next()}", _ADDED_BY_SSH)
+            self._master = master = await self._start_master()
+            self._overhearing = asyncio.create_task(_overhear(master, self._said))
+            try:
+                async with asyncio.timeout(LOGIN):
+                    stands = await _says(master, _STANDS)
+            except BaseException as error:
+                await self.close()
+                if isinstance(error, TimeoutError):
+                    raise errors.DestinationFailed(f"{self.name} was not connected within {LOGIN:.0f} s") from error
+                raise
+            if not stands:
+                await self.close()
+                raise failure_of("\n".join(self._said), self.name, self._remote_command, master.returncode)
+
+    async def _start_master(self) -> asyncio.subprocess.Process:
+        options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
+        try:
+            return await asyncio.create_subprocess_exec(
+                "setpriv", "--pdeathsig", "TERM", *self._ssh,
+                "-M", "-N", "-T", "-a", "-x", "-S", self._control, *options, *self._account, "--", self.name,
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                # LocalCommand is run by it; an account without a login shell would have none.
+                env=os.environ | {"SHELL": "/bin/sh"},
+            )  # fmt: skip
+        except OSError as error:
+            raise errors.Refused(
+                f"ssh cannot be started: {error}", advice="install Debian's packages openssh-client and util-linux"
+            ) from error
+
+    def _by_master(self, *words: str) -> list[str]:
+        """A command that goes through the connection; without one it fails, instead of making its own."""
+        never = ["-o", "ControlMaster=no", "-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
+        never += ["-o", "ClearAllForwardings=yes", "-o", "RemoteCommand=none", "-o", "SessionType=default"]
+        return [*self._ssh, "-a", "-x", "-S", self._control, *never, *words]
+
+    async def _forward(self, direction: str, paths: str) -> None:
+        command = [*self._ssh, "-S", self._control, "-O", "forward", direction, paths, "--", self.name]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(FORWARD):
+                _, said = await process.communicate()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise errors.DestinationFailed(f"the connection to {self.name} hangs") from None
+        if process.returncode:
+            gone = await self._explain(255)
+            raise gone or refusal_of_forward(said.decode(errors="replace").strip(), self.name)
+
+    async def _explain(self, status: int) -> errors.DestinationFailed | None:
+        """A session that ended with ssh's own status has lost its connection, if that has ended, too."""
+        if status != 255 or self._master is None:
+            return None
+        try:
+            async with asyncio.timeout(1):
+                ended = await self._master.wait()
+                if self._overhearing is not None:
+                    await asyncio.wait({self._overhearing})
+        except TimeoutError:
+            return None
+        words = "; ".join(self._said) or f"ssh ended with status {ended}"
+        return errors.DestinationFailed(f"the connection to {self.name} is gone: {words}")
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+    def _path(self, name: str, added: int = 0) -> str:
+        path = str(self._runtime / name)
+        if len(os.fsencode(path)) + added > PATH_LIMIT:
+            raise errors.Refused(
+                f"the path of a socket, {path}, is too long for a unix socket's address",
+                advice="name a shorter directory for temporary files by TMPDIR",
+            )
+        return path
+
+
+def _escaped(path: str) -> str:
+    """A path in ssh's forwarding syntax, where colons separate and a backslash keeps them from it."""
+    return path.replace("\\", "\\\\").replace(":", "\\:")
+
+
+async def _says(process: asyncio.subprocess.Process, word: str) -> bool:
+    """Whether `process` says `word` before its stdout ends."""
+    while process.stdout is not None and (line := await process.stdout.readline()):
+        if line.decode(errors="replace").strip() == word:
+            return True
+    return False
+
+
+async def _overhear(process: asyncio.subprocess.Process, said: deque[str]) -> None:
+    while process.stderr is not None and (line := await process.stderr.readline()):
+        said.append(line.decode(errors="replace").strip())
