@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
+import secrets
 import shlex
 from collections import deque
 from pathlib import Path
@@ -73,7 +75,8 @@ class SshHost:
         self._runtime = runtime
         self._job = job
         self._ssh = shlex.split(os.environ.get(COMMAND_VARIABLE, "ssh"))
-        self._count = 0
+        # A process of the job that was killed may have left sockets in the same directory.
+        self._names = (f"{token}-{number}" for token in [secrets.token_hex(3)] for number in itertools.count())
         self._connecting = asyncio.Lock()
         self._master: asyncio.subprocess.Process | None = None
         self._control = ""
@@ -116,7 +119,7 @@ class SshHost:
         """See `Host`. The path is in the latest agent's private directory."""
         if self._agent is None:
             raise errors.DestinationFailed(f"no agent was started on {self.name}")
-        there = f"{self._agent.there.runtime}/{self._next()}"
+        there = f"{self._agent.there.runtime}/{next(self._names)}"
         await self._forward("-R", f"{_escaped(there)}:{_escaped(socket)}")
         return there
 
@@ -124,7 +127,7 @@ class SshHost:
         """See `Host`. That nobody listens there shows only when it is connected to."""
         await self._connect()
         if socket not in self._reached:
-            here = self._path(f"there-{self._next()}")
+            here = self._path(f"there-{next(self._names)}")
             await self._forward("-L", f"{_escaped(here)}:{_escaped(socket)}")
             self._reached[socket] = here
         return self._reached[socket]
@@ -149,7 +152,7 @@ class SshHost:
                 return
             self._reached.clear()
             self._said = deque(maxlen=_LAST_LINES)
-            self._control = self._path(f"ssh-{self._next()}", _ADDED_BY_SSH)
+            self._control = self._path(f"ssh-{next(self._names)}", _ADDED_BY_SSH)
             self._master = master = await self._start_master()
             self._overhearing = asyncio.create_task(_overhear(master, self._said))
             try:
@@ -219,10 +222,6 @@ class SshHost:
             return None
         words = "; ".join(self._said) or f"ssh ended with status {ended}"
         return errors.DestinationFailed(f"the connection to {self.name} is gone: {words}")
-
-    def _next(self) -> int:
-        self._count += 1
-        return self._count
 
     def _path(self, name: str, added: int = 0) -> str:
         path = str(self._runtime / name)
