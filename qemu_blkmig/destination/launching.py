@@ -215,9 +215,9 @@ def program_missing(command: str, directory: str) -> str | None:
     return program if found.returncode else None
 
 
-def private_prefix(job: str | None, kind: str) -> str:
+def private_prefix(job: str, kind: str) -> str:
     """What the names of private directories of `job` begin with; `kind`: "agent" or "qemu"."""
-    return f"blkmig-{job or 'look'}-{kind}-"
+    return f"blkmig-{job}-{kind}-"
 
 
 def _note(place: Path, process: ProcessId) -> None:

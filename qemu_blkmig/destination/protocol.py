@@ -283,7 +283,8 @@ class Request(Message, frozen=True):
 
 
 class HelloReply(Message, frozen=True, tag="hello", forbid_unknown_fields=False):
-    """`host`: its name there. `boot_id`: see `files.boot_id`. `runtime`: a private directory that ends with the agent.
+    """`host`: its name there. `boot_id`: see `files.boot_id`. `runtime`: a private directory that ends with the agent,
+    "" without a job.
 
     A later protocol's may hold more.
     """

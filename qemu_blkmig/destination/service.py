@@ -213,10 +213,10 @@ class Service:
             raise errors.Refused(mismatch(socket.gethostname(), (op.version, op.protocol), (ours, protocol.PROTOCOL)))
         if op.job is not None and not _JOB.fullmatch(op.job):
             raise errors.Refused(f"{op.job!r} is no name of a job")
-        if self._runtime is None:
+        if self._runtime is None and op.job is not None:
             self._launcher = Launcher(op.job)
             self._runtime = tempfile.mkdtemp(prefix=launching.private_prefix(op.job, "agent"))
-        return protocol.HelloReply(ours, protocol.PROTOCOL, socket.gethostname(), files.boot_id(), self._runtime)
+        return protocol.HelloReply(ours, protocol.PROTOCOL, socket.gethostname(), files.boot_id(), self._runtime or "")
 
     def _is_ours(self, path: str) -> bool:
         """Whether `path` is a socket in a directory that we made."""
