@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.far import FarLab, far_laboratory
-from integration.lab import wait_until
-from integration.luck import Attempt, Bench, command, kill
-from integration.tool import assert_nothing_left, assert_writes_soundly
+from integration.far import far_laboratory
+from integration.luck import Attempt, Bench, kill
 from qemu_blkmig.demo.guest import Kernel
 
 

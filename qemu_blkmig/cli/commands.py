@@ -198,12 +198,32 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _add_receive(commands: Commands) -> None:
     parser = options.command(
-        commands, "receive", "the agent beside the destination's storage (the other commands start it)", ""
+        commands,
+        "receive",
+        "the agent beside the destination's storage (the other commands start it)",
+        "[--root DIR... [--allow-launch]]",
+        """
+  A line of ~/.ssh/authorized_keys on the destination host, whose key can do nothing but bring images below /srv/vm:
+    command="qemu-blkmig receive --root /srv/vm",restrict,port-forwarding ssh-ed25519 AAAA... admin@source
+  With --allow-launch whoever has the key may run any program there, as `migrate --launch` does.
+""",
+    )
+    parser.add_argument(
+        "--root",
+        nargs="+",
+        metavar="DIR",
+        help="work below these directories only, whatever is asked for (default: no bounds but the user's rights)",
+    )
+    parser.add_argument(
+        "--allow-launch", action="store_true", help="with --root: let the destination's QEMU be launched all the same"
     )
     parser.set_defaults(run=_receive)
 
 
-def _receive(_: argparse.Namespace) -> int:
+def _receive(arguments: argparse.Namespace) -> int:
+    for root in arguments.root or ():
+        if not Path(root).is_absolute() or not Path(root).is_dir():
+            raise UsageError(f"--root {root} is not the absolute path of a directory")
     for descriptor in (0, 1):
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
@@ -211,4 +231,4 @@ def _receive(_: argparse.Namespace) -> int:
                 "receive speaks to a program, over pipes on its stdin and stdout",
                 advice="there is no need to start it: migrate and copy do",
             )
-    agent.main()
+    agent.main(arguments.root, allow_launch=arguments.allow_launch)

@@ -21,10 +21,11 @@ from qemu_blkmig.errors import Refused
 
 _FORMATS = ("raw", "qcow2")
 """Formats of images that were there before: of these we know all that their headers can name."""
-_CHECKED = (
-    protocol.Inspect, protocol.Prepare, protocol.Discard, protocol.Held, protocol.Files, protocol.Open,
-    protocol.Identify, protocol.Launch, protocol.FindProgram, protocol.Alive, protocol.EndProcess,
+HARMLESS = (
+    protocol.Hello, protocol.Copy, protocol.Flush, protocol.Bandwidth, protocol.Cancel, protocol.Close,
+    protocol.Digests, protocol.Verify, protocol.Bye, protocol.Ping, protocol.Go, protocol.Output,
 )  # fmt: skip
+"""Operations that name nothing but what others have named before; all the rest is checked, or refused."""
 _LAYERS = 200
 """Most layers of a backing chain that are looked into."""
 
@@ -55,7 +56,7 @@ class Confinement:
 
     def concerns(self, op: protocol.Operation) -> bool:
         """Whether `op` names anything that is to be checked."""
-        return self._roots is not None and isinstance(op, _CHECKED)
+        return self._roots is not None and not isinstance(op, HARMLESS)
 
     def check(self, op: protocol.Operation) -> None:
         """Raise `Refused` if `op` is out of bounds. May read images; call it from a thread."""
@@ -66,6 +67,9 @@ class Confinement:
             case protocol.Discard():
                 for created in op.images:
                     self._check_path(created.path)
+            case protocol.Mark():
+                for path in op.images:
+                    self._check_path(path)
             case protocol.Held():
                 for path in op.paths:
                     self._check_path(path)
@@ -87,6 +91,8 @@ class Confinement:
             case protocol.Alive() | protocol.EndProcess():
                 if op.process not in self._identified | self._processes():
                     raise Refused(f"process {op.process.pid} is none of this job's")
+            case _:
+                raise Refused(f"a confined agent does not know {type(op).__name__}")
 
     def _check_path(self, path: str) -> None:
         if not self._within(path):
@@ -97,7 +103,7 @@ class Confinement:
             )
 
     def _check_socket(self, path: str) -> None:
-        if not self._ours(path):
+        if "\0" in path or not self._ours(path):
             self._check_path(path)
 
     def _within(self, path: str) -> bool:

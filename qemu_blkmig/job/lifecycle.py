@@ -13,6 +13,7 @@ from qemu_blkmig.destination.protocol import AliveReply, EndProcess, Mark
 from qemu_blkmig.errors import (
     BlkmigError,
     ConnectionLost,
+    DestinationFailed,
     Interrupted,
     MigrationError,
     Refused,
@@ -42,6 +43,9 @@ from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 
 log = logging.getLogger(__name__)
+
+MOMENT = 0.5
+"""Seconds in which the end of a connection shows everywhere."""
 
 
 class Lifecycle:
@@ -314,13 +318,20 @@ class Lifecycle:
     async def _explain(self, error: BaseException) -> BlkmigError:
         """What happened, as one of our own errors."""
         if isinstance(error, BlkmigError):
-            return await self._guard.explain(error) if self._guard is not None else error
+            reason = await self._guard.explain(error) if self._guard is not None else error
+            return await self._explain_by_host(reason)
         if self._interrupts.received is not None:
             return Interrupted(self._interrupts.received)
         if self._guard is not None and self._guard.error is not None:
             return self._guard.error
         log.error("defect", exc_info=error)
         return MigrationError(f"a defect of qemu-blkmig: {type(error).__name__}: {error}", advice="please report it")
+
+    async def _explain_by_host(self, error: BlkmigError) -> BlkmigError:
+        """A connection to another host takes all down that goes through it: its own end is the reason."""
+        if self._agent is None or not isinstance(error, ConnectionLost | DestinationFailed):
+            return error
+        return await self._agent.why_gone(MOMENT) or error
 
     async def _release_images(self) -> None:
         if self._agent is not None:

@@ -140,6 +140,16 @@ class AgentClient:
         except TimeoutError:
             self.kill()
         await asyncio.wait(self._tasks, timeout=_KILL_TIMEOUT)
+        if self._process.stdin is not None:
+            # Asyncio complains of an error of the pipe that nobody has asked for.
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_KILL_TIMEOUT):
+                    await self._process.stdin.wait_closed()
+
+    async def why_gone(self, seconds: float) -> errors.DestinationFailed | None:
+        """Why the agent is gone, if it is, or comes to be within `seconds`."""
+        await asyncio.wait(self._tasks[:1], timeout=seconds)
+        return self._gone
 
     def kill(self) -> None:
         """End the agent at once; what it made is for `Discard` to remove."""

@@ -1,0 +1,154 @@
+"""What a confined agent (`receive --root`) does not do, whatever it is asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from qemu_blkmig.destination import protocol
+from qemu_blkmig.destination.confine import HARMLESS
+from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.destination.service import Service
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root with a link that leads out of it, beside a secret."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    made = tmp_path / "root"
+    made.mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "secret").write_bytes(bytes(MIB))
+    (made / "link").symlink_to(tmp_path / "outside")
+    (made / "secret").symlink_to(tmp_path / "secret")
+    return made
+
+
+async def tell(_: object) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture
+async def service(root: Path) -> AsyncIterator[Service]:
+    """The operations of an agent confined to `root`."""
+    made = Service(tell, [str(root)])
+    await made.perform(protocol.Hello("0", protocol.PROTOCOL, "cafe"))
+    yield made
+    await made.end(remove=True)
+
+
+def image(path: object, **settings: object) -> protocol.Image:
+    """A raw image to be made, but for `settings`."""
+    return protocol.Image(**{"disk": "d", "path": str(path), "format": "raw", "size": MIB, "create": True} | settings)  # type: ignore[arg-type]
+
+
+def qemu_img(root: Path, image_format: str, *options: str) -> None:
+    """Make an image of 1 MiB, `made` in `root`."""
+    command = ["qemu-img", "create", "-q", "-f", image_format, *options, "made", "1M"]
+    subprocess.run(command, check=True, cwd=root)
+
+
+async def refused(service: Service, op: protocol.Operation, word: str = "out of bounds") -> None:
+    """Assert that the agent refuses `op`."""
+    outcome = await service.perform(op)
+    assert isinstance(outcome, protocol.Failure) and outcome.kind == "refused", outcome
+    assert word in outcome.what
+
+
+@pytest.mark.parametrize(
+    "path", ["outside/x", "root/../outside/x", "root/link/x", "root/secret", "rootless/x", "root\0/x"]
+)
+async def test_no_path_leads_out(service: Service, root: Path, path: str) -> None:
+    there = str(root.parent / path)
+    created = protocol.Created(there, 1, 1)
+    for op in (
+        protocol.Inspect([image(there)]),
+        protocol.Prepare([image(there)]),
+        protocol.Prepare([image(root / "good"), image(there, disk="e")]),
+        protocol.Discard([created]),
+        protocol.Held([there]),
+        protocol.Files([there]),
+        protocol.Mark("cafe", [there], "complete"),
+        protocol.Identify(there),
+        protocol.Open("d", there, "export", 1, 1, 4096, 4096),
+    ):
+        await refused(service, op)
+    assert not (root / "good").exists()
+    assert not list((root.parent / "outside").iterdir())
+
+
+async def test_what_lies_within_is_served(service: Service, root: Path) -> None:
+    (root / "sub").mkdir()
+    assert isinstance(await service.perform(protocol.Prepare([image(root / "sub/../disk")])), protocol.PrepareReply)
+    assert (root / "disk").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "secret", "json:{}", "nbd:unix:/x"])
+async def test_no_backing_file_leads_out(service: Service, root: Path, name: str) -> None:
+    backing = protocol.Backing(name, "raw")
+    overlay = image(root / "overlay", format="qcow2", backing=backing)
+    await refused(service, protocol.Prepare([overlay]), "")
+    assert not (root / "overlay").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-b", "../secret", "-F", "raw"],
+        ["-o", "data_file=../outside/data,data_file_raw=on"],
+    ],
+)
+async def test_no_header_of_an_image_leads_out(service: Service, root: Path, options: list[str]) -> None:
+    qemu_img(root, "qcow2", *options)
+    await refused(service, protocol.Prepare([image(root / "made", format="qcow2", create=False)]))
+    overlay = image(root / "overlay", format="qcow2", backing=protocol.Backing("made", "qcow2"))
+    await refused(service, protocol.Inspect([overlay]))
+
+
+async def test_formats_whose_headers_we_do_not_know_are_refused(service: Service, root: Path) -> None:
+    qemu_img(root, "vmdk")
+    await refused(service, protocol.Prepare([image(root / "made", format="vmdk", create=False)]), "format vmdk")
+
+
+async def test_nothing_is_launched_and_nobody_is_ended(service: Service, root: Path) -> None:
+    await refused(service, protocol.Launch("touch launched", str(root)), "launches no programs")
+    await refused(service, protocol.FindProgram("sh", str(root)), "launches no programs")
+    own = ProcessId.of(os.getpid())
+    assert own is not None
+    await refused(service, protocol.Alive(own), "none of this job's")
+    await refused(service, protocol.EndProcess(own, group=True), "none of this job's")
+
+
+async def test_what_was_launched_with_permission_may_be_ended(root: Path) -> None:
+    service = Service(tell, [str(root)], allow_launch=True)
+    await service.perform(protocol.Hello("0", protocol.PROTOCOL, "cafe"))
+    await refused(service, protocol.Launch("true", "/"))
+    launched = await service.perform(protocol.Launch("sleep 60; true", str(root)))
+    assert isinstance(launched, protocol.Launched)
+    later = Service(tell, [str(root)], allow_launch=True)
+    await later.perform(protocol.Hello("0", protocol.PROTOCOL, "cafe"))
+    assert await later.perform(protocol.EndProcess(launched.process, group=True)) == protocol.AliveReply(alive=False)
+    await later.perform(protocol.Bye())
+    await service.end(remove=True)
+    assert not list(root.parent.glob("blkmig-*"))
+
+
+def test_each_operation_is_harmless_or_checked(root: Path) -> None:
+    checked = {
+        protocol.Inspect, protocol.Prepare, protocol.Discard, protocol.Mark, protocol.Held, protocol.Files,
+        protocol.Open, protocol.Identify, protocol.Launch, protocol.FindProgram, protocol.Alive, protocol.EndProcess,
+    }  # fmt: skip
+    assert {*HARMLESS} | checked == set(get_args(protocol.Operation))
+
+
+async def test_the_name_of_a_job_is_no_path(root: Path) -> None:
+    service = Service(tell, [str(root)])
+    for name in ("../x", "*", "", "a/b", "x" * 100):
+        await refused(service, protocol.Hello("0", protocol.PROTOCOL, name), "no name of a job")
