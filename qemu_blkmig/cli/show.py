@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from qemu_blkmig.demo.run import DemoResult
 from qemu_blkmig.job.check import CheckResult
-from qemu_blkmig.job.record import Record
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.units import show_bytes, show_seconds
 
@@ -65,32 +62,3 @@ def demo(outcome: DemoResult) -> str:
     if outcome.kept is not None:
         lines.append(f"       everything is in {outcome.kept}")
     return "\n".join(lines)
-
-
-class Jobs(msgspec.Struct, frozen=True):
-    """What `jobs` lists."""
-
-    directory: str
-    jobs: list[Record]
-
-
-class Cleaned(msgspec.Struct, frozen=True):
-    """What `cleanup` did: who has the guest now, and how things stand in sentences."""
-
-    job: str
-    owner: str
-    facts: list[str]
-
-
-def jobs(outcome: Jobs) -> str:
-    """A line for each job, its name first."""
-    return "\n".join(
-        f"{record.job}  source {f'qmp:{record.source_qmp}' if record.source_qmp else 'an image file'}  "
-        f"owner of the guest: {record.owner.value}"
-        for record in outcome.jobs
-    )
-
-
-def cleaned(outcome: Cleaned) -> str:
-    """How things stand now."""
-    return "\n".join([*outcome.facts, f"job {outcome.job} is settled, and nothing of it is left"])

@@ -8,6 +8,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+from qemu_blkmig.errors import Refused
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -50,6 +52,16 @@ class Interrupts:
         """The work is over, or failed and is being undone: a first signal is told so, a second one insists."""
         self._deferring = False
         self._task = None
+
+    def cancel(self) -> None:
+        """Cancel as the first Ctrl-C does. Raises `Refused` when the work is over, being undone, or handed over."""
+        if self._deferring:
+            raise Refused("the handover is under way, which takes moments: it is too late to cancel")
+        if self.received is not None or self._task is None:
+            raise Refused("the job is ending already")
+        self._tell("cancelling, as asked from another terminal")
+        self.received = signal.SIGINT
+        self._task.cancel()
 
     def _on_signal(self, signum: signal.Signals) -> None:
         if self._deferring:

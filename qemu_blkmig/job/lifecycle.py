@@ -21,9 +21,11 @@ from qemu_blkmig.errors import (
     Undecided,
 )
 from qemu_blkmig.job.chronicle import AgreedDisk
+from qemu_blkmig.job.control import SOCKET, ControlServer, Ended
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import Journal
+from qemu_blkmig.job.live import Live
 from qemu_blkmig.job.place import Place, host_of
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.record import Job, Owner
@@ -71,6 +73,7 @@ class Lifecycle:
             self.job = Job.create()
             self.journal = Journal.create(self.job.directory, self._warner())
             self.reporter = Telling(self._display, self.journal)
+            await self._listen()
             try:
                 self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
             except BaseException:
@@ -108,8 +111,22 @@ class Lifecycle:
 
         return warn
 
+    async def _listen(self) -> None:
+        """Open the control socket; a job that has none can still be interrupted, and is no failure."""
+        live = Live(self.job.record, self.reporter, self.steering, self._interrupts)
+        self._control = ControlServer(self.job.runtime / SOCKET, live)
+        try:
+            await self._control.start()
+        except OSError as error:
+            self.reporter.note(f"this job cannot be controlled from other terminals: {error}")
+
     def agree(self, plan: Plan) -> None:
         """Note what is about to be done."""
+        record = self.job.record
+        if record.source_qmp is not None:
+            self.journal.fact("source", f"qmp:{record.source_qmp}")
+        if record.target_place is not None:
+            self.journal.fact("destination", str(record.target_place))
         self.journal.fact("bitmaps", f"{self.job.record.prefix}-b")
         self.journal.agree(
             [
@@ -237,13 +254,18 @@ class Lifecycle:
                 await self._conclude(result)
         except (Exception, asyncio.CancelledError) as error:
             self._interrupts.settling()
-            raise await self._fail(error) from error
+            failure = await self._fail(error)
+            await self._control.end(Ended(failure.exit_code, str(failure), failure.state))
+            raise failure from error
         if self._ended_there:
-            raise Undecided(
+            ended = Undecided(
                 "the guest was handed over, but then the destination QEMU ended (or the guest shut down)",
                 state="the guest runs nowhere; its disks at the destination are the truth, those at the source are old",
                 advice="start the guest from the destination's images, never from the source's",
             )
+            await self._control.end(Ended(ended.exit_code, str(ended), ended.state))
+            raise ended
+        await self._control.end(Ended(0, result.outcome, result.guest))
         return result
 
     async def settle(self) -> Settlement:

@@ -24,6 +24,18 @@ class OnStall(enum.Enum):
     ABORT = "abort"
 
 
+def check_bandwidth(rate: int | None) -> None:
+    """Raise `UsageError` unless `rate` (bytes a second; None: no limit) can be a bandwidth."""
+    if rate is not None and rate < 64 << 10:
+        raise UsageError("--bandwidth must be at least 64k (bytes a second)")
+
+
+def check_downtime(downtime: float) -> None:
+    """Raise `UsageError` unless `downtime` (seconds) can be aimed at."""
+    if not 0.001 <= downtime <= 2000:
+        raise UsageError("--downtime must be from 1 to 2000000 milliseconds")
+
+
 @dataclass(frozen=True)
 class Transfer:
     """How bytes are carried; sizes in bytes, `bandwidth` in bytes a second (None: no limit).
@@ -51,8 +63,7 @@ class Transfer:
         for name, count in (("--connections", self.connections), ("--requests", self.requests)):
             if not 1 <= count <= 64:
                 raise UsageError(f"{name} must be from 1 to 64")
-        if self.bandwidth is not None and self.bandwidth < 64 << 10:
-            raise UsageError("--bandwidth must be at least 64k (bytes a second)")
+        check_bandwidth(self.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,7 @@ class MigrateOptions:
 
 
 def _check_convergence(downtime: float, max_rounds: int | None) -> None:
-    if not 0.001 <= downtime <= 2000:
-        raise UsageError("--downtime must be from 1 to 2000000 milliseconds")
+    check_downtime(downtime)
     if max_rounds is not None and max_rounds < 1:
         raise UsageError("--max-rounds must be at least 1")
 

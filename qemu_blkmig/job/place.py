@@ -25,6 +25,9 @@ class Local(msgspec.Struct, frozen=True, tag="local"):
 
     directory: str
 
+    def __str__(self) -> str:
+        return f"local:{self.directory}"
+
 
 class Ssh(msgspec.Struct, frozen=True, tag="ssh"):
     """A directory of a host that ssh reaches; None: what the user's ssh configuration says.
@@ -37,6 +40,12 @@ class Ssh(msgspec.Struct, frozen=True, tag="ssh"):
     user: str | None = None
     port: int | None = None
     remote_command: str = REMOTE_COMMAND
+
+    def __str__(self) -> str:
+        user = f"{self.user}@" if self.user else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = f":{self.port}" if self.port else ""
+        return f"ssh://{user}{host}{port}{self.directory}"
 
 
 Place = Local | Ssh

@@ -10,11 +10,13 @@ from qemu_blkmig.job.reporting import Reporter
 
 SAMPLE = 1.0
 """Least seconds between two samples in the journal."""
+LEAST_MEASURED = 0.5
+"""Seconds of copying that an average speed is told after."""
 
 
 class Telling:
     """Implements `Reporter`: passes everything on, and keeps the journal. `phase`, `since` (seconds since 1970),
-    `latest` and `moving` (bytes settled in the copy under way, by disk) are what `status` shows."""
+    `latest` and `moved` (bytes settled in the copy under way, by disk) are what `status` shows."""
 
     def __init__(self, reporter: Reporter, journal: Journal) -> None:
         self._reporter = reporter
@@ -26,6 +28,7 @@ class Telling:
         self.since = time.time()
         self.latest: Figures | None = None
         self.moved: dict[str, int] = {}
+        self._began: float | None = None
         self.last_note: str | None = None
 
     def stage(self, name: str) -> None:
@@ -39,6 +42,7 @@ class Telling:
         """The engine's figures changed."""
         self.latest = figures
         self.moved.clear()
+        self._began = self._began or time.monotonic()
         if figures.round != self._round:
             self._end_round(figures)
         if time.monotonic() - self._sampled >= SAMPLE:
@@ -55,6 +59,15 @@ class Telling:
         self.last_note = text
         self._journal.note(text)
         self._reporter.note(text)
+
+    @property
+    def speed(self) -> float | None:
+        """Bytes a second: as the engine measured it, before that what the bulk pass has settled on average."""
+        if self.latest is None or self._began is None or self.latest.speed is not None:
+            return self.latest.speed if self.latest else None
+        elapsed = time.monotonic() - self._began
+        settled = sum(disk.bulk_done for disk in self.latest.disks) + sum(self.moved.values())
+        return settled / elapsed if settled and elapsed >= LEAST_MEASURED else None
 
     def sample(self) -> None:
         """Put the latest figures into the journal now."""

@@ -24,12 +24,17 @@ class Throttle:
         self._told = clock()
 
     def limit(self, rate: int | None) -> None:
-        """Allow `rate` bytes a second from now on (at least 1); None: no limit, and no debt."""
+        """Allow `rate` bytes a second from now on (at least 1); None: no limit, and no debt.
+
+        What went out under a higher limit must not hold up a lower one for long: it owes no more time than before.
+        """
         with self._lock:
             self._refill()
-            self._rate = rate
-            if rate is None:
+            if rate is None or self._rate is None:
                 self._balance = 0.0
+            elif rate < self._rate:
+                self._balance *= rate / self._rate
+            self._rate = rate
 
     def delay(self) -> float:
         """Seconds until the next request may be taken; 0.0: now."""

@@ -38,6 +38,8 @@ MIGRATE = ["migrate", "qmp:/nothing", "local:/tmp", "--pause-only"]
         ([*COPY, "--source-format", "raw"], "--source-format is for an image file"),
         (["copy", "image:/nothing", "local:/tmp", "--agent", "/nothing"], "--agent is for a running guest"),
         (["check", "qmp:/nothing", "local:/tmp", "--launch", "x", "--target-qmp", "y"], "in one way"),
+        (["set", "job"], "nothing to be set"),
+        (["set", "job", "--bandwidth", "fast"], "--bandwidth: not a size: 'fast'"),
         (["receive"], "receive speaks to a program"),
     ],
 )
@@ -105,11 +107,14 @@ def test_a_state_directory_that_cannot_be_read_is_not_taken_for_empty(
 
 
 def test_a_job_that_is_not_there_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cleanup", "nothing"]) == 3
-    assert "there is no job 'nothing'" in capsys.readouterr().err
+    for command in (["cleanup"], ["status"], ["cancel"], ["switchover"], ["set", "--downtime", "5"]):
+        assert main([command[0], "nothing", *command[1:]]) == 3
+        assert "there is no job 'nothing'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "check", "migrate", "copy", "jobs", "cleanup"])
+@pytest.mark.parametrize(
+    "command", ["demo", "check", "migrate", "copy", "jobs", "status", "set", "switchover", "cancel", "cleanup"]
+)
 def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

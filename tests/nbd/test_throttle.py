@@ -65,6 +65,18 @@ def test_a_higher_limit_counts_at_once() -> None:
     assert throttle.delay() == 0.0
 
 
+def test_a_lower_limit_does_not_wait_for_what_went_out_under_the_higher_one() -> None:
+    clock = Clock()
+    throttle = Throttle(clock)
+    throttle.limit(1024 * MIB)
+    throttle.take(64 * MIB)
+    throttle.limit(1 * MIB)
+    assert throttle.delay() <= 64 / 1024
+    clock.now = 0.1
+    throttle.take(MIB)
+    assert 0.8 < throttle.delay() <= 1.0, "but it holds from then on"
+
+
 def test_a_low_limit_makes_requests_small() -> None:
     throttle = Throttle(Clock())
     assert throttle.largest_request(4 * MIB) == 4 * MIB

@@ -1,0 +1,116 @@
+"""Jobs seen and steered from another terminal: real copies, real sockets, the command line's own words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from integration.lab import Lab, wait_until
+from integration.tool import COMMAND, Outcome, arguments, finish, start
+
+MIB = 1 << 20
+
+
+def tool(*words: object) -> Outcome:
+    """Run one of the commands about jobs."""
+    return finish(start([*COMMAND, *map(str, words)]))
+
+
+def listed(*options: str) -> list[dict[str, Any]]:
+    """What `jobs` lists."""
+    found: list[dict[str, Any]] = tool("jobs", "--output", "json", *options).succeeded().result["jobs"]
+    return found
+
+
+def status(job: str) -> dict[str, Any]:
+    """What `status` tells."""
+    return tool("status", job, "--output", "json").succeeded().result
+
+
+def carried(job: str) -> float:
+    """Bytes that have come across, what is under way included."""
+    return sum(disk["percent"] * disk["size"] / 100 for disk in status(job)["disks"])
+
+
+def copying(lab: Lab, name: str, size: int, *options: object) -> tuple[subprocess.Popen[str], str]:
+    """Start to copy an image full of data; its process and, once it copies, its job."""
+    known = {job["job"] for job in listed()}
+    disk = lab.disk(name, size, data=[(0, size)])
+    process = start(arguments("copy", disk.path, lab.target, "--output", "json", *options))
+    new: list[str] = []
+
+    def copies() -> bool:
+        assert process.poll() is None, process.communicate()
+        new[:] = [job["job"] for job in listed() if job["job"] not in known and job["phase"] not in (None, "prepare")]
+        return bool(new)
+
+    wait_until(copies, "the job that copies")
+    return process, new[0]
+
+
+def test_limits_that_are_set_from_another_terminal_hold_at_once_and_history_tells_of_it(lab: Lab) -> None:
+    process, job = copying(lab, "disk", 64 * MIB, "--bandwidth", "20")
+    told = tool("set", job, "--bandwidth", "64k", "--downtime", 77).succeeded().stdout
+    assert "bandwidth: 0.1 MiB/s, downtime: 77 ms" in told
+    before = carried(job)
+    seen = status(job)
+    assert (seen["state"], seen["phase"], seen["bandwidth"], seen["downtime"]) == ("running", "bulk", 65536, 0.077)
+    assert seen["guest"] == "no guest is concerned"
+    wait_until(lambda: carried(job) > before, "a low limit lets something through")
+    assert carried(job) - before < 4 * MIB, "what was sent at 20 MiB/s would be ten times as much by now"
+    assert "bandwidth limit 0.1 MiB/s" in tool("status", job).succeeded().stdout
+    tool("set", job, "--bandwidth", "1k").failed(3, "--bandwidth must be at least 64k")
+    tool("switchover", job).failed(3, "does not wait")
+
+    following = start([*COMMAND, "status", job, "--follow", "--output", "json"])
+    tool("set", job, "--bandwidth", "none").succeeded()
+    finish(process).succeeded()
+    lines = [json.loads(line) for line in finish(following).succeeded().stdout.splitlines()]
+    assert lines[-1]["state"] == "finished" and lines[-1]["outcome"]["exit_code"] == 0
+    assert listed() == []
+    over = next(each for each in listed("--all") if each["job"] == job)
+    assert over["outcome"]["text"] == "copied" and over["disks"][0]["copied"] == 64 * MIB
+    assert "finished" in tool("status", job).succeeded().stdout
+    tool("cancel", job).failed(3, f"job {job} is over")
+    lab.assert_no_leftovers(directories=[lab.target])
+
+
+def test_a_cancelled_job_ends_clean_and_a_killed_one_is_told_of_and_cleaned_up(lab: Lab) -> None:
+    process, job = copying(lab, "disk", 16 * MIB, "--bandwidth", "64k")
+    assert "was cancelled" in tool("cancel", job).succeeded().stdout
+    assert finish(process).code == 128 + signal.SIGINT
+    assert not list(lab.target.iterdir()) and listed() == []
+    assert status(job)["outcome"]["exit_code"] == 130
+
+    process, job = copying(lab, "other", 16 * MIB, "--bandwidth", "64k")
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    wait_until(lambda: listed() == [], "the watchdog")
+    told = status(job)
+    assert told["state"] == "finished" and told["disks"][0]["size"] == 16 * MIB
+    assert "by its watchdog" in told["outcome"]["text"]
+    assert not list(lab.target.iterdir())
+
+
+def test_a_job_whose_processes_are_all_dead_is_told_to_be_left_behind_and_cancel_removes_it(lab: Lab) -> None:
+    process, job = copying(lab, "disk", 16 * MIB, "--bandwidth", "64k")
+    tool_pid = process.pid
+    for pid in [*_children(tool_pid), tool_pid]:
+        os.kill(pid, signal.SIGKILL)
+    finish(process)
+    wait_until(lambda: status(job)["state"] == "left behind", "the last process of the job")
+    left = status(job)
+    assert left["phase"] == "bulk" and left["disks"][0]["size"] == 16 * MIB, "the journal tells"
+    assert f"qemu-blkmig cleanup {job}" in left["next"]
+    assert tool("switchover", job).code == 3
+    tool("cancel", job).succeeded()
+    assert listed() == [] and not list(lab.target.iterdir())
+
+
+def _children(pid: int) -> list[int]:
+    told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in told.split()]

@@ -1,0 +1,183 @@
+"""How a job stands: drawn from a running job's figures, from what a dead one left, or from history."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from qemu_blkmig.engine.migration import DiskFigures
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.chronicle import Chronicle, DiskState, Outcome
+from qemu_blkmig.job.journal import FILE
+from qemu_blkmig.job.record import Owner, Record
+from qemu_blkmig.job.steering import Steering
+from qemu_blkmig.job.telling import Telling
+
+RUNNING, BUSY, LEFT, FINISHED = "running", "busy", "left behind", "finished"
+"""States of a job. BUSY: its processes live, but do not answer (its watchdog settles it, or it hangs)."""
+STANDBY = "standby"
+"""The phase in which the disks are kept in step until somebody says that the guest may move."""
+
+
+class DiskStatus(msgspec.Struct, frozen=True):
+    """One disk, in bytes; `percent` of the bulk pass. `stable`: what a resume need not copy again, if it is known."""
+
+    name: str
+    size: int
+    percent: float
+    copied: int
+    zeroed: int
+    skipped: int
+    dirty: int
+    rounds: int
+    stable: int | None = None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field="event"):
+    """A job at one moment: bytes, bytes a second, seconds, `since` in seconds since 1970; null: not known.
+
+    `percent`: of the bulk pass. `predicted_downtime`: of the disks' last round now, to be held against `downtime`,
+    the limit. `guest`: who has the guest. `next`: what may be done. `outcome`: how it ended.
+    """
+
+    job: str
+    state: str
+    phase: str | None = None
+    since: float | None = None
+    percent: float | None = None
+    pending: int | None = None
+    speed: float | None = None
+    dirty_rate: float | None = None
+    predicted_downtime: float | None = None
+    downtime: float | None = None
+    bandwidth: int | None = None
+    round: int = 0
+    disks: list[DiskStatus] = []
+    source: str | None = None
+    destination: str | None = None
+    guest: str | None = None
+    next: str | None = None
+    note: str | None = None
+    outcome: Outcome | None = None
+
+
+def live(record: Record, telling: Telling, steering: Steering) -> Status:
+    """The status of the job that this process runs."""
+    figures = telling.latest
+    disks = [_live_disk(disk, telling.moved.get(disk.name, 0)) for disk in figures.disks] if figures else []
+    waits = telling.phase == STANDBY
+    return Status(
+        job=record.job,
+        state=RUNNING,
+        phase=telling.phase,
+        since=telling.since,
+        percent=_percent(disks),
+        pending=figures.pending if figures else None,
+        speed=telling.speed,
+        dirty_rate=figures.dirty_rate if figures else None,
+        predicted_downtime=figures.predicted if figures else None,
+        downtime=steering.downtime,
+        bandwidth=steering.rate,
+        round=figures.round if figures else 0,
+        disks=disks,
+        source=_source(record),
+        destination=_destination(record),
+        guest=_guest(record, alive=True),
+        next=f"qemu-blkmig switchover {record.job} moves the guest" if waits else None,
+        note=telling.last_note,
+    )
+
+
+def at_rest(record: Record, directory: Path, *, busy: bool) -> Status:
+    """The status of a job that this process can only read of, in `directory`; `busy`: its processes live."""
+    job = record.job
+    if busy:
+        advice = "its processes are at work, or hang; ask again in a minute"
+    else:
+        advice = f"qemu-blkmig cleanup {job} brings it to rest and removes what it made"
+    status = Status(
+        job=job,
+        state=BUSY if busy else LEFT,
+        source=_source(record),
+        destination=_destination(record),
+        guest=_guest(record, alive=busy),
+        next=advice,
+    )
+    return _with_journal(status, Chronicle(directory / FILE))
+
+
+def past(path: Path) -> Status:
+    """The status of a job that is over, by its journal. Raises `Refused` when that cannot be read."""
+    chronicle = Chronicle(path)
+    facts, outcome = chronicle.facts(), chronicle.last().outcome
+    status = Status(
+        job=path.stem,
+        state=FINISHED,
+        source=facts.get("source"),
+        destination=facts.get("destination"),
+        guest=outcome.guest if outcome else "its last processes did not note how it ended",
+    )
+    return _with_journal(status, chronicle)
+
+
+def _with_journal(status: Status, chronicle: Chronicle) -> Status:
+    try:
+        last = chronicle.last()
+    except Refused as error:
+        return msgspec.structs.replace(status, note=str(error))
+    disks = [_recorded_disk(disk) for disk in last.disks]
+    sample = last.sample
+    return msgspec.structs.replace(
+        status,
+        phase=last.phase.name if last.phase else None,
+        since=last.phase.time if last.phase else None,
+        percent=_percent(disks),
+        pending=sample.pending if sample else None,
+        dirty_rate=sample.dirty_rate if sample else None,
+        predicted_downtime=sample.predicted if sample else None,
+        round=sample.round if sample else 0,
+        disks=disks,
+        note=last.note.text if last.note else None,
+        outcome=last.outcome,
+    )
+
+
+def _live_disk(disk: DiskFigures, moved: int) -> DiskStatus:
+    done = min(disk.size, disk.bulk_done + moved) if disk.bulk_done < disk.size else disk.size
+    return DiskStatus(
+        disk.name, disk.size, 100.0 * done / disk.size, disk.copied, disk.zeroed, disk.skipped, disk.dirty, disk.rounds
+    )
+
+
+def _recorded_disk(disk: DiskState) -> DiskStatus:
+    percent = 100.0 * max(disk.bulk_done, disk.stable) / disk.size
+    return DiskStatus(
+        disk.name, disk.size, percent, disk.copied, disk.zeroed, disk.skipped, disk.dirty, disk.rounds, disk.stable
+    )
+
+
+def _percent(disks: list[DiskStatus]) -> float | None:
+    total = sum(disk.size for disk in disks)
+    return round(sum(disk.percent * disk.size for disk in disks) / total, 1) if total else None
+
+
+def _source(record: Record) -> str | None:
+    return f"qmp:{record.source_qmp}" if record.source_qmp else None
+
+
+def _destination(record: Record) -> str | None:
+    return str(record.target_place) if record.target_place else None
+
+
+def _guest(record: Record, *, alive: bool) -> str:
+    if record.source_qmp is None:
+        return "no guest is concerned"
+    if record.owner is Owner.DESTINATION:
+        return "the guest is the destination's"
+    if record.owner is Owner.UNDECIDED:
+        return "the guest was handed over, and it is not known yet whether the destination has taken it"
+    if record.run_state_taken and record.was_running:
+        paused = "may be paused for the switchover just now" if alive else "may still be paused by the job"
+        return f"the guest is the source's; it {paused}"
+    return "the guest is the source's, and runs there" if record.was_running else "the guest is the source's, paused"
