@@ -15,6 +15,7 @@ from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import Interrupted, Refused, UsageError
 from qemu_blkmig.job import others
 from qemu_blkmig.job.control import Change
+from qemu_blkmig.job.history import note_end
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.settle import settle, unsettled
 from qemu_blkmig.job.status import RUNNING
@@ -204,6 +205,7 @@ def _cleanup(arguments: argparse.Namespace) -> int:
     if not settlement.decided:
         job.release()
         raise unsettled(f"job {name} could not be settled", settlement, name)
+    note_end(job.directory, 1, "given up, and cleaned up", settlement.facts)
     job.remove()
     return options.print_outcome(
         show_job.Cleaned(name, settlement.owner.value, settlement.facts), arguments.output, show_job.cleaned

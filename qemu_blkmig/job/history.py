@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qemu_blkmig.job.journal import FILE
@@ -36,6 +37,21 @@ def archive(directory: Path) -> None:
             _prune(folder)
     except (OSError, sqlite3.Error) as error:
         log.warning("the journal of job %s could not be kept: %s", directory.name, error)
+
+
+def note_end(directory: Path, exit_code: int, text: str, facts: Sequence[str]) -> None:
+    """Note in a dead job's journal how it was brought to an end. Failing is only logged."""
+    journal = directory / FILE
+    if not journal.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(journal, timeout=1.0)) as database, database:
+            database.execute(
+                "INSERT INTO outcome (time, exit_code, text, guest) VALUES (?, ?, ?, ?)",
+                (time.time(), exit_code, text, "; ".join(facts)),
+            )
+    except sqlite3.Error as error:
+        log.warning("the end of job %s could not be noted: %s", directory.name, error)
 
 
 def past_journals(state: Path) -> Iterator[Path]:

@@ -160,6 +160,7 @@ def _end(coordinator: int) -> None:
 
 def stand_in(directory: Path, lock: int) -> None:
     """Settle the job of a coordinator that is no more, and say what became of it on stderr."""
+    from qemu_blkmig.job.history import note_end
     from qemu_blkmig.job.record import Job, read_record
     from qemu_blkmig.job.settle import settle
 
@@ -169,6 +170,7 @@ def stand_in(directory: Path, lock: int) -> None:
     settlement = asyncio.run(settle(job))
     _say(f"the coordinator of job {job.record.job} ended unexpectedly: {'; '.join(settlement.facts)}")
     if settlement.decided:
+        note_end(directory, 1, "its coordinator ended unexpectedly; settled by its watchdog", settlement.facts)
         job.remove()
     else:
         _say(f"look at both sides, then run: qemu-blkmig cleanup {job.record.job}")
