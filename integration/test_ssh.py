@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from integration.far import far_laboratory
-from integration.luck import Attempt, Bench, kill
+from integration.lab import wait_until
+from integration.luck import Attempt, Bench, command, kill
+from integration.tool import assert_writes_soundly
 from qemu_blkmig.demo.guest import Kernel
 
 
@@ -22,6 +26,33 @@ def far(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[Bench]:
 def connection(attempt: Attempt) -> int:
     """The pid of the ssh that is the connection to hostb."""
     return attempt.child("ssh ", "-M", "hostb")
+
+
+def lab_of(far: Bench) -> FarLab:
+    """The bench's laboratory."""
+    assert isinstance(far.lab, FarLab)
+    return far.lab
+
+
+@contextlib.contextmanager
+def forced_command(far: Bench, options: str) -> Iterator[None]:
+    """hosta's key is good for nothing in hostb but `receive` with these options."""
+    hosts = lab_of(far).hosts
+    hosts.authorize(f'command="{hosts.tool} receive {options}",restrict,port-forwarding')
+    try:
+        yield
+    finally:
+        hosts.authorize()
+
+
+@contextlib.contextmanager
+def sshd(far: Bench, *options: str) -> Iterator[None]:
+    """hostb's sshd has these options."""
+    lab_of(far).hosts.start_sshd(*options)
+    try:
+        yield
+    finally:
+        lab_of(far).hosts.start_sshd()
 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
@@ -58,3 +89,95 @@ def test_a_connection_that_is_killed_in_the_handover_leaves_one_running_guest(fa
     else:
         assert "the guest runs at the source" in outcome.stderr
         attempt.assert_source_has_it()
+
+
+@pytest.mark.parametrize("moment", ["bulk", "paused", "undecided", "started"])
+def test_the_watchdog_settles_over_a_connection_of_its_own(far: Bench, moment: str) -> None:
+    attempt = far.attempt_at(moment)
+    attempt.signal(signal.SIGKILL)
+    if moment == "started":
+        assert "the guest runs at the destination" in attempt.outcome().stderr
+        attempt.assert_destination_has_it()
+    else:
+        assert "the guest runs at the source" in attempt.outcome().stderr
+        attempt.assert_source_has_it()
+
+
+def test_a_host_that_is_gone_for_good_does_not_keep_the_guest_and_is_tidied_up_later(far: Bench) -> None:
+    attempt = far.attempt_at("bulk")
+    job = attempt.job()
+    lab_of(far).network.down()
+    try:
+        outcome = attempt.outcome().failed(1, "the connection to hostb is gone", now="the guest runs at the source")
+        assert f"qemu-blkmig cleanup {job}" in outcome.stderr
+        assert_writes_soundly(attempt.source)
+    finally:
+        lab_of(far).network.up()
+    wait_until(lambda: not lab_of(far).hosts.connections(), "the end of what hostb has of it", 60)
+    command("cleanup", job, lab=far.lab).succeeded()
+    attempt.assert_source_has_it()
+
+
+def test_a_forced_command_that_allows_launching_moves_a_guest_below_its_root(far: Bench) -> None:
+    with forced_command(far, f"--root {far.lab.target} --allow-launch"):
+        attempt = far.attempt()
+        attempt.outcome().succeeded()
+        attempt.assert_destination_has_it()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [("--root {target}", "launches no programs"), ("--root /usr --allow-launch", "out of bounds")],
+    ids=["launch", "elsewhere"],
+)
+def test_a_forced_command_bounds_whoever_has_the_key(far: Bench, options: str, words: str) -> None:
+    with forced_command(far, options.format(target=far.lab.target)):
+        attempt = far.attempt()
+        attempt.outcome().failed(3, words, now="the guest runs at the source")
+        attempt.assert_source_has_it()
+
+
+def test_a_server_that_forwards_no_sockets_is_told_of(far: Bench) -> None:
+    with sshd(far, "AllowStreamLocalForwarding no\n"):
+        attempt = far.attempt()
+        outcome = attempt.outcome().failed(3, "does not let us forward a unix socket")
+        assert "AllowStreamLocalForwarding" in outcome.stderr
+        attempt.assert_source_has_it()
+
+
+@pytest.mark.parametrize(
+    ("remote", "words"),
+    [
+        ("no-such-command", "there is no no-such-command on hostb"),
+        ("/etc/passwd", "/etc/passwd cannot be run on hostb"),
+        ("true", "the agent on hostb ended with status 0"),
+    ],
+)
+def test_an_agent_that_is_not_there_is_told_of(far: Bench, remote: str, words: str) -> None:
+    attempt = far.attempt("--remote-command", remote)
+    outcome = attempt.outcome()
+    assert outcome.code in (1, 3), outcome.stderr
+    outcome.failed(outcome.code, words, now="the guest runs at the source")
+    attempt.assert_source_has_it()
+
+
+def test_a_login_shell_that_greets_does_no_harm(far: Bench) -> None:
+    bashrc = lab_of(far).hosts.bashrc
+    bashrc.write_text("echo welcome to hostb\n")
+    try:
+        attempt = far.attempt()
+        attempt.outcome().succeeded()
+        attempt.assert_destination_has_it()
+    finally:
+        bashrc.write_text("")
+
+
+def test_a_key_that_is_not_accepted_is_told_of(far: Bench) -> None:
+    hosts = lab_of(far).hosts
+    hosts.authorize("command=")
+    try:
+        attempt = far.attempt()
+        attempt.outcome().failed(3, "Permission denied", "authorized_keys", now="the guest runs at the source")
+        attempt.assert_source_has_it()
+    finally:
+        hosts.authorize()

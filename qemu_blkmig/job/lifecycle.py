@@ -62,6 +62,7 @@ class Lifecycle:
         self._exports: ExportServer | None = None
         self._host: Host | None = None
         self._agent: AgentClient | None = None
+        self._lost: DestinationFailed | None = None
         self._at_rest = False
         self._ended_there = False
         self._signals = contextlib.ExitStack()
@@ -351,13 +352,16 @@ class Lifecycle:
 
     async def _explain_by_host(self, error: BlkmigError) -> BlkmigError:
         """A connection to another host takes all down that goes through it: its own end is the reason."""
-        if self._agent is None or not isinstance(error, ConnectionLost | DestinationFailed):
+        if not isinstance(error, ConnectionLost | DestinationFailed):
             return error
-        return await self._agent.why_gone(MOMENT) or error
+        if self._agent is not None:
+            self._lost = await self._agent.why_gone(MOMENT)
+        return self._lost or error
 
     async def _release_images(self) -> None:
         if self._agent is not None:
             agent, self._agent = self._agent, None
+            self._lost = await agent.why_gone(0)
             await agent.abandon()
 
     async def _let_go(self) -> None:
