@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.far import far_laboratory
+from integration.far import FarLab, far_laboratory
 from integration.lab import wait_until
 from integration.luck import Attempt, Bench, command, kill
 from integration.tool import assert_writes_soundly
