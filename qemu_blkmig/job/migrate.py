@@ -77,6 +77,8 @@ class _Run:
             source, life.target, self._job.record.prefix, with_ram=not options.pause_only
         )
         self._plan.require()
+        if (options.target.ram_uri or "").startswith("tcp:"):
+            self._reporter.note("--ram-uri: the guest's RAM crosses the network in plain text, open to whoever is on it")
         for warning in self._plan.warnings:
             self._reporter.note(warning)
         self._job.record.keep_source = options.keep_source
