@@ -78,7 +78,9 @@ class _Run:
         )
         self._plan.require()
         if (options.target.ram_uri or "").startswith("tcp:"):
-            self._reporter.note("--ram-uri: the guest's RAM crosses the network in plain text, open to whoever is on it")
+            self._reporter.note(
+                "--ram-uri: the guest's RAM crosses the network in plain text, open to whoever is on it"
+            )
         for warning in self._plan.warnings:
             self._reporter.note(warning)
         self._job.record.keep_source = options.keep_source
