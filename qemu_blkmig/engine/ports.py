@@ -122,9 +122,6 @@ class Mover(Protocol):
     async def set_bandwidth(self, rate: int | None) -> None:
         """Limit payload to `rate` bytes a second over all disks; None: no limit. Zeroes cost nothing."""
 
-    async def close(self, disk: str) -> None:
-        """End the writer of `disk`: flushed, its image lock dropped, its NBD server (if any) has exited."""
-
 
 class Comparer(Protocol):
     """Tells what the destination already holds, so that the bulk pass need not send it."""

@@ -197,6 +197,7 @@ class GuestCopy:
         """A pause stops those writers, too, that a frozen file system does not (raw devices, swap)."""
         record = self._job.record
         await self._guest.check_still_here()
+        await self._guest.check_awake()
         record.run_state_taken = True
         self._job.save()
         try:

@@ -18,13 +18,13 @@ from qemu_blkmig.job.target import TargetQemu, counterpart
 from qemu_blkmig.qmp.disks import Backing, Disk, Layer, Skipped, inventory, obstacles, plain_filename, select
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.foreign_bitmaps import foreign_bitmaps
-from qemu_blkmig.qmp.guest import UNDER_WAY
+from qemu_blkmig.qmp.guest import ASLEEP, ASLEEP_ADVICE, ASLEEP_TEXT, UNDER_WAY
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.ram import unfit_capabilities
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.units import show_bytes
 
-MIGRATABLE = ("running", "paused", "io-error", "suspended", "watchdog", "prelaunch", "postmigrate")
+MIGRATABLE = ("running", "paused", "io-error", "watchdog", "prelaunch", "postmigrate")
 """Run states that a guest can be migrated in, and that its destination can be left in."""
 
 
@@ -125,7 +125,9 @@ class Planner:
         features = await probe(source)
         self._problems += [f"the source QEMU is too old: it lacks {what}" for what in features.missing]
         status = (await source.execute("query-status"))["status"]
-        if status not in MIGRATABLE:
+        if status == ASLEEP:
+            self._problems.append(f"{ASLEEP_TEXT}: {ASLEEP_ADVICE}")
+        elif status not in MIGRATABLE:
             self._problems.append(f"the guest is in run state {status}, which cannot be migrated")
         told = await source.execute("query-migrate")
         migration = told.get("status")

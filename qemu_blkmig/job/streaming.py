@@ -229,10 +229,6 @@ class StreamMover:
         """See `Mover`."""
         self._throttle.limit(rate)
 
-    async def close(self, disk: str) -> None:
-        """See `Mover`."""
-        self._senders[disk].disconnect()
-
     async def _attempt(self, control: Control, work: Callable[[], None]) -> None:
         """A stream that broke off in the middle of a record cannot be gone on with."""
         try:

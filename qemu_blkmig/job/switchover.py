@@ -128,7 +128,7 @@ class Switchover:
             async with self._called_off_on_error(ram):
                 with self._watch.phase("ram"):
                     paused = await self._migrate_ram(ram)
-                if await self._fits_now():
+                if await self._fits_now(paused):
                     with self._watch.phase("switchover"):
                         await self._complete()
                     await self._verify()
@@ -185,7 +185,7 @@ class Switchover:
         """QEMU's own migration up to the pause, while the disks are kept in step; when the pause began."""
         await self._take_run_state(migrating=True)
         await self._target().claim()
-        await ram.start(downtime=self._downtime_of_ram(), bandwidth=await self._bandwidth_of_ram())
+        await self._start(ram)
         self._ram = ram
         try:
             async with asyncio.TaskGroup() as group:
@@ -203,6 +203,18 @@ class Switchover:
         finally:
             self._ram = None
         return paused
+
+    async def _start(self, ram: RamMigration) -> None:
+        """Start QEMU's migration; one that somebody else has begun in the meantime is not taken for ours."""
+        try:
+            await ram.start(downtime=self._downtime_of_ram(), bandwidth=await self._bandwidth_of_ram())
+        except BaseException as error:
+            if not ram.begun:
+                self._job.record.migrating = False
+                self._job.save()
+            if isinstance(error, RequestError):
+                await self._guest.check_still_here()
+            raise
 
     def _downtime_of_ram(self) -> float:
         """Seconds that are left to RAM."""
@@ -230,11 +242,12 @@ class Switchover:
         self._guard.ignore_pauses()
         await self._guest.pause()
 
-    async def _fits_now(self) -> bool:
-        """With the guest paused: whether what is dirty fits the downtime that was asked for, if it ran at all."""
+    async def _fits_now(self, paused: float) -> bool:
+        """With the guest paused since `paused`: whether what is dirty fits what is left of the downtime, if it ran."""
         figures = await self._engine.refresh()
+        left = self._steering.downtime - (self._clock.now() - paused)
         may_last = self._options.on_stall is OnStall.PAUSE or not self._job.record.was_running
-        return may_last or not figures.pending or (figures.predicted or 0.0) <= self._steering.downtime
+        return may_last or not figures.pending or (figures.predicted or 0.0) <= left
 
     async def _too_dirty(self, attempt: int) -> None:
         options = self._options
@@ -324,6 +337,7 @@ class Switchover:
         """
         await self._life.watchdog.arm(PATIENCE)
         await self._guest.check_still_here()
+        await self._guest.check_awake()
         self._job.record.run_state_taken = True
         self._job.record.migrating = migrating
         self._job.save()

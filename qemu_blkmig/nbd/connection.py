@@ -5,6 +5,7 @@ Callbacks of libnbd only ever append to a list and retire the command; everythin
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import socket as socketlib
@@ -17,6 +18,8 @@ from qemu_blkmig import errors
 from qemu_blkmig.nbd.binding import libnbd
 
 CONNECT_TIMEOUT = 10.0
+ANSWER = 30.0
+"""Seconds in which a server must answer what is waited for; a flush may take any time."""
 ASSUMED_REQUEST_LIMIT = 32 << 20
 STATUS_LIMIT = 2 << 30
 """Most bytes in one block status query."""
@@ -89,7 +92,7 @@ class Connection:
             return 0
         completed: list[tuple[Any, int]] = []
         self._start(lambda: self._handle.aio_flush(_retire(completed, None)))
-        return self.wait(completed)
+        return self.wait(completed, limit=None)
 
     def read_now(self, into: memoryview, offset: int) -> int:
         """Read and wait; 0 or an errno. Raises `ConnectionLost`."""
@@ -97,12 +100,20 @@ class Connection:
         self.read(into, offset, completed, None)
         return self.wait(completed)
 
-    def wait(self, completed: list[tuple[Any, int]], count: int = 1) -> int:
-        """Drive the connection until `completed` has `count` entries; the first errno in it, or 0."""
+    def wait(self, completed: list[tuple[Any, int]], count: int = 1, *, limit: float | None = ANSWER) -> int:
+        """Drive the connection until `completed` has `count` entries; the first errno in it, or 0.
+
+        Raises `ConnectionLost` after `limit` seconds, too: a guest may be paused for as long as this takes.
+        """
+        deadline = math.inf if limit is None else time.monotonic() + limit
         while len(completed) < count:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self.drop()
+                raise self.loss(f"no answer within {limit:g} s")
             poller = select.poll()
             if self.register(poller):
-                poller.poll()
+                poller.poll(None if limit is None else left * 1000)
             self.drive()
         error = next((error for _token, error in completed if error), 0)
         if error and self.lost:

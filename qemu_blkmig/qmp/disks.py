@@ -7,6 +7,7 @@ made by -drive and by -blockdev alike.
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,11 +72,19 @@ class Disk:
     allocated: int | None
 
 
+class SkippedKind(enum.Enum):
+    """Whether a drive that does not take part may come to be one that should."""
+
+    NEVER = "a CD-ROM drive, or a further name of a disk that takes part"
+    AS_IT_IS = "empty, unused, read-only or of size 0"
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """A drive that does not take part, and why, in words. `device` and `qdev` as in `Disk`."""
 
     name: str
+    kind: SkippedKind
     reason: str
     device: str
     qdev: str
@@ -104,9 +113,9 @@ async def inventory(monitor: Monitor) -> Inventory:
     taken: set[str] = set()
     for drive in drives:
         name = _unique_name(drive, taken)
-        reason = await _why_skipped(monitor, drive, disks)
-        if reason:
-            skipped.append(Skipped(name, reason, drive["device"], drive.get("qdev", "")))
+        why = await _why_skipped(monitor, drive, disks)
+        if why:
+            skipped.append(Skipped(name, *why, drive["device"], drive.get("qdev", "")))
         else:
             disks.append(_disk(name, drive, chains[identity(drive)], by_node))
     return Inventory(tuple(disks), tuple(skipped))
@@ -243,21 +252,23 @@ def _device_name(drive: Mapping[str, Any]) -> str:
     return str(drive.get("inserted", {}).get("node-name", "") or path.rpartition("/")[2])
 
 
-async def _why_skipped(monitor: Monitor, drive: Mapping[str, Any], disks: Sequence[Disk]) -> str | None:
+async def _why_skipped(
+    monitor: Monitor, drive: Mapping[str, Any], disks: Sequence[Disk]
+) -> tuple[SkippedKind, str] | None:
     inserted = drive.get("inserted")
     if drive["removable"] and await _is_cd_rom(monitor, drive):
-        return CD_ROM if inserted else "it is an empty CD-ROM drive"
+        return SkippedKind.NEVER, CD_ROM if inserted else "it is an empty CD-ROM drive"
     if not inserted:
-        return "the drive is empty"
+        return SkippedKind.AS_IT_IS, "the drive is empty"
     if "qdev" not in drive:
-        return "no device of the guest uses it"
+        return SkippedKind.AS_IT_IS, "no device of the guest uses it"
     if inserted["ro"]:
-        return "it is read-only"
+        return SkippedKind.AS_IT_IS, "it is read-only"
     if inserted["image"]["virtual-size"] == 0:
-        return "its size is 0"
+        return SkippedKind.AS_IT_IS, "its size is 0"
     for disk in disks:
         if disk.node == inserted["node-name"]:
-            return f"it is the same image as disk {disk.name}"
+            return SkippedKind.NEVER, f"it is the same image as disk {disk.name}"
     return None
 
 

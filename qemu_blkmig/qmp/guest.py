@@ -14,6 +14,10 @@ _CANNOT_RESUME = {
     "finish-migrate": "the last part of its migration is under way",
 }
 
+ASLEEP = "suspended"
+"""The run state of a guest that sleeps (ACPI S3): no vCPU runs, but a timer or a device may wake it."""
+ASLEEP_TEXT = "the guest sleeps (ACPI S3, run state suspended), and may wake at any moment"
+ASLEEP_ADVICE = "wake it (QMP command system_wakeup), then try again"
 
 MIGRATED = ("finish-migrate", "postmigrate")
 """Run states of a guest that a migration has paused."""
@@ -54,6 +58,15 @@ class QemuGuest:
         if migration in UNDER_WAY or (migration == "completed" and state in MIGRATED):
             raise GuestStateError(f"somebody else migrates the guest away (migration {migration}, run state {state})")
 
+    async def check_awake(self) -> None:
+        """Raise `GuestStateError` if the guest sleeps (ACPI S3): it may wake by itself, in a pause of ours too.
+
+        Whether a paused sleeper sleeps on or runs after `cont`, and whether it can be woken where it arrives, depends
+        on the QEMU (9.0 remembers the sleep through a pause, older ones forget it).
+        """
+        if await run_state(self._monitor) == ASLEEP:
+            raise GuestStateError(ASLEEP_TEXT, advice=ASLEEP_ADVICE)
+
     async def pause(self) -> None:
         """Stop the guest, drain its requests; no matter if it is stopped already. Raises `GuestStateError`."""
         try:
@@ -75,5 +88,5 @@ class QemuGuest:
         except CommandFailed as error:
             raise GuestStateError(f"the guest ({before}) could not be resumed: {error.description}") from error
         now = await run_state(self._monitor)
-        if now != RUNNING:
+        if now not in (RUNNING, ASLEEP):
             raise GuestStateError(f"the guest was resumed and is {now} again")

@@ -15,7 +15,7 @@ from typing import Any
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, MigrationError, RequestError
 from qemu_blkmig.qmp.channel import Channel, SocketPair
 from qemu_blkmig.qmp.foreign_bitmaps import Carried
-from qemu_blkmig.qmp.guest import run_state
+from qemu_blkmig.qmp.guest import UNDER_WAY, run_state
 from qemu_blkmig.qmp.monitor import CommandFailed, Event, EventStream, Monitor
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ class RamMigration:
         self._destination = destination
         self._subscriptions = contextlib.ExitStack()
         self._before: dict[Monitor, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
-        self._begun = False
+        self.begun = False
+        """Whether a migration may be under way that is ours."""
         self.paused_at: float | None = None
         """When QEMU stopped the guest, by the source's wall clock, seconds; None if it has not, or it was paused."""
 
@@ -123,7 +124,7 @@ class RamMigration:
         Nothing happens unless `start` came as far as to start it: another one is not ours to cancel. Raises
         `RequestError` when it is too late: the migration has completed.
         """
-        if not self._begun:
+        if not self.begun:
             return
         await cancel_migration(self._source)
         await self._restore_settings()
@@ -157,8 +158,29 @@ class RamMigration:
 
     async def _connect(self) -> None:
         uri = await self._channel.open(self._source, self._destination)
-        self._begun = True
-        await self._source.execute("migrate", {"uri": uri})
+        self.begun = True
+        try:
+            await self._source.execute("migrate", {"uri": uri})
+        except CommandFailed:
+            self.begun = False
+            await self._let_another_pass()
+            raise
+
+    async def _let_another_pass(self) -> None:
+        """A migration of somebody else's that began between our settings and ours has them, and stops where ours would.
+
+        QEMU takes no capabilities back while it migrates, so it is let go on where it stops.
+        """
+        capabilities, parameters = self._before[self._source]
+        if {"capability": "pause-before-switchover", "state": True} in capabilities:
+            return
+        await self._set_parameters(self._source, {name: parameters[name] for name in _PARAMETERS})
+        log.warning("somebody else migrates the guest away; that has our settings, and is seen to its end")
+        while (status := await self.status()) in UNDER_WAY:
+            if status == "pre-switchover":
+                with contextlib.suppress(CommandFailed):
+                    await self._source.execute("migrate-continue", {"state": status})
+            await asyncio.sleep(_MOMENT)
 
     async def _wait_source(self, wanted: str) -> None:
         while True:

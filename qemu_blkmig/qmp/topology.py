@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qemu_blkmig.errors import TopologyChanged
-from qemu_blkmig.qmp.disks import OUR_NAMES, Disk, active_jobs, identity, inventory
+from qemu_blkmig.qmp.disks import OUR_NAMES, Disk, SkippedKind, active_jobs, identity, inventory
 from qemu_blkmig.qmp.monitor import Monitor
 
 
@@ -48,9 +48,8 @@ class Topology:
         view, now = await asyncio.gather(_view(monitor), inventory(monitor))
         chosen = {(disk.device, disk.qdev) for disk in disks}
         left_out = {(disk.device, disk.qdev) for disk in now.disks}
-        cd_roms = {(drive.device, drive.qdev) for drive in now.skipped if "CD-ROM" in drive.reason}
-        same = {(drive.device, drive.qdev) for drive in now.skipped if drive.reason.startswith("it is the same image")}
-        topology = cls(monitor, disks, ours, view, frozenset((left_out | cd_roms | same) - chosen))
+        never = {(drive.device, drive.qdev) for drive in now.skipped if drive.kind is SkippedKind.NEVER}
+        topology = cls(monitor, disks, ours, view, frozenset((left_out | never) - chosen))
         await topology.check()
         return topology
 

@@ -48,10 +48,6 @@ class RemoteMover:
         """See `Mover`."""
         await self._client.request(protocol.Bandwidth(rate))
 
-    async def close(self, disk: str) -> None:
-        """See `Mover`."""
-        await self._client.request(protocol.Close(disk))
-
 
 async def carry_out(client: AgentClient, op: protocol.Copy | protocol.Digests, reply: type[_Reply]) -> _Reply:
     """`AgentClient.expect`, which, when cancelled, returns only after the agent has answered that `op` has ended."""

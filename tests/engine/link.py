@@ -90,9 +90,6 @@ class Link:
     async def flush(self, disk: str) -> None:
         self._pass(self.flush_time)
 
-    async def close(self, disk: str) -> None:
-        raise AssertionError("the engine does not close the mover")
-
     async def copy(self, disk: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
         self.requests += 1
         self.most_extents = max(self.most_extents, len(extents))

@@ -552,9 +552,6 @@ class FakeMover:
         await self._world.step(Injected("set_bandwidth"))
         self.bandwidth = rate
 
-    async def close(self, disk: str) -> None:
-        self._world.fail(f"the engine closes {disk}, which is the switchover's to do")
-
     async def step(self, disk: Disk, may_fail: bool = True) -> None:
         await self._world.step(Injected("mover") if may_fail else None)
         if disk.dead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from qemu_blkmig.job.options import CopyOptions, Target, Transfer
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.settle import settle
+from qemu_blkmig.job.steering import Steering
+from qemu_blkmig.job.switchover import Switchover
 from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.places import STATE_VARIABLE
-from qemu_blkmig.qmp.guest import QemuGuest, migration_status, run_state
+from qemu_blkmig.qmp.guest import UNDER_WAY, QemuGuest, migration_status, run_state
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.ram import RamMigration
 from tests.qmp.conftest import Qemu, StartQemu
@@ -72,6 +75,41 @@ async def test_a_migration_that_is_not_ours_is_not_cancelled(start_qemu: StartQe
         await ram.start(downtime=0.3, bandwidth=None)
     await ram.cancel()
     assert await migration_status(qemu.user) in ("setup", "active")
+
+
+@pytest.mark.parametrize("when", ["before the settings", "before the migration"])
+async def test_a_migration_that_begins_just_before_ours_is_told_and_goes_on(
+    start_qemu: StartQemu, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    qemu, destination = await start_qemu(), await start_qemu("-S", "-incoming", "defer")
+    place = f"unix:{qemu.directory}/theirs"
+    theirs = await start_qemu("-S", "-incoming", place)
+    await qemu.user.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+    commands = {"before the settings": "migrate-set-capabilities", "before the migration": "migrate"}
+    execute = qemu.monitor.execute
+
+    async def overtaken(command: str, *arguments: Any, **more: Any) -> Any:
+        if command == commands[when] and await migration_status(qemu.user) == "none":
+            await qemu.user.execute("migrate", {"uri": place})
+        return await execute(command, *arguments, **more)
+
+    monkeypatch.setattr(qemu.monitor, "execute", overtaken)
+    job = Job.create()
+    job.record.source_qmp = qemu.second_socket
+    job.record.was_running = job.record.run_state_taken = job.record.migrating = True
+    over: Any = Switchover.__new__(Switchover)
+    over._job, over._guest, over._steering = job, QemuGuest(qemu.monitor), Steering(0.3, None)
+    over._engine = SimpleNamespace(figures=lambda: SimpleNamespace(predicted=None))
+    with pytest.raises(GuestStateError, match="somebody else migrates"):
+        await over._start(RamMigration(qemu.monitor, destination.monitor))
+    await settle(job, qemu.monitor)
+    while (status := await migration_status(qemu.user)) in UNDER_WAY:
+        assert status != "pre-switchover", "it would wait there for ever"
+        await asyncio.sleep(0.05)
+    assert status == "completed"
+    assert await run_state(qemu.user) == "postmigrate"
+    assert await migration_status(theirs.user) == "completed"
+    job.remove()
 
 
 async def test_a_copy_ends_when_the_guest_is_migrated_away_and_leaves_it_there(

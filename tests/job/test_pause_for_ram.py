@@ -6,6 +6,8 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 from qemu_blkmig.job.place import Local
@@ -52,7 +54,7 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
     )
     engine = SlowRounds()
     connected: Any = SimpleNamespace(
-        engine=engine, guest=SimpleNamespace(check_still_here=nothing), guard=None, carriage=None
+        engine=engine, guest=SimpleNamespace(check_still_here=nothing, check_awake=nothing), guard=None, carriage=None
     )
     over: Any = Switchover(life, options, Any, SimpleNamespace(clock=RealClock()), connected, (), Any)  # type: ignore[arg-type]
     ram = SimpleNamespace(start=nothing, wait_paused=lambda: asyncio.sleep(0.01))
@@ -61,3 +63,16 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
         paused = await over._migrate_ram(ram)
     assert engine.stop_requested and engine.cancelled
     assert began < paused < RealClock().now()
+
+
+@pytest.mark.parametrize(("spent", "fits"), [(0.0, True), (0.1, True), (0.3, False), (9.0, False)])
+async def test_what_the_pause_has_lasted_is_no_more_there_for_the_last_round(spent: float, fits: bool) -> None:
+    async def refresh() -> Any:
+        return SimpleNamespace(pending=1 << 20, predicted=0.25)
+
+    over: Any = Switchover.__new__(Switchover)
+    over._options = SimpleNamespace(on_stall=OnStall.ABORT)
+    over._job = SimpleNamespace(record=SimpleNamespace(was_running=True))
+    over._engine, over._steering = SimpleNamespace(refresh=refresh), Steering(0.4, None)
+    over._clock = SimpleNamespace(now=lambda: 100.0 + spent)
+    assert await over._fits_now(100.0) is fits

@@ -64,6 +64,9 @@ def launch(command: list[str], errors: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stderr=output)
 
 
+START = 60.0
+"""Seconds in which a QEMU greets: on a busy machine the key of an encrypted image takes it a while."""
+
 StartQemu = Callable[..., Awaitable[Qemu]]
 
 
@@ -85,8 +88,8 @@ async def start_qemu(tmp_path: Path) -> AsyncIterator[StartQemu]:
                 if process.poll() is not None:
                     raise RuntimeError((directory / "stderr").read_text())
                 await asyncio.sleep(0.02)
-            monitor = await Monitor.connect(str(directory / "qmp.sock"), who="source QEMU")
-            user = await Monitor.connect(str(directory / "user.sock"), who="the user's QEMU")
+            monitor = await Monitor.connect(str(directory / "qmp.sock"), who="source QEMU", timeout=START)
+            user = await Monitor.connect(str(directory / "user.sock"), who="the user's QEMU", timeout=START)
         except BaseException:
             process.kill()
             process.wait()

@@ -87,8 +87,8 @@ async def test_drive_and_blockdev_guests_show_names_nodes_and_chains(
 
 async def test_encryption_is_seen(start_qemu: StartQemu, tmp_path: Path) -> None:
     create = f"cd {tmp_path} && qemu-img create -q --object secret,id=s,data=abc"
-    luks = f"{create} -f luks -o key-secret=s,iter-time=100 l.luks 1M"
-    qcow2 = f"{create} -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100 e.qcow2 1M"
+    luks = f"{create} -f luks -o key-secret=s,iter-time=10 l.luks 1M"
+    qcow2 = f"{create} -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 e.qcow2 1M"
     await asyncio.to_thread(subprocess.run, f"{luks} && {qcow2}", shell=True, check=True)
     qemu = await start_qemu(
         *SECRET,

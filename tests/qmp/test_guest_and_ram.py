@@ -34,6 +34,20 @@ async def test_a_guest_that_waits_for_a_migration_cannot_be_resumed(start_qemu: 
         await QemuGuest(qemu.monitor).resume()
 
 
+class SleepingGuest:
+    """A monitor of a QEMU whose guest is in S3; `cont` leaves it there (QEMU 9.0)."""
+
+    async def execute(self, command: str, _arguments: object = None, **_: object) -> object:
+        return {"query-status": {"status": "suspended", "running": False}, "query-migrate": {}, "cont": {}}[command]
+
+
+async def test_a_guest_that_sleeps_is_refused_before_a_pause_and_goes_on_sleeping_after_one() -> None:
+    guest = QemuGuest(SleepingGuest())  # type: ignore[arg-type]
+    with pytest.raises(GuestStateError, match="sleeps"):
+        await guest.check_awake()
+    await guest.resume()
+
+
 async def pair(start_qemu: StartQemu, paused: bool) -> tuple[Qemu, Qemu, RamMigration]:
     source = await start_qemu(paused=paused)
     destination = await start_qemu("-S", "-incoming", "defer")

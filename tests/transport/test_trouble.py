@@ -219,7 +219,7 @@ async def test_cancelling_the_mover_waits_until_nothing_is_in_flight(agent: Agen
             await copying
         report = await mover.copy("d", [Extent(0, MIB)], CopyKind.DIRTY)
         await mover.flush("d")
-        await mover.close("d")
+        await agent.request(protocol.Close("d"))
     assert report.copied == MIB
 
 
