@@ -72,6 +72,7 @@ def _add_migrate(commands: Commands) -> None:
         "the default); pause it for as long as it takes (pause); go on trying (wait)",
     )
     options.add_transfer(parser)
+    options.add_data_path(parser)
     options.add_output(parser)
     parser.set_defaults(run=_migrate)
 
@@ -114,6 +115,7 @@ def _add_copy(commands: Commands) -> None:
                              help="longest time that the guest may be frozen or paused, whatever --downtime says "
                              "(default: 10)")  # fmt: skip
     options.add_transfer(parser)
+    options.add_data_path(parser)
     options.add_output(parser)
     parser.set_defaults(run=_copy)
 

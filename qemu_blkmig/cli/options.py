@@ -12,6 +12,7 @@ import msgspec
 
 from qemu_blkmig.errors import BlkmigError, UsageError
 from qemu_blkmig.hashing import SIZES
+from qemu_blkmig.job.datapath import parse_data_path
 from qemu_blkmig.job.options import Selection, Target, Transfer
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
 from qemu_blkmig.units import parse_rate, parse_size
@@ -154,6 +155,24 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
                        f"(default: {usual.hash})")  # fmt: skip
 
 
+def add_data_path(parser: argparse.ArgumentParser) -> None:
+    """The data's own way."""
+    group = parser.add_argument_group("the data's own way, past ssh")
+    group.add_argument(
+        "--data",
+        metavar="ADDRESS",
+        help="tls://[HOST[:PORT]]: the destination reads the disks over TCP with TLS, from this host's address HOST "
+        "(default: the one that leads there) and PORT (default: any that is free; a firewall must let it in)",
+    )
+    group.add_argument(
+        "--tls-creds",
+        metavar="DIR",
+        help="certificates in DIR on both hosts, as QEMU's manual names them (default: a key made for this job and "
+        "passed through ssh)",
+    )
+    group.add_argument("--insecure", action="store_true", help="permit --data tcp://..., which is not encrypted")
+
+
 def add_convergence(parser: argparse.ArgumentParser) -> Any:
     """How long the guest may stand still; returns the group."""
     group = parser.add_argument_group("the guest's pause")
@@ -254,6 +273,7 @@ def transfer(arguments: argparse.Namespace) -> Transfer:
         request_size=arguments.request_size,
         bandwidth=arguments.bandwidth,
         hash=arguments.hash,
+        data=parse_data_path(arguments.data, certificates=arguments.tls_creds, insecure=arguments.insecure),
     )
 
 

@@ -18,6 +18,7 @@ from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.files import path_for
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.nbd.address import X509, Address, TcpAddress, UnixAddress
 
 _FORMATS = ("raw", "qcow2")
 """Formats of images that were there before: of these we know all that their headers can name."""
@@ -67,9 +68,6 @@ class Confinement:
             case protocol.Discard():
                 for created in op.images:
                     self._check_path(created.path)
-            case protocol.Mark():
-                for path in op.images:
-                    self._check_path(path)
             case protocol.Held():
                 for path in op.paths:
                     self._check_path(path)
@@ -77,7 +75,10 @@ class Confinement:
                 for name in op.names:
                     self._check_path(str(path_for(op.process.pid if op.process else None, name)))
             case protocol.Open():
-                self._check_socket(op.socket)
+                self._check_source(op.source)
+            case protocol.Mark():
+                for path in op.images:
+                    self._check_path(path)
             case protocol.Identify():
                 self._check_socket(op.socket)
             case protocol.Launch() | protocol.FindProgram():
@@ -105,6 +106,15 @@ class Confinement:
     def _check_socket(self, path: str) -> None:
         if "\0" in path or not self._ours(path):
             self._check_path(path)
+
+    def _check_source(self, source: Address) -> None:
+        match source:
+            case UnixAddress(path=path):
+                self._check_socket(path)
+            case TcpAddress(tls=X509(directory=directory)):
+                self._check_path(directory)
+            case TcpAddress(tls=None):
+                raise Refused("this agent reads over TCP with TLS only", advice="use --data tls://, or leave it out")
 
     def _within(self, path: str) -> bool:
         if "\0" in path:

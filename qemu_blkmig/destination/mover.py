@@ -16,6 +16,7 @@ from qemu_blkmig.destination.hashtable import HashTable
 from qemu_blkmig.destination.readback import ReadBack, Verified
 from qemu_blkmig.destination.writers import Writer
 from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.nbd.address import Address
 from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.control import Control
@@ -33,7 +34,7 @@ _LOOK_AT_DIRTY_FROM = 1 << 20
 class Settings:
     """How a disk is read; see `protocol.Open`."""
 
-    socket: str | Path
+    source: str | Path | Address
     export: str
     connections: int
     requests: int
@@ -294,7 +295,7 @@ def _connect_all(disk: str, size: int, settings: Settings) -> list[Connection]:
     made: list[Connection] = []
     try:
         for _ in range(settings.connections):
-            made.append(connect(settings.socket, settings.export, contexts=contexts))
+            made.append(connect(settings.source, settings.export, contexts=contexts))
         if made[0].size != size:
             raise errors.Refused(f"the source has {made[0].size} bytes, the destination {size}", disk=disk)
         if settings.private_layers is not None and DEPTH not in made[0].contexts:

@@ -19,6 +19,7 @@ import msgspec
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.hashing import Algorithm
+from qemu_blkmig.nbd.address import TcpAddress, UnixAddress
 
 PROTOCOL = 2
 LINE_LIMIT = 4 << 20
@@ -88,7 +89,7 @@ class Prepare(Message, frozen=True, tag="prepare"):
 class Open(Message, frozen=True, tag="open"):
     """Connect to the source's export of a prepared disk and start its writer.
 
-    `socket`: path of the unix socket that the export is reached by. `private_layers`: with a shared base, how many
+    `source`: where the export is reached from there. `private_layers`: with a shared base, how many
     layers of the source's chain are above it; None without one. `requests`: most requests in flight on a connection;
     small ones may be more, their bytes are bounded too. `request_size`: bytes of the largest request. `zero_unit`:
     data is tested for zeroes in units of this many bytes. `hash`: digests of what is written are kept, for `Verify`;
@@ -96,7 +97,7 @@ class Open(Message, frozen=True, tag="open"):
     """
 
     disk: str
-    socket: str
+    source: UnixAddress | TcpAddress
     export: str
     connections: int
     requests: int

@@ -416,7 +416,7 @@ def _settings(op: protocol.Open) -> Settings:
             f"zero unit {op.zero_unit}: out of bounds",
             disk=op.disk,
         )
-    return Settings(op.socket, op.export, op.connections, op.requests, op.request_size, op.zero_unit, op.private_layers)
+    return Settings(op.source, op.export, op.connections, op.requests, op.request_size, op.zero_unit, op.private_layers)
 
 
 def _table(op: protocol.Open, image: protocol.Image) -> HashTable | None:

@@ -26,6 +26,7 @@ from qemu_blkmig.job.plan import Plan, private_layers
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
+from qemu_blkmig.nbd.address import Address, UnixAddress
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.mover import RemoteMover
@@ -62,17 +63,17 @@ class Carriage:
         self._job.record.created = reply.created
         self._job.save()
 
-    async def open(self, socket: str, exports: dict[str, str]) -> None:
-        """Connect the mover to the source's exports (by disk name), reached through the unix socket `socket` here."""
+    async def open(self, source: Address, exports: dict[str, str]) -> None:
+        """Connect the mover to the source's exports (by disk name), reached from here at `source`."""
         self._job.record.filling = True
         self._job.save()
-        self._comparison = Comparison(self._agent, socket, exports, self._transfer.hash)
-        there = await self._host.expose(socket)
+        self._comparison = Comparison(self._agent, source, exports, self._transfer.hash)
+        there = UnixAddress(await self._host.expose(source.path)) if isinstance(source, UnixAddress) else source
         for disk in self._plan.disks:
             await self._agent.request(
                 Open(
                     disk=disk.name,
-                    socket=there,
+                    source=there,
                     export=exports[disk.name],
                     connections=self._transfer.connections,
                     requests=self._transfer.requests,

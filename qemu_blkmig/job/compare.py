@@ -14,6 +14,7 @@ from qemu_blkmig.destination.protocol import Digests, DigestsReply
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import ConnectionLost, ContentsDiffer, DestinationFailed, SourceReadError
 from qemu_blkmig.hashing import Algorithm
+from qemu_blkmig.nbd.address import Address
 from qemu_blkmig.nbd.connection import connect
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.nbd.digests import SECTOR, SLICE, UNIT, differing_units, digests_of
@@ -34,14 +35,14 @@ PATIENCE = 5.0
 class Comparison:
     """Compares open disks with their exports. Implements `engine.ports.Comparer`.
 
-    `socket`: a unix socket of the source's exports here; `exports`: their names, by disk.
+    `source`: where the source's exports are reached from here; `exports`: their names, by disk.
     """
 
     def __init__(
-        self, agent: AgentClient, socket: str | Path, exports: Mapping[str, str], algorithm: Algorithm
+        self, agent: AgentClient, source: str | Path | Address, exports: Mapping[str, str], algorithm: Algorithm
     ) -> None:
         self._agent = agent
-        self._socket = socket
+        self._source = source
         self._exports = exports
         self._algorithm = algorithm
         self._readers: dict[str, NbdReader] = {}
@@ -98,7 +99,7 @@ class Comparison:
     async def _of_source(self, disk: str, extent: Extent, unit: int) -> bytes:
         try:
             if disk not in self._readers:
-                connected = await asyncio.to_thread(connect, self._socket, self._exports[disk], contexts=[ALLOCATION])
+                connected = await asyncio.to_thread(connect, self._source, self._exports[disk], contexts=[ALLOCATION])
                 self._readers[disk] = NbdReader([connected])
             return await _digests(self._readers[disk], extent, unit, self._algorithm)
         except OSError as error:

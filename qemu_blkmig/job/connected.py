@@ -12,6 +12,7 @@ from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, SaveOptions
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.result import DiskResult
+from qemu_blkmig.nbd.address import Address
 from qemu_blkmig.qmp.guest import QemuGuest
 
 
@@ -21,8 +22,8 @@ class Carrying(Protocol):
     async def prepare(self) -> None:
         """Refuse what would fail; make what is needed at the destination."""
 
-    async def open(self, socket: str, exports: dict[str, str]) -> None:
-        """Connect to the source's exports (by disk name) on the unix socket `socket`."""
+    async def open(self, source: Address, exports: dict[str, str]) -> None:
+        """Connect to the source's exports (by disk name) at `source`."""
 
     async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
         """The engine over the disks."""
@@ -61,8 +62,9 @@ async def connect(
     """
     guard = life.guard()
     life.agree(plan)
-    log, exports = await life.open_source(plan, options.transfer.granularity, options.selection.shared_base)
-    await carriage.open(str(life.exports.socket_path), exports)
+    transfer = options.transfer
+    log, exports = await life.open_source(plan, transfer.granularity, options.selection.shared_base, transfer.data)
+    await carriage.open(life.exports.address, exports)
     engine = await carriage.engine(log, guest, clock)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
     return Connected(guest, carriage, guard, engine)

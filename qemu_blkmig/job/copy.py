@@ -21,6 +21,7 @@ from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result
 from qemu_blkmig.job.steering import Steering
+from qemu_blkmig.nbd.address import UnixAddress
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.units import show_seconds
@@ -68,7 +69,7 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         plan.require()
         carriage = way.carriage(plan)
         await carriage.prepare()
-        await carriage.open(str(source.socket), {source.disk.name: ""})
+        await carriage.open(UnixAddress(str(source.socket)), {source.disk.name: ""})
         life.agree(plan)
         engine = await carriage.engine(source, source, clock)
         life.steering.on_change(lambda: engine.limit(life.steering.rate))

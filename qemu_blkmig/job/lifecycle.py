@@ -22,6 +22,7 @@ from qemu_blkmig.errors import (
 )
 from qemu_blkmig.job.chronicle import AgreedDisk
 from qemu_blkmig.job.control import SOCKET, ControlServer, Ended
+from qemu_blkmig.job.datapath import INSECURE, DataPath, open_data_path
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import Journal
@@ -216,13 +217,15 @@ class Lifecycle:
         self._guard = Guard(self.job, self.source, self.target, self.watchdog, work)
         return self._guard
 
-    async def open_source(self, plan: Plan, granularity: int, shared_base: bool) -> tuple[BitmapLog, dict[str, str]]:
-        """Start the source's NBD server, with a lasting export for each disk.
+    async def open_source(
+        self, plan: Plan, granularity: int, shared_base: bool, data: DataPath | None
+    ) -> tuple[BitmapLog, dict[str, str]]:
+        """Start the source's NBD server, on a unix socket or where `data` says, with a lasting export for each disk.
 
         Returns the record of what the guest writes, and the exports' names by disk.
         """
         prefix = self.job.record.prefix
-        self._exports = ExportServer(self.source, str(self.job.runtime / "source.nbd"))
+        self._exports = await self._export_server(data)
         topology = await Topology.snapshot(self.source, plan.disks, ours=prefix)
         await self._start_server(self._exports)
         names = {}
@@ -235,6 +238,16 @@ class Lifecycle:
             self.source, plan.disks, prefix=prefix, granularity=granularity, exports=self._exports, topology=topology
         )
         return log_, names
+
+    async def _export_server(self, data: DataPath | None) -> ExportServer:
+        place = self.job.record.target_place
+        if data is None or place is None:
+            return ExportServer(self.source, str(self.job.runtime / "source.nbd"))
+        if not data.tls:
+            self.reporter.note(INSECURE)
+        name = f"{self.job.record.prefix}-tls"
+        address = await open_data_path(data, self.source, place, name, self.job.runtime)
+        return ExportServer(self.source, address, name if data.tls else None)
 
     async def _start_server(self, exports: ExportServer) -> None:
         """The record says that the server is ours before it is, so that no crash leaves one behind."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.hashing import USUAL, Algorithm
+from qemu_blkmig.job.datapath import DataPath
 from qemu_blkmig.job.place import Place
 
 
@@ -40,7 +41,7 @@ def check_downtime(downtime: float) -> None:
 class Transfer:
     """How bytes are carried; sizes in bytes, `bandwidth` in bytes a second (None: no limit).
 
-    `hash`: what both sides' contents are compared by.
+    `hash`: what both sides' contents are compared by. `data`: the data's own way to a guest's disks; None: ssh's.
     """
 
     chunk_size: int = 1 << 20
@@ -50,6 +51,7 @@ class Transfer:
     request_size: int = 4 << 20
     bandwidth: int | None = None
     hash: Algorithm = USUAL
+    data: DataPath | None = None
 
     def __post_init__(self) -> None:
         if not _power_of_two(self.granularity) or not 512 <= self.granularity <= 2 << 30:
@@ -211,5 +213,7 @@ def _check_copy(options: CopyOptions | SaveOptions) -> None:
         raise UsageError("--freeze-limit must be from 0.1 to 3600 seconds")
     if options.image is not None and options.agent is not None:
         raise UsageError("--agent is for a running guest (qmp:SOCK); an image file has none")
+    if options.image is not None and options.transfer.data is not None:
+        raise UsageError("--data is for a running guest (qmp:SOCK): an image file is served by no QEMU")
     if options.source is not None and options.image_format is not None:
         raise UsageError("--source-format is for an image file (image:PATH); a guest's QEMU tells the formats")

@@ -1,10 +1,11 @@
-"""One NBD connection over a unix socket, driven by our own poll; hides libnbd's traps (FACTS.md, "NBD and libnbd").
+"""One NBD connection, driven by our own poll; hides libnbd's traps (FACTS.md, "NBD and libnbd").
 
 Callbacks of libnbd only ever append to a list and retire the command; everything else happens in whoever polls.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_blkmig import errors
+from qemu_blkmig.nbd.address import X509, Address, Psk, UnixAddress, address_of
 from qemu_blkmig.nbd.binding import libnbd
 
 CONNECT_TIMEOUT = 10.0
@@ -176,25 +178,54 @@ class Connection:
 
 
 def connect(
-    socket: str | Path, export: str, *, contexts: Sequence[str] = (), timeout: float = CONNECT_TIMEOUT
+    server: str | Path | Address, export: str, *, contexts: Sequence[str] = (), timeout: float = CONNECT_TIMEOUT
 ) -> Connection:
-    """Connect to `export` on a unix socket and negotiate the meta `contexts` that the server has.
+    """Connect to `export` of `server` (a path: a unix socket) and negotiate the meta `contexts` that it has.
 
-    Raises `ConnectionLost` when nobody answers within `timeout` seconds or the export is refused.
+    Raises `ConnectionLost` when nobody answers within `timeout` seconds, or the export or our TLS is refused;
+    `Refused` when libnbd cannot do TLS.
     """
     module = libnbd()
-    where = f"NBD export {export!r} on {socket}"
+    address = address_of(server)
+    where = f"NBD export {export!r} on {address}"
     handle = module.NBD()
     handle.set_export_name(export)
     handle.set_pread_initialize(False)
     for name in contexts:
         handle.add_meta_context(name)
     try:
-        handle.aio_connect_unix(str(socket))
-        _handshake(handle, module, time.monotonic() + timeout, where)
+        with contextlib.ExitStack() as stack:
+            _begin(handle, module, address, stack)
+            _handshake(handle, module, time.monotonic() + timeout, where)
         return Connection(module, handle, where, contexts)
     except module.Error as error:
         raise errors.ConnectionLost(f"{where}: {error}") from error
+
+
+def _begin(handle: Any, module: Any, address: Address, stack: contextlib.ExitStack) -> None:
+    """Start connecting; what `stack` ends must last until the handshake is over."""
+    if isinstance(address, UnixAddress):
+        handle.aio_connect_unix(address.path)
+        return
+    if address.tls is not None and not handle.supports_tls():
+        raise errors.Refused(
+            "libnbd was built without TLS on this host",
+            advice="install one that has it (Debian's does), or leave out --data: the way through ssh needs none",
+        )
+    match address.tls:
+        case Psk(user=user, key=key):
+            # In memory only: nothing of the key is left when this process ends.
+            descriptor = os.memfd_create("blkmig-psk", os.MFD_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            os.write(descriptor, f"{user}:{key}\n".encode())
+            handle.set_tls(module.TLS_REQUIRE)
+            handle.set_tls_psk_file(f"/proc/self/fd/{descriptor}")
+            handle.set_tls_username(user)
+        case X509(directory=directory):
+            handle.set_tls(module.TLS_REQUIRE)
+            handle.set_tls_certificates(directory)
+            handle.set_tls_verify_peer(True)
+    handle.aio_connect_tcp(address.host, str(address.port))
 
 
 def _handshake(handle: Any, module: Any, deadline: float, where: str) -> None:

@@ -9,20 +9,21 @@ from typing import Any
 
 from qemu_blkmig import errors
 from qemu_blkmig.engine.extents import Extent, joined
+from qemu_blkmig.nbd.address import Address
 from qemu_blkmig.nbd.connection import STATUS_LIMIT, Connection, Entries, connect
 
 BATCH = 4096
 _DIRTY = 1
 
 
-def dirty_extents(socket: str | Path, export: str, bitmap: str, size: int) -> Iterator[list[Extent]]:
+def dirty_extents(server: str | Path | Address, export: str, bitmap: str, size: int) -> Iterator[list[Extent]]:
     """The dirty extents of `bitmap`, blocking, in batches of at most `BATCH`.
 
     They are ascending, disjoint, joined where they touch, and clipped to `size` bytes. Raises `ConnectionLost` when
     the export cannot be reached, does not show the bitmap, or goes away; `RequestError` when it refuses a query.
     """
     context = f"qemu:dirty-bitmap:{bitmap}"
-    connection = connect(socket, export, contexts=[context])
+    connection = connect(server, export, contexts=[context])
     try:
         if context not in connection.contexts:
             raise errors.ConnectionLost(f"{connection.where} does not show the dirty bitmap {bitmap!r}")

@@ -142,7 +142,7 @@ class BitmapLog:
         self._round_exports.add(export)
         try:
             await self._exports.add(export, self._disks[disk].node, bitmaps=[bitmap])
-            reader = dirty_extents(self._exports.socket_path, export, bitmap, self._disks[disk].size)
+            reader = dirty_extents(self._exports.address, export, bitmap, self._disks[disk].size)
             # A cancelled call goes on in its thread until the export is gone.
             while batch := await asyncio.to_thread(next, reader, None):
                 yield batch

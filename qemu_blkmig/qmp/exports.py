@@ -11,9 +11,13 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from qemu_blkmig.errors import Refused, RequestError
+from qemu_blkmig.nbd.address import Address, TcpAddress, UnixAddress, address_of
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.monitor import CommandFailed, Monitor
+from qemu_blkmig.qmp.tls import remove_objects
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +27,16 @@ _SOCKET_NAME = "blkmig-nbd"
 
 
 class ExportServer:
-    """The NBD server of one QEMU, on a unix socket that we make, and our exports on it."""
+    """The NBD server of one QEMU, on a socket that we make, and our exports on it."""
 
-    def __init__(self, monitor: Monitor, socket_path: str | Path) -> None:
-        """`socket_path` is where clients connect; it must not exist, and its directory must be private (mode 0700)."""
-        self.socket_path = Path(socket_path)
+    def __init__(self, monitor: Monitor, where: str | Path | Address, credentials: str | None = None) -> None:
+        """`where` clients connect: the path of a unix socket, or a TCP address, of which port 0 means any that is free.
+
+        The path must not exist, and its directory must be private (mode 0700). `credentials`: the QEMU's object that
+        TLS is done with (`qmp.tls`); it is removed with the server.
+        """
+        self.address = address_of(where)
+        self._credentials = credentials
         self._monitor = monitor
         self._started = False
         self._allow_inactive = False
@@ -46,23 +55,34 @@ class ExportServer:
                 await self._start_server()
                 self._started = True
             except BaseException:
-                self.socket_path.unlink(missing_ok=True)
+                self._unlink()
                 raise
 
     def _listen(self) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        address = self.address
+        listener = socket.socket(_family(address), socket.SOCK_STREAM)
+        if isinstance(address, TcpAddress):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
-            listener.bind(str(self.socket_path))
+            listener.bind(address.path if isinstance(address, UnixAddress) else (address.host, address.port))
             listener.listen(_BACKLOG)
         except OSError as error:
             listener.close()
-            raise Refused(f"cannot listen on {self.socket_path}: {error.strerror or error}") from error
+            raise Refused(f"cannot listen on {address}: {error.strerror or error}") from error
+        if isinstance(address, TcpAddress):
+            self.address = msgspec.structs.replace(address, port=listener.getsockname()[1])
         return listener
 
+    def _unlink(self) -> None:
+        if isinstance(self.address, UnixAddress):
+            Path(self.address.path).unlink(missing_ok=True)
+
     async def _start_server(self) -> None:
-        address = {"type": "fd", "data": {"str": _SOCKET_NAME}}
+        arguments: dict[str, object] = {"addr": {"type": "fd", "data": {"str": _SOCKET_NAME}}}
+        if self._credentials is not None:
+            arguments["tls-creds"] = self._credentials
         try:
-            await self._monitor.execute("nbd-server-start", {"addr": address})
+            await self._monitor.execute("nbd-server-start", arguments)
         except CommandFailed as error:
             await self._forget_descriptor()
             raise Refused(
@@ -106,7 +126,15 @@ class ExportServer:
         if self._started:
             await stop_unused_server(self._monitor)
             self._started = False
-            self.socket_path.unlink(missing_ok=True)
+            self._unlink()
+        if self._credentials is not None:
+            await remove_objects(self._monitor, self._credentials)
+
+
+def _family(address: Address) -> socket.AddressFamily:
+    if isinstance(address, UnixAddress):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address.host else socket.AF_INET
 
 
 async def remove_export(monitor: Monitor, name: str) -> bool:

@@ -7,13 +7,14 @@ import logging
 from qemu_blkmig.errors import RequestError
 from qemu_blkmig.qmp.exports import remove_export, stop_unused_server
 from qemu_blkmig.qmp.monitor import CommandFailed, Monitor
+from qemu_blkmig.qmp.tls import remove_objects
 from qemu_blkmig.qmp.topology import bitmaps_by_node
 
 log = logging.getLogger(__name__)
 
 
 async def remove_all(monitor: Monitor, *, prefix: str, nbd_server_is_ours: bool) -> list[str]:
-    """Remove every export and bitmap whose name begins with `prefix`; return, in words, what was removed.
+    """Remove every export, bitmap and TLS object whose name begins with `prefix`; return, in words, what was removed.
 
     The NBD server, which has no name, is stopped if the caller knows that it is ours, and unless others have exports
     on it. Idempotent. Raises `RequestError` when something could not be removed, and what `Monitor.execute` raises.
@@ -21,6 +22,7 @@ async def remove_all(monitor: Monitor, *, prefix: str, nbd_server_is_ours: bool)
     removed = await remove_exports(monitor, prefix)
     if nbd_server_is_ours and await stop_unused_server(monitor):
         removed.append("the NBD server")
+    removed += [f"the object {name}" for name in await remove_objects(monitor, prefix)]
     return removed + await remove_bitmaps(monitor, prefix)
 
 

@@ -56,6 +56,11 @@ _OPTIONS = {
 }
 
 
+def ssh_command() -> list[str]:
+    """The user's ssh, with the options that it is to have."""
+    return shlex.split(os.environ.get(COMMAND_VARIABLE, "ssh"))
+
+
 class SshHost:
     """See `transport.host.Host`."""
 
@@ -74,7 +79,7 @@ class SshHost:
         self._remote_command = remote_command
         self._runtime = runtime
         self._job = job
-        self._ssh = shlex.split(os.environ.get(COMMAND_VARIABLE, "ssh"))
+        self._ssh = ssh_command()
         # A process of the job that was killed may have left sockets in the same directory.
         self._names = (f"{token}-{number}" for token in [secrets.token_hex(3)] for number in itertools.count())
         self._connecting = asyncio.Lock()

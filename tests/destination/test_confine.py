@@ -14,6 +14,7 @@ from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.confine import HARMLESS
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.service import Service
+from qemu_blkmig.nbd.address import X509, TcpAddress, UnixAddress
 
 MIB = 1 << 20
 
@@ -77,7 +78,8 @@ async def test_no_path_leads_out(service: Service, root: Path, path: str) -> Non
         protocol.Files([there]),
         protocol.Mark("cafe", [there], "complete"),
         protocol.Identify(there),
-        protocol.Open("d", there, "export", 1, 1, 4096, 4096),
+        protocol.Open("d", UnixAddress(there), "export", 1, 1, 4096, 4096),
+        protocol.Open("d", TcpAddress("127.0.0.1", 1, X509(str(root.parent))), "export", 1, 1, 4096, 4096),
     ):
         await refused(service, op)
     assert not (root / "good").exists()

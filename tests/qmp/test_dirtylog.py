@@ -131,7 +131,7 @@ async def test_rounds_under_a_hostile_writer_lose_nothing(rig: Rig, tmp_path: Pa
     copy = bytearray(SIZE)
     handle = libnbd().NBD()
     handle.set_export_name(f"{PREFIX}-data")
-    await asyncio.to_thread(handle.connect_unix, str(rig.exports.socket_path))
+    await asyncio.to_thread(handle.connect_unix, str(rig.exports.address))
     ended = asyncio.Event()
     writer = asyncio.create_task(_write_everywhere(rig.qemu, ended))
     rounds = 0

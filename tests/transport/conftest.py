@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qemu_blkmig.destination import protocol
+from qemu_blkmig.nbd.address import UnixAddress
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.local import LocalHost
 
@@ -29,7 +30,7 @@ def image(path: Path, size: int, **settings: object) -> protocol.Image:
 
 def opening(socket: Path, **settings: object) -> protocol.Open:
     """Disk `d` from export `disk`, but for `settings`."""
-    usual = {"disk": "d", "socket": str(socket), "export": "disk", "connections": 1, "requests": 4}
+    usual = {"disk": "d", "source": UnixAddress(str(socket)), "export": "disk", "connections": 1, "requests": 4}
     usual |= {"request_size": 4 * MIB, "zero_unit": 64 * KIB}
     return protocol.Open(**usual | settings)  # type: ignore[arg-type]
 
