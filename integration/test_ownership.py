@@ -58,3 +58,15 @@ def test_a_migration_that_fails_leaves_no_record_of_what_it_removed(lab: Lab) ->
     assert "this job had not handed it over" in outcome.stderr
     assert not list(lab.target.iterdir()) and record(disk.path) is None
     assert_runs_on(lab, guest)
+
+
+def test_the_source_s_image_is_renamed_after_the_handover_and_its_record_with_it(lab: Lab) -> None:
+    disk = lab.disk("disk", 8 * MIB, "qcow2")
+    guest = lab.boot([disk], Orders(rate=100))
+    guest.wait_for_writing(more=10)
+    outcome, arrived = migrate(lab, guest, "--source-images", "rename", "--on-stall", "pause")
+    result = outcome.succeeded().result
+    moved = disk.path.with_name(f"disk.moved-{result['job']}")
+    assert moved.exists() and not disk.path.exists()
+    assert (state(moved), state(disk.path), state(lab.target / "disk")) == ("moved", None, "complete")
+    assert_nothing_left(lab, arrived)

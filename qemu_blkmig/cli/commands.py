@@ -19,6 +19,7 @@ from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.migrate import migrate
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall, Target
+from qemu_blkmig.job.source_images import Afterwards
 from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.units import parse_size
 
@@ -62,6 +63,13 @@ def _add_migrate(commands: Commands) -> None:
         default="quit",
         help="what becomes of the source QEMU after a success (default: quit)",
     )
+    parser.add_argument(
+        "--source-images",
+        choices=[choice.value for choice in Afterwards],
+        default="keep",
+        help="what becomes of the source's images once its QEMU has quit: keep (the default), rename to "
+        "NAME.moved-JOB, or delete; backing files always stay",
+    )
     options.add_selection(parser)
     convergence = options.add_convergence(parser)
     convergence.add_argument(
@@ -84,6 +92,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         on_stall=OnStall(arguments.on_stall),
         pause_only=arguments.pause_only,
         keep_source=arguments.source_after == "keep",
+        source_images=Afterwards(arguments.source_images),
         **options.common(arguments),
     )
     with progress(arguments.progress) as reporter:

@@ -124,6 +124,11 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "warnings tell (keep, the default), or leave them (drop)",
     )
     group.add_argument(
+        "--drop-snapshots",
+        action="store_true",
+        help="a qcow2 image's internal snapshots may stay behind: only what the guest sees now is sent",
+    )
+    group.add_argument(
         "--ignore-ownership",
         action="store_true",
         help="migrate from an image although a record beside it says that it is incomplete, or was moved away",
@@ -258,6 +263,7 @@ def selection(arguments: argparse.Namespace) -> Selection:
         target_is_zero=arguments.target_is_zero,
         allow_plaintext=arguments.allow_plaintext,
         ignore_ownership=arguments.ignore_ownership,
+        drop_snapshots=arguments.drop_snapshots,
         compare=arguments.compare,
         keep_bitmaps=arguments.bitmaps == "keep",
     )

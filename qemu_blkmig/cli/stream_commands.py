@@ -91,6 +91,7 @@ def _save(arguments: argparse.Namespace) -> int:
             shared_base=arguments.shared_base,
             allow_plaintext=arguments.allow_plaintext,
             ignore_ownership=arguments.ignore_ownership,
+            drop_snapshots=True,
         ),
         transfer=Transfer(
             granularity=CHUNK,

@@ -14,7 +14,7 @@ from qemu_blkmig.destination import locks
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.qmp.disks import Backing, Disk
+from qemu_blkmig.qmp.disks import Backing, Disk, data_file_of, snapshots_in
 
 START = 10.0
 """Seconds in which qemu-nbd must serve."""
@@ -177,4 +177,6 @@ async def _describe(path: str, image_format: str | None) -> Disk:
         cluster_size=info.get("cluster-size"),
         encrypted=bool(info.get("encrypted")) or info["format"] == "luks",
         allocated=info.get("actual-size"),
+        snapshots=snapshots_in(info),
+        data_file=data_file_of(info),
     )

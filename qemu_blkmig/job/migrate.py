@@ -84,6 +84,7 @@ class _Run:
         for warning in self._plan.warnings:
             self._reporter.note(warning)
         self._job.record.keep_source = options.keep_source
+        self._job.record.source_images = options.source_images
         guest = QemuGuest(source)
         self._job.record.was_running = not await guest.is_paused()
         self._carriage = Carriage(self._job, self._plan, life.host, agent, options.transfer, self._reporter)

@@ -11,6 +11,7 @@ from qemu_blkmig.errors import UsageError
 from qemu_blkmig.hashing import USUAL, Algorithm
 from qemu_blkmig.job.datapath import DataPath
 from qemu_blkmig.job.place import Place
+from qemu_blkmig.job.source_images import Afterwards
 
 
 def _power_of_two(number: int) -> bool:
@@ -103,6 +104,7 @@ class Selection:
     target_is_zero: bool = False
     allow_plaintext: bool = False
     ignore_ownership: bool = False
+    drop_snapshots: bool = False
     keep_bitmaps: bool = True
     compare: bool = False
 
@@ -124,9 +126,12 @@ class MigrateOptions:
     on_stall: OnStall = OnStall.ABORT
     pause_only: bool = False
     keep_source: bool = False
+    source_images: Afterwards = Afterwards.KEEP
     verify: bool = False
 
     def __post_init__(self) -> None:
+        if self.source_images is not Afterwards.KEEP and (self.keep_source or self.pause_only):
+            raise UsageError("--source-images rename and delete are for when the source QEMU is made to quit")
         ways = (self.target.qmp is not None, self.target.launch is not None, self.pause_only)
         if sum(ways) != 1:
             raise UsageError(

@@ -183,6 +183,15 @@ class Planner:
                 f"disk {disk.name} is encrypted and would be written to the destination in plain text; "
                 "--allow-plaintext permits it"
             )
+        if disk.snapshots and not self._selection.drop_snapshots:
+            self._problems.append(
+                f"disk {disk.name}: the internal snapshots of its image ({', '.join(disk.snapshots)}) would be lost: "
+                "only what the guest sees now is sent; --drop-snapshots permits it (the source's image keeps them)"
+            )
+        if disk.data_file is not None:
+            self._warnings.append(
+                f"disk {disk.name} has its data in {disk.data_file}: at the destination it is in the image itself"
+            )
         if not self._selection.ignore_ownership:
             self._problems += troubles(disk, self._process)
         if self._selection.shared_base and disk.backing is None:

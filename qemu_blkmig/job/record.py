@@ -23,7 +23,7 @@ from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.history import archive
 from qemu_blkmig.job.place import Place
-from qemu_blkmig.job.source_images import SourceImage
+from qemu_blkmig.job.source_images import Afterwards, SourceImage
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
 
 
@@ -45,7 +45,8 @@ class Record(msgspec.Struct):
     them. `frozen_by`: the guest agent's socket while file systems are frozen.
     `target_place`: where the images are; None until that is known.
     `started_there`: the destination was told to run the guest, or is about to be: it may have written there.
-    `moving`: the source's own images. `marked`: the ownership records at the destination say that it has the guest.
+    `moving`: the source's own images. `source_images`: what becomes of them.
+    `marked`: the ownership records at the destination say that it has the guest.
     """
 
     job: str
@@ -68,6 +69,7 @@ class Record(msgspec.Struct):
     started_there: bool = False
     target_place: Place | None = None
     moving: list[SourceImage] = []
+    source_images: Afterwards = Afterwards.KEEP
     marked: bool = False
 
     @property

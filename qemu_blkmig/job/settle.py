@@ -20,7 +20,7 @@ from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, R
 from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable, until
 from qemu_blkmig.job.record import Job, Owner
-from qemu_blkmig.job.source_images import mark_moved
+from qemu_blkmig.job.source_images import Afterwards, leave_behind
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import MIGRATED, UNDER_WAY, migration_status
 from qemu_blkmig.qmp.monitor import Monitor, NoAnswer
@@ -336,7 +336,13 @@ async def _thaw(path: str, settlement: Settlement) -> None:
 async def _mark(job: Job, beyond: There, settlement: Settlement) -> None:
     """The ownership records follow what was decided (see `destination/ownership.py`)."""
     record = job.record
-    settlement.facts += await asyncio.to_thread(mark_moved, record.moving, record.job)
+    source = record.source_process
+    # While anything is uncertain, and while the source QEMU lives, all stays where it is.
+    over = settlement.decided and not settlement.ended and source is not None and not source.alive
+    afterwards = record.source_images if over else Afterwards.KEEP
+    settlement.facts += await asyncio.to_thread(leave_behind, record.moving, record.job, afterwards)
+    if record.source_images is not afterwards:
+        settlement.facts.append("the images at the source were kept where they are")
     if record.marked or not record.images:
         return
     try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import socket
+import stat
 from collections.abc import Sequence
 
 import msgspec
 
-from qemu_blkmig.destination import ownership
+from qemu_blkmig.destination import locks, ownership
 from qemu_blkmig.destination.files import file_id
 from qemu_blkmig.qmp.disks import Disk, plain_filename
 
@@ -60,15 +62,59 @@ def troubles(disk: Disk, process: int | None) -> list[str]:
     return found
 
 
-def mark_moved(images: Sequence[SourceImage], job: str) -> list[str]:
-    """Record beside the source's images that their guest has moved; what could not be recorded, in sentences."""
-    trouble = []
+class Afterwards(enum.Enum):
+    """What becomes of the source's images once the guest is at the destination and the source QEMU has ended."""
+
+    KEEP = "keep"
+    RENAME = "rename"
+    DELETE = "delete"
+
+
+def leave_behind(images: Sequence[SourceImage], job: str, afterwards: Afterwards) -> list[str]:
+    """Record beside the source's images that their guest has moved, or put the images away; the rest in sentences.
+
+    Only the image that the guest wrote to is ever put away, never what lies below it; and none that somebody uses.
+    Safe to repeat.
+    """
+    told: list[str] = []
     for image in images:
         try:
-            ownership.move(image.path, job, image.disk, image.to)
+            if afterwards is not Afterwards.KEEP:
+                told += _put_away(image, job, afterwards)
+            if os.path.lexists(image.path) or afterwards is Afterwards.KEEP:
+                ownership.move(image.path, job, image.disk, image.to)
         except OSError as error:
-            trouble.append(
+            told.append(
                 f"nothing beside {image.path} tells that its guest has moved to {image.to} ({error}): "
                 "never start a guest from it"
             )
-    return trouble
+    return told
+
+
+def _put_away(image: SourceImage, job: str, afterwards: Afterwards) -> list[str]:
+    path = os.path.realpath(image.path)
+    new = f"{path}.moved-{job}"
+    try:
+        if os.path.lexists(path):
+            if (why := _why_kept(path)) is not None:
+                return [f"{path} was kept: {why}"]
+            if afterwards is Afterwards.DELETE:
+                os.unlink(path)  # noqa: PTH108 - a string like the rest
+            else:
+                if os.path.lexists(new):
+                    return [f"{path} was kept: {new} is there already"]
+                # The record first: no crash leaves the renamed image without one.
+                ownership.move(new, job, image.disk, image.to)
+                os.rename(path, new)  # noqa: PTH104 - a string like the rest
+        ownership.remove(path)
+    except OSError as error:
+        return [f"{path} was kept: {error.strerror}"]
+    return []
+
+
+def _why_kept(path: str) -> str | None:
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return "it is no file"
+    if locks.used(path):
+        return "somebody has it open"
+    return None

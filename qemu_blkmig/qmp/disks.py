@@ -55,7 +55,8 @@ class Disk:
     -drive id or "". `qdev`: the device's id or QOM path. `node`: the topmost node, which all the guest's writes pass.
     `format`: the image's ("raw" where there is none). `size`: virtual, bytes. `layers`: the whole chain, topmost
     first, filters too; they count in qemu:allocation-depth, so depth n is layers[n - 1]. `allocated`: what the image
-    occupies, bytes, where QEMU knows. `encrypted`: by LUKS or qcow2, in any layer.
+    occupies, bytes, where QEMU knows. `encrypted`: by LUKS or qcow2, in any layer. `snapshots`: names of the internal
+    ones of a qcow2 image. `data_file`: where a qcow2 image has its data, if not in itself.
     """
 
     name: str
@@ -70,6 +71,8 @@ class Disk:
     cluster_size: int | None
     encrypted: bool
     allocated: int | None
+    snapshots: tuple[str, ...] = ()
+    data_file: str | None = None
 
 
 class SkippedKind(enum.Enum):
@@ -297,7 +300,20 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
         cluster_size=image.get("cluster-size"),
         encrypted=any(_encrypted(nodes[layer.node]) for layer in layers),
         allocated=image.get("actual-size"),
+        snapshots=snapshots_in(image),
+        data_file=data_file_of(image),
     )
+
+
+def snapshots_in(image: Mapping[str, Any]) -> tuple[str, ...]:
+    """The internal snapshots that QEMU or qemu-img tells of an image (ImageInfo)."""
+    return tuple(snapshot["name"] or snapshot["id"] for snapshot in image.get("snapshots", ()))
+
+
+def data_file_of(image: Mapping[str, Any]) -> str | None:
+    """The external data file that QEMU or qemu-img tells of an image (ImageInfo)."""
+    name: str | None = image.get("format-specific", {}).get("data", {}).get("data-file")
+    return name
 
 
 def _layer(node: Mapping[str, Any]) -> Layer:

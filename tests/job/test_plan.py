@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,28 @@ async def test_a_capability_that_ram_cannot_be_migrated_with_is_told_before(
     [problem] = (await plan(qemu, tmp_path / "target", with_ram=True)).problems
     assert "source QEMU: the migration capability multifd is set: it needs several connections" in problem
     assert (await plan(qemu, tmp_path / "target")).problems == ()
+
+
+async def test_internal_snapshots_are_not_lost_silently_and_a_data_file_is_told(
+    start_qemu: StartQemu, tmp_path: Path
+) -> None:
+    image, raw = tmp_path / "disk", tmp_path / "data.raw"
+    make_images(image, tmp_path / "other", raw)
+    arguments = []
+    for name in ("disk", "other"):
+        arguments += ["-drive", f"if=none,id={name},format=qcow2,file={tmp_path / name}"]
+        arguments += ["-device", f"virtio-blk,drive={name}"]
+    planned = await plan(await start_qemu(*arguments), tmp_path / "target")
+    [problem] = planned.problems
+    assert "disk disk: the internal snapshots of its image (before-the-upgrade) would be lost" in problem
+    assert any(str(raw) in warning and "disk other" in warning for warning in planned.warnings)
+
+
+def make_images(with_snapshot: Path, with_data_file: Path, data: Path) -> None:
+    options = f"data_file={data},data_file_raw=on"
+    for command in (
+        ["create", "-q", "-f", "qcow2", with_snapshot, "8M"],
+        ["snapshot", "-c", "before-the-upgrade", with_snapshot],
+        ["create", "-q", "-f", "qcow2", "-o", options, with_data_file, "8M"],
+    ):
+        subprocess.run(["qemu-img", *map(str, command)], check=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from qemu_blkmig.destination import ownership
+from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.settle import Settlement, settle, unsettled
-from qemu_blkmig.job.source_images import SourceImage
+from qemu_blkmig.job.source_images import Afterwards, SourceImage, leave_behind
 
 
 @pytest.fixture
@@ -86,3 +90,43 @@ async def test_a_record_that_cannot_be_written_is_told_and_decides_nothing(job: 
     assert settlement.decided
     assert "never start a guest from it" in settlement.facts[-1]
     job.remove()
+
+
+@pytest.mark.parametrize("choice", Afterwards)
+def test_the_source_s_images_are_put_away_and_repeating_that_is_safe(tmp_path: Path, choice: Afterwards) -> None:
+    image, moved = tmp_path / "image", tmp_path / "image.moved-1a2b"
+    image.write_bytes(b"old")
+    there = {"keep": image, "rename": moved, "delete": None}[choice.value]
+    for _ in range(2):
+        assert leave_behind([SourceImage("vda", str(image), "hostb:/there")], "1a2b", choice) == []
+        assert [path for path in (image, moved) if path.exists()] == ([there] if there else [])
+        assert records(image, moved) == ["moved" if path == there else None for path in (image, moved)]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+async def test_images_are_put_away_only_when_the_source_qemu_is_known_to_be_gone(
+    job: Job, tmp_path: Path, alive: bool
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"old")
+    job.record.source_process = ProcessId.of(os.getpid()) if alive else None
+    job.record.owner, job.record.source_images = Owner.DESTINATION, Afterwards.DELETE
+    job.record.moving = [SourceImage("vda", str(image), "hostb:/there")]
+    assert "the images at the source were kept where they are" in (await settle(job)).facts
+    assert image.exists() and records(image) == ["moved"]
+    job.remove()
+
+
+def test_an_image_that_somebody_has_open_is_kept(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", image, "1M"], check=True)
+    reader = subprocess.Popen(["qemu-nbd", "-r", "-f", "raw", "-k", tmp_path / "nbd", image])
+    try:
+        while not (tmp_path / "nbd").exists():
+            time.sleep(0.01)
+        [told] = leave_behind([SourceImage("vda", str(image), "hostb:/there")], "1a2b", Afterwards.DELETE)
+    finally:
+        reader.kill()
+        reader.wait()
+    assert told == f"{image} was kept: somebody has it open"
+    assert image.exists() and records(image) == ["moved"]
