@@ -1,0 +1,1 @@
+"""Guests that libvirt manages: its connections, its storage, and the gate in its migration stream."""

@@ -1,0 +1,154 @@
+"""The gate, over socket pairs and real listeners."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.virt.gate import PREAMBLE, WITHHELD, Gate
+
+
+class Ends:
+    """A gate with the source's end of one connection and the destination's."""
+
+    def __init__(self, directory: Path) -> None:
+        self._destination = _listener(directory / "destination")
+        self.gate = Gate(_listener(directory / "gate"), self._connect)
+        self.source = socket.socket(socket.AF_UNIX)
+        self.source.settimeout(10)
+        self.source.connect(str(directory / "gate"))
+        self._directory = directory
+        self.destination, _ = self._destination.accept()
+        self.destination.settimeout(10)
+
+    def _connect(self) -> socket.socket:
+        end = socket.socket(socket.AF_UNIX)
+        end.connect(str(self._directory / "destination"))
+        return end
+
+    def send(self, data: bytes) -> threading.Thread:
+        """Send from the source without waiting for whoever reads it, then end the stream."""
+
+        def work() -> None:
+            self.source.sendall(data)
+            self.source.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    def receive(self, count: int) -> bytes:
+        """`count` bytes at the destination; fewer at the end of the stream."""
+        got = bytearray()
+        while len(got) < count and (part := self.destination.recv(min(1 << 20, count - len(got)))):
+            got += part
+        return bytes(got)
+
+    def close(self) -> None:
+        self.gate.close()
+        for end in (self.source, self.destination, self._destination):
+            end.close()
+
+
+def _listener(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Iterator[Ends]:
+    both = Ends(tmp_path)
+    yield both
+    both.close()
+
+
+def test_the_last_bytes_are_withheld_until_the_gate_opens(ends: Ends) -> None:
+    stream = os.urandom(3 * WITHHELD + 12345)
+    sending = ends.send(stream)
+    assert ends.receive(len(stream) - WITHHELD) == stream[:-WITHHELD]
+    sending.join()
+    ends.destination.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        ends.destination.recv(1)
+    assert ends.gate.withheld == WITHHELD
+    ends.gate.open()
+    ends.destination.settimeout(10)
+    assert ends.receive(WITHHELD + 1) == stream[-WITHHELD:]
+    assert ends.gate.withheld == 0
+    assert ends.gate.passed == len(stream)
+
+
+def test_a_handshake_is_answered_while_the_gate_is_closed(ends: Ends) -> None:
+    hello = os.urandom(PREAMBLE)
+    ends.source.sendall(hello)
+    assert ends.receive(PREAMBLE) == hello
+    ends.destination.sendall(b"and hello to you")
+    assert ends.source.recv(100) == b"and hello to you"
+    ends.source.sendall(b"this waits")
+    ends.destination.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        ends.destination.recv(1)
+
+
+def test_a_dropped_gate_breaks_both_ends_off_and_passes_nothing_on(ends: Ends) -> None:
+    ends.send(os.urandom(PREAMBLE + 1000)).join()
+    assert len(ends.receive(PREAMBLE)) == PREAMBLE
+    ends.gate.drop()
+    assert ends.receive(1) == b""
+    assert _ended(ends.source)
+    ends.gate.open()
+    assert ends.receive(1) == b""
+
+
+def test_what_the_destination_answers_at_the_end_reaches_the_source(ends: Ends) -> None:
+    ends.gate.open()
+    ends.send(b"all of it").join()
+    assert ends.receive(100) == b"all of it"
+    ends.destination.sendall(b"got it")
+    ends.destination.close()
+    assert ends.source.recv(100) == b"got it"
+    assert ends.source.recv(100) == b""
+
+
+def test_a_destination_that_hangs_up_is_told_to_the_source(ends: Ends) -> None:
+    ends.source.sendall(b"x" * 10)
+    assert ends.receive(10)
+    ends.destination.close()
+    assert _ended(ends.source)
+
+
+def test_a_destination_that_cannot_be_reached_ends_the_source_s_connection(tmp_path: Path) -> None:
+    def refuse() -> socket.socket:
+        raise ConnectionRefusedError("nobody there")
+
+    gate = Gate(_listener(tmp_path / "gate"), refuse)
+    with socket.socket(socket.AF_UNIX) as source:
+        source.settimeout(10)
+        source.connect(str(tmp_path / "gate"))
+        assert _ended(source)
+    assert isinstance(gate.failure, ConnectionRefusedError)
+    gate.close()
+
+
+@pytest.mark.parametrize("end", [Gate.drop, Gate.open], ids=["dropped", "opened"])
+def test_a_connection_that_comes_later_meets_the_gate_as_it_is(ends: Ends, end: Callable[[Gate], None]) -> None:
+    end(ends.gate)
+    if end is Gate.open:
+        ends.source.sendall(b"y" * (PREAMBLE + 10))
+        assert len(ends.receive(PREAMBLE + 10)) == PREAMBLE + 10
+    else:
+        assert _ended(ends.source)
+
+
+def _ended(end: socket.socket) -> bool:
+    try:
+        return end.recv(1) == b""
+    except ConnectionError:
+        return True
