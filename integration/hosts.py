@@ -194,7 +194,7 @@ class Hosts:
         (self._etc / "sshd_config").write_text(config)
         said = len(self.log)
         command = ["/usr/sbin/sshd", "-D", "-f", str(self._etc / "sshd_config"), "-E", str(self.sshd_log)]
-        self._sshd = subprocess.Popen([*_TIED, *self.enter_far, *command], env=_plain_environment())
+        self._sshd = subprocess.Popen([*TIED, *self.enter_far, *command], env=_plain_environment())
         listening = f"Server listening on 0.0.0.0 port {PORT}"
         wait_until(lambda: listening in self.log[said:], "sshd", 10, lambda: self.log)
 
@@ -248,7 +248,7 @@ class Hosts:
 
     def _start(self, namespaces: list[str], script: str) -> subprocess.Popen[bytes]:
         shell = ["sh", "-c", script.format(near=self.near, far=self.far, home=Path.home())]
-        command = [*_TIED, "unshare", *namespaces, "--", *shell]
+        command = [*TIED, "unshare", *namespaces, "--", *shell]
         with (self.near / "boot.log").open("ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=_plain_environment())
 
@@ -294,7 +294,7 @@ class Hosts:
             yield MARK_VARIABLE, os.environ[MARK_VARIABLE]
 
 
-_TIED = ("setpriv", "--pdeathsig", "KILL", "--")
+TIED = ("setpriv", "--pdeathsig", "KILL", "--")
 """A process that ends with the one that started it, however that ends."""
 
 

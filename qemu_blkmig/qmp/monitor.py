@@ -79,6 +79,7 @@ class EventStream(EventListener):
 
     def __init__(self, names: tuple[str, ...], lost: asyncio.Future[ConnectionLost]) -> None:
         super().__init__(names)
+        self._names = names
         self._events: asyncio.Queue[Event | ConnectionLost] = asyncio.Queue()
         lost.add_done_callback(self._end)
         self._lost = lost
@@ -92,7 +93,12 @@ class EventStream(EventListener):
             fields: dict[str, Any] = dict(event)
             time = fields["timestamp"]
             seconds = time["seconds"] + time["microseconds"] / 1e6
-            self._events.put_nowait(Event(fields["event"], fields.get("data", {}), seconds))
+            self.deliver(Event(fields["event"], fields.get("data", {}), seconds))
+
+    def deliver(self, event: Event) -> None:
+        """Take an event, if it is one of those that were asked for."""
+        if event.name in self._names:
+            self._events.put_nowait(event)
 
     # The library's get() returns its own Message and knows no end.
     async def get(self, timeout: float | None = None) -> Event:  # type: ignore[override]  # noqa: ASYNC109

@@ -1,0 +1,123 @@
+"""Connections to libvirt: the binding, its event loop, and its calls off our own loop.
+
+The binding is Debian's python3-libvirt. libvirt has one event loop a process; ours runs in a thread that is started
+with the first connection and ends with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused, RequestError
+
+KEEPALIVE = (5, 3)
+"""Seconds between two signs of life, and how many may be missed, before a connection is taken for broken."""
+
+
+class LibvirtError(RequestError):
+    """libvirt refused a call, in its own words; `code` is its virErrorNumber."""
+
+    def __init__(self, who: str, what: str, code: int) -> None:
+        super().__init__(f"{who}: {what}")
+        self.code = code
+
+
+@functools.cache
+def libvirt(name: str = "libvirt") -> Any:
+    """The module `libvirt` or `libvirt_qemu`. Raises `Refused` when it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Refused(
+            f"Python's module {name} is missing: {error}",
+            advice="install the Debian package python3-libvirt; a venv sees it when it was made from /usr/bin/python3 "
+            "with --system-site-packages",
+        ) from error
+
+
+@functools.cache
+def _start_events() -> None:
+    """Start libvirt's event loop, once a process, and keep libvirt from printing its errors itself."""
+    module = libvirt()
+    module.registerErrorHandler(lambda _context, _error: None, None)
+    module.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            module.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt events", daemon=True).start()
+
+
+class Connection:
+    """One libvirt daemon; `who` names it in messages ("the source's libvirt")."""
+
+    def __init__(self, handle: Any, uri: str, who: str) -> None:
+        self.handle = handle
+        self.uri = uri
+        self.who = who
+
+    @classmethod
+    async def open(cls, uri: str | None, who: str) -> Connection:
+        """Connect to `uri` (None: libvirt's own default). Raises `Refused` with libvirt's words."""
+        module = libvirt()
+        _start_events()
+        try:
+            handle = await asyncio.to_thread(module.open, uri)
+        except module.libvirtError as error:
+            raise Refused(
+                f"{who}: cannot connect to {uri or 'libvirt'}: {error}",
+                advice=f"try: virsh {f'-c {uri} ' if uri else ''}list",
+            ) from error
+        connection = cls(handle, await asyncio.to_thread(handle.getURI), who)
+        await connection.call(handle.setKeepAlive, *KEEPALIVE)
+        return connection
+
+    async def call(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Call libvirt in a thread. Raises `LibvirtError`, and `ConnectionLost` when the daemon is gone."""
+        module = libvirt()
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        except module.libvirtError as error:
+            raise self.explained(error) from error
+
+    def explained(self, error: Any) -> BlkmigError:
+        """Our error for a libvirtError."""
+        module = libvirt()
+        code, text = error.get_error_code(), error.get_error_message() or str(error)
+        broken = (module.VIR_ERR_RPC, module.VIR_ERR_SYSTEM_ERROR, module.VIR_ERR_INVALID_CONN)
+        if code in broken and not self._alive():
+            return ConnectionLost(f"{self.who} is gone: {text}")
+        return LibvirtError(self.who, text, code)
+
+    async def domain(self, name: str) -> Any:
+        """The domain of this name or UUID. Raises `Refused` when there is none."""
+        module = libvirt()
+        for lookup in (self.handle.lookupByName, self.handle.lookupByUUIDString):
+            try:
+                return await self.call(lookup, name)
+            except LibvirtError as error:
+                if error.code not in (module.VIR_ERR_NO_DOMAIN, module.VIR_ERR_INVALID_ARG):
+                    raise
+        raise Refused(f"{self.who} has no domain {name!r}", advice=f"virsh -c {self.uri} list --all")
+
+    async def close(self) -> None:
+        """Let go of the daemon."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        try:
+            self.handle.close()
+        except libvirt().libvirtError:
+            return
+
+    def _alive(self) -> bool:
+        try:
+            return bool(self.handle.isAlive())
+        except libvirt().libvirtError:
+            return False
