@@ -1,6 +1,6 @@
 """hosta and hostb, each with a libvirtd of its own: libvirt's side of the laboratory.
 
-    python -m integration.virthosts              # a shell in hosta: virsh list; virsh -c qemu+tcp://hostb/system list
+python -m integration.virthosts              # a shell in hosta: virsh list; virsh -c qemu+tcp://hostb/system list
 """
 
 from __future__ import annotations

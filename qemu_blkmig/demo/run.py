@@ -25,7 +25,7 @@ from qemu_blkmig.job.options import MigrateOptions, OnStall, Selection, Target
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
-from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.socket import SocketMonitor
 
 QEMU = "qemu-system-x86_64"
 MEMORY = 160
@@ -192,7 +192,7 @@ class _Demo:
         )
 
     async def _end_destination(self) -> None:
-        monitor = await Monitor.connect(str(self._destination / "qmp"), who="destination QEMU")
+        monitor = await SocketMonitor.connect(str(self._destination / "qmp"), who="destination QEMU")
         try:
             await monitor.execute("stop")
             await monitor.execute("quit")

@@ -17,7 +17,7 @@ from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.places import state_directory
-from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.socket import SocketMonitor
 from qemu_blkmig.transport.client import AgentClient
 
 
@@ -71,7 +71,7 @@ async def check(source: str, target: Target, selection: Selection) -> CheckResul
 async def _plan(source: str, target: Target, selection: Selection) -> tuple[Plan, list[str]]:
     """The plan, and problems that are none of its own."""
     async with contextlib.AsyncExitStack() as stack:
-        monitor = await Monitor.connect(source, who="source QEMU")
+        monitor = await SocketMonitor.connect(source, who="source QEMU")
         stack.push_async_callback(monitor.close)
         runtime = stack.enter_context(tempfile.TemporaryDirectory(prefix="blkmig-check-"))
         host = host_of(target.place, Path(runtime))

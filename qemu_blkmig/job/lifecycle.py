@@ -41,6 +41,7 @@ from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.removal import remove_all
+from qemu_blkmig.qmp.socket import SocketMonitor
 from qemu_blkmig.qmp.topology import Topology
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
@@ -159,7 +160,7 @@ class Lifecycle:
 
     async def connect_source(self, path: str) -> Monitor:
         """Connect to the source QEMU. Raises `Refused`."""
-        self._source = await Monitor.connect(path, who="source QEMU")
+        self._source = await SocketMonitor.connect(path, who="source QEMU")
         self.job.record.source_qmp = path
         self.job.record.source_process = ProcessId.of(self._source.peer_pid) if self._source.peer_pid else None
         self.job.save()

@@ -28,6 +28,7 @@ from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, R
 from qemu_blkmig.job.place import Local, host_of
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.socket import SocketMonitor
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 
@@ -214,7 +215,9 @@ class Peer:
             if self._path is None or await self.gone():
                 return None
             try:
-                self._monitor = await Monitor.connect(await self._site.reach(self._path), who=self.who, timeout=2.0)
+                self._monitor = await SocketMonitor.connect(
+                    await self._site.reach(self._path), who=self.who, timeout=2.0
+                )
                 return self._monitor
             except (Refused, ConnectionLost, RequestError) as error:
                 if self.process is None and await self._site.nobody_listens(self._path):

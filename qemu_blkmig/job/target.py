@@ -27,6 +27,7 @@ from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, R
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.qmp.disks import Disk, Inventory, inventory
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.socket import SocketMonitor
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 
@@ -52,7 +53,7 @@ class TargetQemu:
             found = await agent.expect(Identify(path), Identified)
         except Refused as error:
             raise Refused(f"{WHO}: {error}", advice=error.advice) from error
-        return await cls._waiting(await Monitor.connect(await host.reach(path), who=WHO), found.process, agent)
+        return await cls._waiting(await SocketMonitor.connect(await host.reach(path), who=WHO), found.process, agent)
 
     @classmethod
     async def launch(cls, job: Job, host: Host, agent: AgentClient, command: str, directory: str) -> TargetQemu:
@@ -77,7 +78,7 @@ class TargetQemu:
         deadline = asyncio.get_running_loop().time() + CONNECT
         while True:
             try:
-                return await Monitor.connect(path, who=WHO)
+                return await SocketMonitor.connect(path, who=WHO)
             except (Refused, ConnectionLost):
                 if asyncio.get_running_loop().time() > deadline:
                     raise

@@ -35,9 +35,7 @@ class PassthroughMonitor:
         """Listen to the events of the domain's QEMU and of its end. Raises what `Connection.call` does."""
         monitor = cls(connection, domain, who)
         handle, extra, module = connection.handle, libvirt("libvirt_qemu"), libvirt()
-        number = await connection.call(
-            extra.qemuMonitorEventRegister, handle, domain, None, monitor._on_event, None, 0
-        )
+        number = await connection.call(extra.qemuMonitorEventRegister, handle, domain, None, monitor._on_event, None, 0)
         monitor._registered.append(("qemu", number))
         number = await connection.call(
             handle.domainEventRegisterAny, domain, module.VIR_DOMAIN_EVENT_ID_LIFECYCLE, monitor._on_lifecycle, None
@@ -105,8 +103,9 @@ class PassthroughMonitor:
         text = json.dumps({"execute": command, "arguments": dict(arguments or {})})
         answering = asyncio.ensure_future(self._ask(text, files))
         # A call of libvirt's cannot be taken back: it goes on in its thread, and the order of commands is kept.
-        done, _ = await asyncio.wait({answering, self._lost}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        if answering not in done:
+        both: list[asyncio.Future[Any]] = [answering, self._lost]
+        await asyncio.wait(both, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
             answering.add_done_callback(lambda late: late.cancelled() or late.exception())
             if self.lost:
                 raise ConnectionLost(f"{self.who} is gone ({command} was under way)")

@@ -23,8 +23,8 @@ from qemu_blkmig.job.switchover import Switchover
 from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.places import STATE_VARIABLE
 from qemu_blkmig.qmp.guest import UNDER_WAY, QemuGuest, migration_status, run_state
-from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.ram import RamMigration
+from qemu_blkmig.qmp.socket import SocketMonitor
 from tests.qmp.conftest import Qemu, StartQemu
 
 
@@ -136,7 +136,7 @@ async def test_a_copy_ends_when_the_guest_is_migrated_away_and_leaves_it_there(
             await copying
     assert await run_state(qemu.user) == "postmigrate"
     assert not list(target.iterdir())
-    qemu.monitor = await Monitor.connect(str(qemu.directory / "qmp.sock"), who="source QEMU")
+    qemu.monitor = await SocketMonitor.connect(str(qemu.directory / "qmp.sock"), who="source QEMU")
 
 
 async def _copied(options: CopyOptions, reporter: Any) -> None:

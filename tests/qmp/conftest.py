@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.socket import SocketMonitor
 
 GRANULARITY = 65536
 
@@ -88,8 +89,8 @@ async def start_qemu(tmp_path: Path) -> AsyncIterator[StartQemu]:
                 if process.poll() is not None:
                     raise RuntimeError((directory / "stderr").read_text())
                 await asyncio.sleep(0.02)
-            monitor = await Monitor.connect(str(directory / "qmp.sock"), who="source QEMU", timeout=START)
-            user = await Monitor.connect(str(directory / "user.sock"), who="the user's QEMU", timeout=START)
+            monitor = await SocketMonitor.connect(str(directory / "qmp.sock"), who="source QEMU", timeout=START)
+            user = await SocketMonitor.connect(str(directory / "user.sock"), who="the user's QEMU", timeout=START)
         except BaseException:
             process.kill()
             process.wait()

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from qemu_blkmig.errors import ConnectionLost, Refused
-from qemu_blkmig.qmp.monitor import CommandFailed, Monitor, NoAnswer
+from qemu_blkmig.qmp.monitor import CommandFailed, NoAnswer
+from qemu_blkmig.qmp.socket import SocketMonitor
 from tests.qmp.conftest import StartQemu
 
 
 async def refusal(path: Path) -> str:
     with pytest.raises(Refused) as caught:
-        await Monitor.connect(str(path), who="source QEMU", timeout=1)
+        await SocketMonitor.connect(str(path), who="source QEMU", timeout=1)
     assert caught.value.advice
     return str(caught.value)
 
