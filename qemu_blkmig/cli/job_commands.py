@@ -18,6 +18,7 @@ from qemu_blkmig.job.control import Change
 from qemu_blkmig.job.history import note_end
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.settle import settle, unsettled
+from qemu_blkmig.job.standin import ask_to_leave
 from qemu_blkmig.job.status import RUNNING
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
 from qemu_blkmig.units import parse_rate
@@ -194,6 +195,7 @@ def _add_cleanup(commands: Commands) -> None:
 
 
 def _cleanup(arguments: argparse.Namespace) -> int:
+    ask_to_leave(state_directory() / arguments.job, others.SETTLING)
     job = Job.load(arguments.job)
     name = job.record.job
     try:

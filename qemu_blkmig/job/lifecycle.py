@@ -66,6 +66,8 @@ class Lifecycle:
         self._agent: AgentClient | None = None
         self._lost: DestinationFailed | None = None
         self._at_rest = False
+        self._unsettled = False
+        self._open: Undecided | None = None
         self._ended_there = False
         self._signals = contextlib.ExitStack()
         self.target: TargetQemu | None = None
@@ -100,6 +102,9 @@ class Lifecycle:
             await asyncio.to_thread(self.journal.close)
             if self._at_rest:
                 await self.watchdog.dismiss()
+                self.job.release()
+            elif self._unsettled:
+                self.watchdog.take_over()
                 self.job.release()
         finally:
             self._signals.close()
@@ -272,6 +277,9 @@ class Lifecycle:
             failure = await self._fail(error)
             await self._control.end(Ended(failure.exit_code, str(failure), failure.state))
             raise failure from error
+        if self._open is not None:
+            await self._control.end(Ended(self._open.exit_code, str(self._open), self._open.state))
+            raise self._open
         if self._ended_there:
             ended = Undecided(
                 "the guest was handed over, but then the destination QEMU ended (or the guest shut down)",
@@ -299,12 +307,18 @@ class Lifecycle:
             self._ended_there = settlement.ended
             result.warnings.extend(settlement.facts[1:])
         else:
+            settlement = Settlement(self.job.record.owner)
             await self._leave_source(result)
         if self._agent is not None:
             await self._agent.close()
             self._agent = None
         await self._let_go()
-        await self._forget(0, result.outcome, result.guest)
+        if settlement.decided:
+            await self._forget(0, result.outcome, result.guest)
+        else:
+            name = self.job.record.job
+            self._open = unsettled("the guest was handed over, but not everything is at rest", settlement, name)
+        self._part(settlement)
 
     async def _mark(self, agent: AgentClient, result: Result) -> None:
         """The images hold all there is: their ownership records say so."""
@@ -349,8 +363,13 @@ class Lifecycle:
         failure = _told(failure, settlement, self.job)
         if settlement.decided:
             await self._forget(failure.exit_code, str(failure), failure.state)
-        self._at_rest = True
+        self._part(settlement)
         return failure
+
+    def _part(self, settlement: Settlement) -> None:
+        """What is not settled is left to the watchdog, which tries again; else it is dismissed."""
+        self._unsettled = not settlement.decided and not settlement.left_there
+        self._at_rest = not self._unsettled
 
     async def _explain(self, error: BaseException) -> BlkmigError:
         """What happened, as one of our own errors."""

@@ -106,7 +106,7 @@ async def cancel(name: str) -> Ended | None:
     record = find(name)
     if record is None:
         raise Refused(f"job {name} is over: {_past(name).guest}")
-    if not is_alive(name):
+    if not is_alive(name) or (record.settler is not None and record.settler.alive):
         return None
     try:
         ended = await _cancel(record)

@@ -71,6 +71,7 @@ class Record(msgspec.Struct):
     moving: list[SourceImage] = []
     source_images: Afterwards = Afterwards.KEEP
     marked: bool = False
+    settler: ProcessId | None = None
 
     @property
     def prefix(self) -> str:
@@ -114,6 +115,8 @@ class Job:
             raise Refused(f"there is no job {name!r} in {state_directory()}", advice="qemu-blkmig jobs lists them")
         try:
             lock = _lock(directory)
+        except FileNotFoundError:
+            raise Refused(f"job {name} was settled by its watchdog in this moment") from None
         except BlockingIOError:
             raise Refused(
                 f"job {name} is still being worked on by its own processes",

@@ -3,7 +3,8 @@
 Run as `python -m qemu_blkmig.job.watchdog JOB-DIRECTORY LOCK-FD COORDINATOR-PID`; the coordinator holds the other end
 of its stdin and writes lines: `alive` once a second; `arm SECONDS` before it pauses, freezes or throttles, from when
 on a coordinator that has not been heard for so long is ended (answered by `armed`); `disarm`; `done` when nothing is
-left to be done. At the end of file without `done` (the coordinator is dead) the watchdog settles the job by its record.
+left to be done; `persist` when what is left could not be done yet: then, and at the end of file without a word (the
+coordinator is dead), the watchdog settles the job by its record, as often as it takes (`job/standin.py`).
 
 Only the standard library is loaded until then, to be small.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import os
 import select
 import signal
@@ -105,6 +107,11 @@ class Watchdog:
             self._process.kill()
             await self.wait_ended()
 
+    def take_over(self) -> None:
+        """The job could not be settled, which the user is told by us: it is the watchdog's now, which tries again."""
+        self._heart.cancel()
+        self._tell("persist")
+
     async def _beat(self) -> None:
         while True:
             self._tell("alive")
@@ -118,8 +125,16 @@ class Watchdog:
         return (await self._answers.readline()).decode().strip()
 
 
-def watch(stdin: int, coordinator: int, armed: Callable[[], None] = lambda: None) -> bool:
-    """Watch until the coordinator is dismissed from our care (False) or must be stood in for (True).
+class Verdict(enum.Enum):
+    """Why the watching is over."""
+
+    DONE = "the job is settled"
+    DEAD = "the coordinator is no more"
+    OURS = "the coordinator could not settle the job"
+
+
+def watch(stdin: int, coordinator: int, armed: Callable[[], None] = lambda: None) -> Verdict:
+    """Watch until the coordinator has ended, or said that it has no more to do with the job.
 
     `armed` is called when it was armed.
     `coordinator` is a pidfd: a coordinator that is armed and silent for too long is ended before this returns.
@@ -133,16 +148,18 @@ def watch(stdin: int, coordinator: int, armed: Callable[[], None] = lambda: None
         wait = None if limit is None else max(0.0, heard + limit - time.monotonic()) * 1000
         if not poll.poll(wait):
             _end(coordinator)
-            return True
+            return Verdict.DEAD
         data = os.read(stdin, 4096)
         if not data:
-            return True
+            return Verdict.DEAD
         heard = time.monotonic()
         *lines, pending = (pending + data).split(b"\n")
         for line in lines:
             match line.split():
                 case [b"done"]:
-                    return False
+                    return Verdict.DONE
+                case [b"persist"]:
+                    return Verdict.OURS
                 case [b"arm", seconds]:
                     limit = float(seconds)
                     armed()
@@ -158,29 +175,11 @@ def _end(coordinator: int) -> None:
     poll.poll(DEATH * 1000)
 
 
-def stand_in(directory: Path, lock: int) -> None:
-    """Settle the job of a coordinator that is no more, and say what became of it on stderr."""
-    from qemu_blkmig.job.history import note_end
-    from qemu_blkmig.job.record import Job, read_record
-    from qemu_blkmig.job.settle import settle
+def _stand_in(directory: Path, lock: int, verdict: Verdict) -> None:
+    """Settle the job; what that takes is only loaded now."""
+    from qemu_blkmig.job.standin import stand_in
 
-    if not (directory / "record.json").exists():
-        return
-    job = Job(directory, read_record(directory), lock)
-    settlement = asyncio.run(settle(job))
-    _say(f"the coordinator of job {job.record.job} ended unexpectedly: {'; '.join(settlement.facts)}")
-    if settlement.decided:
-        note_end(directory, 1, "its coordinator ended unexpectedly; settled by its watchdog", settlement.facts)
-        job.remove()
-    else:
-        _say(f"look at both sides, then run: qemu-blkmig cleanup {job.record.job}")
-
-
-def _say(text: str) -> None:
-    try:
-        print(f"qemu-blkmig watchdog: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        return
+    stand_in(directory, lock, told=verdict is Verdict.OURS)
 
 
 def _answer(word: bytes) -> None:
@@ -199,11 +198,12 @@ def main(arguments: list[str]) -> None:
     try:
         coordinator = os.pidfd_open(parent)
     except ProcessLookupError:
-        stand_in(directory, lock)
+        _stand_in(directory, lock, Verdict.DEAD)
         return
     _answer(b"standing")
-    if watch(sys.stdin.fileno(), coordinator, lambda: _answer(b"armed")):
-        stand_in(directory, lock)
+    verdict = watch(sys.stdin.fileno(), coordinator, lambda: _answer(b"armed"))
+    if verdict is not Verdict.DONE:
+        _stand_in(directory, lock, verdict)
 
 
 if __name__ == "__main__":

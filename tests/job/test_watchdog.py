@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_blkmig.job.watchdog import watch
+from qemu_blkmig.job.watchdog import Verdict, watch
 
 
 class Coordinator:
@@ -21,7 +21,7 @@ class Coordinator:
         self.process = subprocess.Popen(["sleep", "60"])
         self.pidfd = os.pidfd_open(self.process.pid)
         self.reading, self.writing = os.pipe()
-        self.verdict: list[bool] = []
+        self.verdict: list[Verdict] = []
         self._thread = threading.Thread(target=lambda: self.verdict.append(watch(self.reading, self.pidfd)))
         self._thread.start()
 
@@ -32,7 +32,7 @@ class Coordinator:
         os.close(self.writing)
         self.writing = -1
 
-    def judged(self) -> bool:
+    def judged(self) -> Verdict:
         self._thread.join(timeout=20)
         return self.verdict[0]
 
@@ -56,18 +56,23 @@ def coordinator() -> Iterator[Coordinator]:
 def test_end_of_file_without_a_word_means_to_stand_in(coordinator: Coordinator) -> None:
     coordinator.say("alive\n")
     coordinator.hang_up()
-    assert coordinator.judged() is True
+    assert coordinator.judged() is Verdict.DEAD
 
 
 def test_done_means_to_leave(coordinator: Coordinator) -> None:
     coordinator.say("arm 30\nalive\ndo")
     coordinator.say("ne\n")
-    assert coordinator.judged() is False
+    assert coordinator.judged() is Verdict.DONE
+
+
+def test_a_coordinator_that_could_not_settle_leaves_the_job_to_its_watchdog(coordinator: Coordinator) -> None:
+    coordinator.say("alive\npersist\n")
+    assert coordinator.judged() is Verdict.OURS
 
 
 def test_an_armed_coordinator_that_is_silent_is_ended_first(coordinator: Coordinator) -> None:
     coordinator.say("arm 0.2\n")
-    assert coordinator.judged() is True
+    assert coordinator.judged() is Verdict.DEAD
     assert coordinator.process.wait(timeout=5) < 0
 
 

@@ -1,0 +1,105 @@
+"""What a watchdog does in a dead coordinator's stead: it settles the job, and stays until that is done.
+
+Whoever wants to take over (`qemu-blkmig cleanup`) asks it to leave by `LEAVE`, which it heeds between two attempts, and
+then waits for the job's lock: there are never two that settle one job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.job.history import note_end
+from qemu_blkmig.job.record import Job, read_record
+from qemu_blkmig.job.settle import Settlement, settle
+
+LEAVE = signal.SIGUSR1
+FIRST_PAUSE = 1.0
+"""Seconds between the first two attempts; each further pause is twice as long."""
+LONGEST_PAUSE = 30.0
+WAIT = 0.1
+"""Seconds between two looks whether the job's lock is free."""
+
+
+def stand_in(directory: Path, lock: int, *, told: bool) -> None:
+    """Settle the job of a coordinator that is no more, and say what became of it on stderr.
+
+    What is undecided is tried again for as long as the source QEMU lives, in silence: whoever reads our stderr is not
+    kept waiting. `told`: the coordinator has tried, and said so.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [LEAVE])
+    try:
+        job = Job(directory, read_record(directory), lock)
+    except FileNotFoundError:
+        return
+    settlement = Settlement(job.record.owner, decided=False) if told else _settle_first(job)
+    if not settlement.decided and not settlement.left_there:
+        _fall_silent()
+        settlement = _persist(job, settlement)
+    if settlement.decided:
+        note_end(directory, 1, "its coordinator ended unexpectedly; settled by its watchdog", settlement.facts)
+        job.remove()
+
+
+def _settle_first(job: Job) -> Settlement:
+    settlement = asyncio.run(settle(job))
+    _say(f"the coordinator of job {job.record.job} ended unexpectedly: {'; '.join(settlement.facts)}")
+    if not settlement.decided:
+        _say(f"look at both sides, then run: qemu-blkmig cleanup {job.record.job}")
+    return settlement
+
+
+def ask_to_leave(directory: Path, seconds: float) -> bool:
+    """Ask the watchdog that stays with the job in `directory` to leave it; True if none is there any more."""
+    try:
+        settler = read_record(directory).settler
+    except (OSError, msgspec.DecodeError):
+        return True
+    if settler is None:
+        return False
+    deadline = time.monotonic() + seconds
+    if settler.alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(settler.pid, LEAVE)
+    while settler.alive:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(WAIT)
+    return True
+
+
+def _persist(job: Job, settlement: Settlement) -> Settlement:
+    """Try again until it is decided, the source QEMU is gone, or somebody takes over."""
+    job.record.settler = ProcessId.of(os.getpid())
+    with contextlib.suppress(OSError):
+        job.save()
+    pause, source_lives = FIRST_PAUSE, True
+    while source_lives and not settlement.decided:
+        if signal.sigtimedwait([LEAVE], pause) is not None:
+            break
+        pause = min(LONGEST_PAUSE, 2 * pause)
+        source_lives = job.record.source_process is not None and job.record.source_process.alive
+        settlement = asyncio.run(settle(job))
+    return settlement
+
+
+def _fall_silent() -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _say(text: str) -> None:
+    try:
+        print(f"qemu-blkmig watchdog: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        return

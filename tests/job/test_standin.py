@@ -1,0 +1,84 @@
+"""What a watchdog does with a job that cannot be settled yet: it stays, and leaves when it is asked to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.job.record import Job, read_record
+from qemu_blkmig.job.standin import ask_to_leave
+from qemu_blkmig.places import STATE_VARIABLE
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from qemu_blkmig.job import standin
+from qemu_blkmig.job.record import Owner
+
+async def settle(job):
+    return standin.Settlement(Owner.SOURCE, decided=(job.directory / "mended").exists(), facts=["tried"])
+
+standin.settle = settle
+standin.FIRST_PAUSE = standin.LONGEST_PAUSE = 0.05
+standin.stand_in(Path(sys.argv[1]), int(sys.argv[2]), told=False)
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    """A job whose source QEMU (this process) lives."""
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    job = Job.create()
+    job.record.source_process = ProcessId.of(os.getpid())
+    job.save()
+    yield job
+    job.remove()
+
+
+@pytest.fixture
+def watchdog(job: Job) -> Iterator[subprocess.Popen[str]]:
+    """A process that stands in, and cannot settle the job before there is a file `mended` in its directory."""
+    command = [sys.executable, "-c", SCRIPT, str(job.directory), str(job.lock)]
+    process = subprocess.Popen(command, pass_fds=(job.lock,), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job.release()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def until_it_persists(job: Job) -> None:
+    while read_record(job.directory).settler is None:
+        time.sleep(0.02)
+
+
+def test_it_stays_until_the_job_is_settled_and_keeps_nobody_waiting(job: Job, watchdog: subprocess.Popen[str]) -> None:
+    assert watchdog.stderr is not None
+    said = watchdog.stderr.read()
+    assert "tried" in said and "qemu-blkmig cleanup" in said
+    until_it_persists(job)
+    settler = read_record(job.directory).settler
+    assert settler is not None and settler.alive, "it has let go of its output, and lives"
+    with pytest.raises(Exception, match="still being worked on"):
+        Job.load(job.record.job)
+    (job.directory / "mended").touch()
+    watchdog.wait(timeout=20)
+    assert not job.directory.exists()
+
+
+def test_whoever_takes_over_asks_it_to_leave_and_has_the_job_alone(job: Job, watchdog: subprocess.Popen[str]) -> None:
+    until_it_persists(job)
+    assert ask_to_leave(job.directory, 20)
+    assert watchdog.wait(timeout=20) == 0
+    taken = Job.load(job.record.job)
+    taken.release()
+
+
+def test_nobody_is_asked_to_leave_a_job_whose_coordinator_lives(job: Job) -> None:
+    assert not ask_to_leave(job.directory, 0)
