@@ -124,6 +124,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "warnings tell (keep, the default), or leave them (drop)",
     )
     group.add_argument(
+        "--preallocation",
+        choices=["off", "metadata", "falloc", "full"],
+        default="off",
+        help="of images that are created, as `qemu-img create` has it (default: off, sparse stays sparse)",
+    )
+    group.add_argument(
         "--drop-snapshots",
         action="store_true",
         help="a qcow2 image's internal snapshots may stay behind: only what the guest sees now is sent",
@@ -264,6 +270,7 @@ def selection(arguments: argparse.Namespace) -> Selection:
         allow_plaintext=arguments.allow_plaintext,
         ignore_ownership=arguments.ignore_ownership,
         drop_snapshots=arguments.drop_snapshots,
+        preallocation=arguments.preallocation,
         compare=arguments.compare,
         keep_bitmaps=arguments.bitmaps == "keep",
     )

@@ -20,7 +20,10 @@ from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem
 
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
 
+_PREALLOCATION = {"raw": ("off", "falloc", "full"), "qcow2": ("off", "metadata", "falloc", "full")}
 _QEMU_IMG_TIMEOUT = 60.0
+
+_ZEROES = bytes(1 << 20)
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +39,11 @@ class Prepared:
     descriptor: int
     created: Created | None
     job: str | None = None
+
+    @property
+    def keep_allocated(self) -> bool:
+        """Whether zeroes that are written are to make no holes."""
+        return self.image.preallocation != "off"
 
     @property
     def reads_as_zero(self) -> bool:
@@ -176,6 +184,11 @@ def _is_to_be_made(image: Image) -> bool:
 
 
 def _faults_to_create(image: Image) -> Iterator[str]:
+    if image.preallocation != "off" and image.backing is not None:
+        yield "an overlay upon a shared base is never preallocated"
+    elif image.preallocation not in _PREALLOCATION.get(image.format, ("off",)):
+        possible = ", ".join(_PREALLOCATION.get(image.format, ("off",)))
+        yield f"format {image.format} knows no preallocation {image.preallocation!r}; possible are {possible}"
     directory = Path(image.path).parent
     if not directory.is_dir():
         yield f"{directory} is not a directory"
@@ -318,11 +331,19 @@ def _create(image: Image) -> Prepared:
 def _lay_out(image: Image, descriptor: int) -> None:
     if image.format == "raw":
         os.ftruncate(descriptor, image.size)
+        if image.preallocation != "off":
+            # glibc writes to each block itself where the file system cannot allocate.
+            os.posix_fallocate(descriptor, 0, image.size)
+        if image.preallocation == "full":
+            _write_zeroes(descriptor, image.size)
         return
     options = [] if image.cluster_size is None else ["-o", f"cluster_size={image.cluster_size}"]
     if image.backing is not None:
         options += ["-b", image.backing.path, "-F", image.backing.format]
-    _qemu_img("create", "-q", "-f", image.format, *options, image.path, str(image.size))
+    if image.preallocation != "off":
+        options += ["-o", f"preallocation={image.preallocation}"]
+    limit = None if image.preallocation in ("falloc", "full") else _QEMU_IMG_TIMEOUT
+    _qemu_img("create", "-q", "-f", image.format, *options, image.path, str(image.size), limit=limit)
     size = size_of(image.path, image.format)
     if size != image.size:
         raise errors.Refused(f"format {image.format} made {size} bytes of {image.size}", disk=image.disk)
@@ -372,11 +393,17 @@ def _info(path: str, image_format: str) -> dict[str, Any]:
     return info
 
 
-def _qemu_img(*arguments: str) -> str:
+def _write_zeroes(descriptor: int, size: int) -> None:
+    for offset in range(0, size, len(_ZEROES)):
+        piece = memoryview(_ZEROES)[: size - offset]
+        while piece:
+            written = os.pwrite(descriptor, piece, offset)
+            piece, offset = piece[written:], offset + written
+
+
+def _qemu_img(*arguments: str, limit: float | None = _QEMU_IMG_TIMEOUT) -> str:
     try:
-        done = subprocess.run(
-            ["qemu-img", *arguments], capture_output=True, text=True, timeout=_QEMU_IMG_TIMEOUT, check=False
-        )
+        done = subprocess.run(["qemu-img", *arguments], capture_output=True, text=True, timeout=limit, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise errors.Refused(f"qemu-img {arguments[0]}: {error}") from error
     if done.returncode:

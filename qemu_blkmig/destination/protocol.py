@@ -50,7 +50,8 @@ class Image(Message, frozen=True):
     `create`: make it if it is not there. What is there must have this format, size and backing file.
     `known_zero`: the user vouches that the existing image reads as zeroes (a created one always does).
     `origin`: where the disk comes from, in words, for the ownership record. `compared`: what the existing image holds
-    will be compared with the source's, so it may hold anything.
+    will be compared with the source's, so it may hold anything. `preallocation`: of an image that is created, in
+    qemu-img's words; zeroes that are written later keep what was allocated.
     """
 
     disk: str
@@ -63,6 +64,7 @@ class Image(Message, frozen=True):
     cluster_size: int | None = None
     origin: str = ""
     compared: bool = False
+    preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
 
 
 class Hello(Message, frozen=True, tag="hello", forbid_unknown_fields=False):

@@ -60,7 +60,7 @@ class QemuNbd:
         self._process.wait()
 
 
-async def start(path: str, image_format: str, connections: int) -> QemuNbd:
+async def start(path: str, image_format: str, connections: int, *, keep_allocated: bool = False) -> QemuNbd:
     """Serve the image to `connections` connections, and to nobody else. Call it from a thread that lives on.
 
     The socket's directory is gone when this returns, so that not even a killed agent leaves one behind. Raises
@@ -68,15 +68,24 @@ async def start(path: str, image_format: str, connections: int) -> QemuNbd:
     """
     directory = await asyncio.to_thread(tempfile.mkdtemp, prefix="blkmig-")
     try:
-        return await _start(path, image_format, connections, Path(directory) / "nbd")
+        return await _start(path, image_format, connections, Path(directory) / "nbd", keep_allocated)
     finally:
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
-async def _start(path: str, image_format: str, count: int, listening: Path) -> QemuNbd:
+async def _start(path: str, image_format: str, count: int, listening: Path, keep_allocated: bool) -> QemuNbd:
     complaints = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
     command = ["setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--socket", str(listening), "--format", image_format]
-    command += ["--export-name", _EXPORT, "--cache", "writeback", "--discard", "unmap", "--detect-zeroes", "off"]
+    command += [
+        "--export-name",
+        _EXPORT,
+        "--cache",
+        "writeback",
+        "--discard",
+        "ignore" if keep_allocated else "unmap",
+        "--detect-zeroes",
+        "off",
+    ]
     command += ["--shared", str(count), "--persistent", os.path.abspath(path)]  # noqa: PTH100 - symlinks stay
     process = subprocess.Popen(  # noqa: ASYNC220 - the main thread must be its parent (PR_SET_PDEATHSIG)
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints

@@ -268,9 +268,11 @@ class Service:
     async def _start_writer(self, disk: _Disk, connections: int) -> Writer:
         image = disk.prepared.image
         if image.format == "raw":
-            return RawWriter(disk.prepared.descriptor)
+            return RawWriter(disk.prepared.descriptor, keep_allocated=disk.prepared.keep_allocated)
         try:
-            disk.server = await qemu_nbd.start(image.path, image.format, connections)
+            disk.server = await qemu_nbd.start(
+                image.path, image.format, connections, keep_allocated=disk.prepared.keep_allocated
+            )
         except errors.DestinationFailed as error:
             raise errors.DestinationWriteError(error.what, disk=disk.name, offset=None, errno=0) from error
         return NbdWriter(disk.server.connections, disk.prepared.descriptor)

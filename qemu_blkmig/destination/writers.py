@@ -22,6 +22,7 @@ from qemu_blkmig.nbd.reader import NbdReader
 Done = Callable[[int], None]
 
 _PUNCH_HOLE_KEEP_SIZE = 0x03
+_ZERO_RANGE_KEEP_SIZE = 0x11
 _BLKZEROOUT = 0x127F
 _ZEROES = memoryview(bytes(1 << 20))
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL}
@@ -67,8 +68,10 @@ class RawWriter:
 
     connections: Sequence[Connection] = ()
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, keep_allocated: bool = False) -> None:
+        """`keep_allocated`: zeroes make no holes."""
         self._descriptor = os.dup(descriptor)
+        self._mode = _ZERO_RANGE_KEEP_SIZE if keep_allocated else _PUNCH_HOLE_KEEP_SIZE
         self._regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._zero_fast = self._punch if self._regular else self._zero_out
         self._can_zero_fast = True
@@ -143,7 +146,7 @@ class RawWriter:
 
     def _punch(self, offset: int, length: int) -> None:
         at, count = ctypes.c_int64(offset), ctypes.c_int64(length)
-        if self._libc.fallocate64(self._descriptor, _PUNCH_HOLE_KEEP_SIZE, at, count):
+        if self._libc.fallocate64(self._descriptor, self._mode, at, count):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 

@@ -6,6 +6,7 @@ import enum
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.hashing import USUAL, Algorithm
@@ -105,6 +106,7 @@ class Selection:
     allow_plaintext: bool = False
     ignore_ownership: bool = False
     drop_snapshots: bool = False
+    preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
     keep_bitmaps: bool = True
     compare: bool = False
 

@@ -246,6 +246,7 @@ class Planner:
             known_zero=self._selection.target_is_zero,
             backing=self._base(disk),
             cluster_size=disk.cluster_size,
+            preallocation=self._selection.preallocation,
             origin=origin(disk, self._process),
             compared=self._selection.compare,
         )

@@ -201,3 +201,43 @@ def test_the_descriptor_of_an_image_that_cannot_be_locked_is_closed_just_once(
         images.prepare([new(path, create=create)])
     assert closed.count(opened[0]) == 1
     assert path.exists() != create
+
+
+@pytest.mark.parametrize(
+    ("image_format", "how", "allocated"),
+    [
+        ("raw", "off", False),
+        ("raw", "falloc", True),
+        ("raw", "full", True),
+        ("qcow2", "metadata", False),
+        ("qcow2", "falloc", True),
+        ("qcow2", "full", True),
+    ],
+)
+def test_an_image_is_preallocated_as_asked_and_reads_as_zero(
+    tmp_path: Path, image_format: str, how: str, allocated: bool
+) -> None:
+    [prepared] = images.prepare([new(tmp_path / "a", format=image_format, preallocation=how)])
+    assert (images.allocated(prepared.descriptor) >= MIB) == allocated
+    assert prepared.reads_as_zero
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", tmp_path / "zero", str(MIB)], check=True)
+    compared = [
+        "qemu-img",
+        "compare",
+        "-U",
+        "-f",
+        image_format,
+        "-F",
+        "raw",
+        str(tmp_path / "a"),
+        str(tmp_path / "zero"),
+    ]
+    assert subprocess.run(compared, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    images.give_up(prepared)
+
+
+def test_a_preallocation_that_a_format_does_not_know_is_told(tmp_path: Path) -> None:
+    assert "format raw knows no preallocation 'metadata'" in faults(new(tmp_path / "a", preallocation="metadata"))
+    assert "format vdi knows no preallocation 'full'" in faults(new(tmp_path / "a", format="vdi", preallocation="full"))
+    overlay = new(tmp_path / "a", format="qcow2", backing=Backing("base", "raw"), preallocation="full")
+    assert "never preallocated" in faults(overlay)

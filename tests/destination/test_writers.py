@@ -68,3 +68,17 @@ def test_a_failed_write_is_told_by_its_errno(tmp_path: Path) -> None:
     results: list[int] = []
     RawWriter(descriptor).write(memoryview(b"x"), 0, results.append)
     assert [os.strerror(each) for each in results] == ["Bad file descriptor"]
+
+
+def test_what_was_allocated_beforehand_stays_so_when_zeroes_are_written(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT)
+    os.write(descriptor, b"x" * (1 << 20))
+    os.fsync(descriptor)
+    results: list[int] = []
+    writer = RawWriter(descriptor, keep_allocated=True)
+    writer.zero(0, 1 << 20, results.append)
+    assert results == [0]
+    assert os.pread(descriptor, 1 << 20, 0) == bytes(1 << 20)
+    assert os.fstat(descriptor).st_blocks * 512 >= 1 << 20
+    writer.close()
+    os.close(descriptor)
