@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +55,14 @@ class FarLab(Lab):
         for folder in ("tmp", "state"):
             found += [str(path) for path in (self.hosts.far / folder).glob("*")]
         return found
+
+    def put_in_order(self) -> None:
+        """See `Lab`; hostb is rebooted and as it was at first."""
+        self.hosts.reset()
+        super().put_in_order()
+        for folder in (self.hosts.far / "tmp", self.hosts.far / "state"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
 
     def close(self) -> None:
         """See `Lab`."""

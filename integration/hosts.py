@@ -205,10 +205,15 @@ class Hosts:
 
     def change_host_key(self) -> None:
         """Give hostb another host key than hosta knows; for connections that are made from now on."""
-        (self._etc / "host_key").unlink()
-        (self._etc / "host_key.pub").unlink()
-        _make_key(self._etc / "host_key")
+        self._make_host_key()
         self.start_sshd(*self._options)
+
+    def reset(self) -> None:
+        """Reboot hostb as it was at first: its keys accepted and known, its shell silent."""
+        self.authorize()
+        self._trust()
+        self.bashrc.write_text("")
+        self.reboot()
 
     def processes(self) -> list[int]:
         """Everything that runs in hostb, by the numbers that it has outside."""
@@ -262,14 +267,22 @@ class Hosts:
 
     def _make_keys(self) -> None:
         _make_key(self._ssh / "key")
-        _make_key(self._etc / "host_key")
-        host_key = (self._etc / "host_key.pub").read_text()
-        (self._ssh / "known_hosts").write_text(f"[{ADDRESSES['hostb']}]:{PORT} {host_key}")
+        self._make_host_key()
+        self._trust()
+        self.authorize()
         config = _SSH_CONFIG.format(address=ADDRESSES["hostb"], near=self.near)
         (self._ssh / "ssh_config").write_text(config)
         names = "".join(f"{address} {host}\n" for host, address in ADDRESSES.items())
         (self._ssh / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
-        self.authorize()
+
+    def _make_host_key(self) -> None:
+        for name in ("host_key", "host_key.pub"):
+            (self._etc / name).unlink(missing_ok=True)
+        _make_key(self._etc / "host_key")
+
+    def _trust(self) -> None:
+        host_key = (self._etc / "host_key.pub").read_text()
+        (self._ssh / "known_hosts").write_text(f"[{ADDRESSES['hostb']}]:{PORT} {host_key}")
 
     def _write_tool(self) -> None:
         self.tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m qemu_blkmig "$@"\n')

@@ -428,6 +428,12 @@ class Lab:
             time.sleep(0.1)
         assert not found, "left behind: " + "; ".join(found)
 
+    def put_in_order(self) -> None:
+        """Empty the folders, whatever a failed test left in them."""
+        for folder in (self.target, self.state, self.temporary):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(exist_ok=True)
+
     def left_elsewhere(self) -> list[str]:
         """What is left on another host."""
         return []

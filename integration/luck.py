@@ -207,8 +207,7 @@ class Bench:
         for pid in self.lab.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for folder in (self.lab.target, self.lab.state, self.lab.temporary):
-            subprocess.run(["find", folder, "-mindepth", "1", "-delete"], check=True)
+        self.lab.put_in_order()
 
     def attempt(self, *options: object, kind: str = "raw", hold: str | None = None, block: bool = False) -> Attempt:
         """Start to migrate the guest."""

@@ -24,6 +24,12 @@ EXIT_GARBAGE = 2
 _GRACE = 1.0
 """Seconds in which a line that waits is read."""
 
+_MOST_REQUESTS = 256
+"""Under way at once; a coordinator has a few for each disk."""
+_NUL = rb"\u0000"
+_SENSELESS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a line raises that is no request."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -91,8 +97,8 @@ class Agent:
             if not line.endswith(b"\n"):
                 return self.stop(EXIT_LEFT)
             try:
-                request = self._decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                request = self._understood(line)
+            except _SENSELESS as error:
                 if not await self._refuse(line, error):
                     return self.stop(EXIT_GARBAGE)
                 continue
@@ -100,10 +106,17 @@ class Agent:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _understood(self, line: bytes) -> protocol.Request:
+        if _NUL in line:
+            raise msgspec.DecodeError("no text here holds a NUL")
+        if len(self._tasks) >= _MOST_REQUESTS:
+            raise msgspec.DecodeError(f"more than {_MOST_REQUESTS} at once")
+        return self._decoder.decode(line)
+
     async def _refuse(self, line: bytes, error: Exception) -> bool:
         try:
             identified = msgspec.json.decode(line, type=_Identified)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except _SENSELESS:
             _log.error("not a request: %r (%s)", line[:200], error)
             return False
         await self._send(protocol.Reply(identified.id, protocol.Failure("refused", f"not a request: {error}")))

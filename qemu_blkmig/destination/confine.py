@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import stat
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,6 +148,12 @@ class Confinement:
                 raise Refused(
                     f"{path} has format {image_format}: a confined agent takes {' and '.join(_FORMATS)} images only"
                 )
+            try:
+                kind = Path(path).stat().st_mode
+            except OSError as error:
+                raise Refused(f"{path}: {error.strerror}") from error
+            if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+                raise Refused(f"{path} is neither a file nor a block device")
             info = _info(path, image_format)
             data = info.get("format-specific", {}).get("data", {}).get("data-file")
             if data is not None:

@@ -12,7 +12,7 @@ switchover and is only ever removed by `discard`. A QEMU that it launched lives 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -25,6 +25,14 @@ PROTOCOL = 2
 LINE_LIMIT = 4 << 20
 BATCH_LIMIT = 16_384
 """Most extents in one copy request."""
+MOST_CONNECTIONS = 64
+MOST_REQUESTS = 64
+LARGEST_REQUEST = 32 << 20
+"""Bytes of the largest request: what every NBD server takes."""
+MOST_IN_FLIGHT = 1 << 30
+"""Most bytes of a disk's requests on all its connections together."""
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 PING = 5.0
@@ -313,7 +321,7 @@ class InspectReply(Message, frozen=True, tag="inspect"):
     """
 
     problems: list[Problem]
-    free: int | None
+    free: Count | None
     there: list[str] = []
 
 
@@ -322,10 +330,10 @@ class PrepareReply(Message, frozen=True, tag="prepare"):
 
 
 class CopyReply(Message, frozen=True, tag="copy"):
-    copied: int
-    zeroed: int
-    skipped: int
-    seconds: float
+    copied: Count
+    zeroed: Count
+    skipped: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
 
 
 class VerifyReply(Message, frozen=True, tag="verify"):
@@ -335,15 +343,15 @@ class VerifyReply(Message, frozen=True, tag="verify"):
     once: it counts as left, and is to be copied again before it is read back again.
     """
 
-    checked: int
-    left: int
+    checked: Count
+    left: Count
     differ: list[tuple[int, int]]
 
 
 class CloseReply(Message, frozen=True, tag="close"):
     """`allocated`: bytes that the image occupies at the destination."""
 
-    allocated: int
+    allocated: Count
 
 
 class DiscardReply(Message, frozen=True, tag="discard"):
@@ -360,7 +368,7 @@ class DigestsReply(Message, frozen=True, tag="digests"):
     """
 
     digests: bytes
-    read: int
+    read: Count
 
 
 class Launched(Message, frozen=True, tag="launched"):
@@ -454,9 +462,9 @@ class Progress(Message, frozen=True, tag="progress"):
     """Bytes settled so far in the copy, or the reading for digests, under way on `disk`; at most some ten a second."""
 
     disk: str
-    copied: int
-    zeroed: int
-    skipped: int
+    copied: Count
+    zeroed: Count
+    skipped: Count
 
 
 FromAgent = Reply | Progress

@@ -59,6 +59,7 @@ class _Disk:
     urgent: int = 0
     control: Control | None = None
     touched: bool = False
+    closed: bool = False
 
     @property
     def name(self) -> str:
@@ -234,11 +235,16 @@ class Service:
         for image in op.images:
             if image.disk in self._disks:
                 raise errors.Refused("is prepared already", disk=image.disk)
+        if len({image.disk for image in op.images}) < len(op.images):
+            raise errors.Refused("a disk was named twice")
         prepared = await asyncio.to_thread(images.prepare, op.images, op.job)
-        if self._ended:
+        twice = [each.image.disk for each in prepared if each.image.disk in self._disks]
+        if self._ended or twice:
             for each in prepared:
                 images.give_up(each, untouched=True)
-            raise errors.Refused("the agent is ending")
+            raise errors.Refused(
+                "is prepared already" if twice else "the agent is ending", disk=next(iter(twice), None)
+            )
         self._disks.update((each.image.disk, _Disk(each)) for each in prepared)
         return protocol.PrepareReply([each.created for each in prepared if each.created is not None])
 
@@ -246,8 +252,7 @@ class Service:
         disk = self._disk(op.disk)
         settings = _settings(op)
         async with disk.turn:
-            if disk.mover is not None:
-                raise errors.Refused("is open already", disk=op.disk)
+            self._still(disk, None)
             disk.touched = True
             disk.writer = disk.writer or await self._start_writer(disk, settings.connections)
             writer, image = disk.writer, disk.prepared.image
@@ -281,20 +286,23 @@ class Service:
         disk, mover = self._opened(op.disk)
         with disk.cancellable() as control:
             async with disk.urgently(), _reporting(op.disk, control.tally, self._tell):
+                self._still(disk, mover)
                 extents = _extents(op)
                 seconds = await disk.run(lambda: mover.copy(extents, control, bulk=op.kind == "bulk"))
                 tally = control.tally
                 return protocol.CopyReply(tally.copied, tally.zeroed, tally.skipped, seconds)
 
     async def _digest(self, op: protocol.Digests) -> protocol.DigestsReply:
-        disk, _mover = self._opened(op.disk)
+        disk, mover = self._opened(op.disk)
         with disk.cancellable() as control:
             async with disk.turn:
+                self._still(disk, mover)
                 return await disk.digests(op, control)
 
     async def _flush(self, op: protocol.Flush) -> protocol.Done:
         disk, mover = self._opened(op.disk)
         async with disk.urgently():
+            self._still(disk, mover)
             await disk.run(mover.flush)
         return protocol.Done()
 
@@ -303,6 +311,7 @@ class Service:
         if not 0 < op.limit <= _MOST_READ_BACK:
             raise errors.Refused(f"{op.limit} bytes cannot be read back at once", disk=op.disk)
         async with disk.turn:
+            self._still(disk, mover)
             found = await disk.run(lambda: mover.verify(op.limit, lambda: self._ended or disk.urgent > 0))
         differ = [(extent.offset, extent.length) for extent in found.differ]
         return protocol.VerifyReply(found.checked, found.left, differ)
@@ -316,6 +325,7 @@ class Service:
     async def _close(self, op: protocol.Close) -> protocol.CloseReply:
         disk = self._disk(op.disk)
         async with disk.turn:
+            self._still(disk, disk.mover)
             descriptor = disk.prepared.descriptor
             try:
                 await self._end_writer(disk)
@@ -324,10 +334,11 @@ class Service:
             except OSError as error:
                 raise write_error(disk.name, None, error.errno or 0, "closed") from error
             os.close(descriptor)
+            disk.closed = True
             if disk.table is not None:
                 await disk.run(disk.table.remove)
         disk.thread.shutdown(wait=False)
-        del self._disks[op.disk]
+        self._disks.pop(op.disk, None)
         return protocol.CloseReply(allocated)
 
     async def _end_writer(self, disk: _Disk) -> None:
@@ -348,7 +359,9 @@ class Service:
     async def _end(self, disk: _Disk, *, remove: bool) -> None:
         """Give the disk up. A thread that hangs in its storage is left behind: the process exits over it."""
         try:
-            async with asyncio.timeout(_TEARDOWN_SECONDS):
+            async with asyncio.timeout(_TEARDOWN_SECONDS), disk.turn:
+                if disk.closed:
+                    return
                 await disk.run(lambda: None)
         except TimeoutError:
             _log.error("disk %s: still busy after %.0f s, given up", disk.name, _TEARDOWN_SECONDS)
@@ -367,6 +380,13 @@ class Service:
         if name not in self._disks:
             raise errors.Refused("is not prepared", disk=name)
         return self._disks[name]
+
+    def _still(self, disk: _Disk, mover: DiskMover | None) -> None:
+        """Raise `Refused` if what was asked for before it had its turn has no object any more."""
+        if self._disks.get(disk.name) is not disk:
+            raise errors.Refused("was closed meanwhile", disk=disk.name)
+        if disk.mover is not mover:
+            raise errors.Refused("is open already" if mover is None else "was closed meanwhile", disk=disk.name)
 
     def _opened(self, name: str) -> tuple[_Disk, DiskMover]:
         disk = self._disk(name)
@@ -412,7 +432,13 @@ def _in_use(path: str) -> bool:
 
 
 def _settings(op: protocol.Open) -> Settings:
-    if min(op.connections, op.requests) < 1 or op.request_size < 4096 or op.zero_unit < 512:
+    sound = 1 <= op.connections <= protocol.MOST_CONNECTIONS and 1 <= op.requests <= protocol.MOST_REQUESTS
+    sound = (
+        sound
+        and 4096 <= op.request_size <= protocol.LARGEST_REQUEST
+        and 512 <= op.zero_unit <= protocol.LARGEST_REQUEST
+    )
+    if not sound or op.connections * op.requests * op.request_size > protocol.MOST_IN_FLIGHT:
         raise errors.Refused(
             f"{op.connections} connections, {op.requests} requests, {op.request_size} bytes a request, "
             f"zero unit {op.zero_unit}: out of bounds",

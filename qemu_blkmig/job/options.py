@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qemu_blkmig.destination.protocol import MOST_IN_FLIGHT
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.hashing import USUAL, Algorithm
 from qemu_blkmig.job.datapath import DataPath
@@ -68,6 +69,10 @@ class Transfer:
             if not 1 <= count <= 64:
                 raise UsageError(f"{name} must be from 1 to 64")
         check_bandwidth(self.bandwidth)
+        if self.connections * self.requests * self.request_size > MOST_IN_FLIGHT:
+            raise UsageError(
+                "--connections x --requests x --request-size must not exceed 1G: it is memory, for each disk"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 
 _Reply = TypeVar("_Reply", bound=protocol.Message)
+_Text = TypeVar("_Text", str, str | None)
 OnProgress = Callable[[protocol.Progress], None]
 Explain = Callable[[int], Awaitable[errors.DestinationFailed | None]]
 """Given the exit status of what leads to the agent."""
@@ -23,7 +24,14 @@ Explain = Callable[[int], Awaitable[errors.DestinationFailed | None]]
 _EXIT_TIMEOUT = 30.0
 _KILL_TIMEOUT = 5.0
 """Seconds in which a killed agent must be gone; one that hangs in its storage is left to the kernel."""
+_SILENCE = protocol.SILENCE
+"""Seconds in which an agent must answer a ping."""
+_GRACE = 1.0
+"""Seconds in which an answer is read that came while we were stopped."""
 _LAST_LINES = 20
+_LONGEST_LINE = 500
+_LONGEST_TEXT = 4000
+"""Most characters that are taken of what the other host says."""
 _SAME_VERSION = "install the same version of qemu-blkmig on both hosts"
 
 
@@ -57,6 +65,7 @@ class AgentClient:
         self._said: deque[str] = deque(maxlen=_LAST_LINES)
         self._decoder: msgspec.json.Decoder[protocol.FromAgent] = msgspec.json.Decoder(protocol.FromAgent)
         self._gone: errors.DestinationFailed | None = None
+        self._given_up: str | None = None
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._overhear())]
         self._heart = asyncio.create_task(self._beat())
 
@@ -157,11 +166,18 @@ class AgentClient:
             self._process.kill()
 
     async def _beat(self) -> None:
-        """The agent takes silence for our end."""
+        """The agent takes silence for our end, and we its silence for the agent's."""
         with contextlib.suppress(errors.BlkmigError):
             while True:
                 await asyncio.sleep(protocol.PING)
-                await self.request(protocol.Ping())
+                ping = asyncio.create_task(self.request(protocol.Ping()))
+                await asyncio.wait({ping}, timeout=_SILENCE)
+                await asyncio.wait({ping}, timeout=_GRACE)
+                if not ping.done():
+                    ping.cancel()
+                    self._given_up = f"does not answer (for {_SILENCE:.0f} s)"
+                    return self.kill()
+                await ping
 
     async def _write(self, request: protocol.Request) -> None:
         stdin = self._process.stdin
@@ -183,7 +199,7 @@ class AgentClient:
                     # What a login shell there says before the agent runs.
                     if self.there.protocol or len(self._said) == _LAST_LINES:
                         raise
-                    self._said.append(line.decode(errors="replace").rstrip())
+                    self._said.append(_plain(line.decode(errors="replace").rstrip())[:_LONGEST_LINE])
                     continue
                 self._heard(message)
         except (ValueError, msgspec.DecodeError) as error:
@@ -204,11 +220,21 @@ class AgentClient:
         if stderr is None:
             return
         while chunk := await stderr.read(4096):
-            self._said.extend(chunk.decode(errors="replace").splitlines())
+            lines = _plain(chunk.decode(errors="replace")).splitlines()
+            self._said.extend(line[:_LONGEST_LINE] for line in lines)
+
+    async def _end(self) -> int:
+        """The exit status, now that stdout has ended; who closes that and stays is killed."""
+        for _ in range(2):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_KILL_TIMEOUT):
+                    return await self._process.wait()
+            self.kill()
+        return -signal.SIGKILL
 
     async def _mourn(self) -> None:
         """The agent's stdout has ended: fail all that waits for it."""
-        status = await self._process.wait()
+        status = await self._end()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
                 await asyncio.shield(self._tasks[1])
@@ -216,7 +242,7 @@ class AgentClient:
         self._heart.cancel()
         reason = await self._explain(status) if self._explain is not None else None
         self._gone = reason or errors.DestinationFailed(
-            f"the agent at the destination is gone ({_ending(status)}){said}"
+            f"the agent at the destination {self._given_up or f'is gone ({_ending(status)})'}{said}"
         )
         for answer in self._waiting.values():
             if not answer.done():
@@ -225,7 +251,7 @@ class AgentClient:
 
 def error_of(failure: protocol.Failure) -> errors.BlkmigError:
     """The exception that stands for `failure`."""
-    what, disk = failure.what, failure.disk
+    what, disk = _plain(failure.what), _plain(failure.disk)
     match failure.kind:
         case "source-read":
             return errors.SourceReadError(what, disk=disk or "?", offset=failure.offset or 0)
@@ -235,11 +261,18 @@ def error_of(failure: protocol.Failure) -> errors.BlkmigError:
             number = failure.errno or 0
             return errors.DestinationWriteError(what, disk=disk or "?", offset=failure.offset, errno=number)
         case "refused":
-            return errors.Refused(what, disk=disk, advice=failure.advice)
+            return errors.Refused(what, disk=disk, advice=_plain(failure.advice))
         case "cancelled":
             return CopyCancelled(what, disk=disk)
         case "internal":
             return errors.DestinationFailed(f"defect of the agent: {what}", disk=disk)
+
+
+def _plain(text: _Text) -> _Text:
+    """What the other host says, so that it cannot steer the terminal on which it is shown, nor fill it."""
+    if text is None:
+        return text
+    return "".join(each if each.isprintable() or each in "\n\t" else "?" for each in text[:_LONGEST_TEXT])
 
 
 def _ending(status: int) -> str:

@@ -1,0 +1,117 @@
+"""What may be done to a migration from outside, by name: processes killed, network and hosts failing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from integration.far import FarLab
+from integration.lab import LabError
+from integration.luck import Attempt, command_line
+
+Strike = Callable[[Attempt, ExitStack], bool]
+"""Does it, if what it is done to is there (else False); undoing it is left to the stack."""
+
+
+def strike(fault: str, attempt: Attempt, mending: ExitStack) -> bool:
+    """Do `fault`, one of `NEAR` or `FAR`; False if what it would be done to is not there (any more)."""
+    if attempt.process.poll() is not None:
+        return False
+    with contextlib.suppress(LabError, ProcessLookupError):
+        return (NEAR | FAR)[fault](attempt, mending)
+    return False
+
+
+def _find(attempt: Attempt, *words: str) -> list[int]:
+    return [pid for pid in attempt.lab.processes() if all(word in command_line(pid) for word in words)]
+
+
+def _kill(*pids: int) -> bool:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return bool(pids)
+
+
+def _signal_tool(attempt: Attempt, number: int) -> bool:
+    attempt.signal(number)
+    return True
+
+
+def _kill_both(attempt: Attempt, _: ExitStack) -> bool:
+    """Coordinator and watchdog, neither of which may act upon the other's end."""
+    attempt.signal(signal.SIGSTOP)
+    watchdogs = _find(attempt, "qemu_blkmig.job.watchdog")
+    _kill(*watchdogs)
+    attempt.signal(signal.SIGKILL)
+    return True
+
+
+def _far(attempt: Attempt) -> FarLab:
+    lab = attempt.lab
+    if not isinstance(lab, FarLab):
+        raise LabError("there is no other host")
+    return lab
+
+
+def _cut(attempt: Attempt, mending: ExitStack) -> bool:
+    network = _far(attempt).network
+    network.down()
+    mending.callback(network.up)
+    return True
+
+
+def _cut_for(seconds: float) -> Strike:
+    def cut(attempt: Attempt, _: ExitStack) -> bool:
+        _far(attempt).network.cut(seconds)
+        return True
+
+    return cut
+
+
+def _lose_packets(attempt: Attempt, mending: ExitStack) -> bool:
+    mending.enter_context(_far(attempt).network.losing(0.2))
+    return True
+
+
+def _reset(attempt: Attempt, mending: ExitStack) -> bool:
+    mending.enter_context(_far(attempt).network.resetting())
+    return True
+
+
+def _power_off(attempt: Attempt, mending: ExitStack) -> bool:
+    hosts = _far(attempt).hosts
+    hosts.power_off()
+    mending.callback(hosts.boot)
+    return True
+
+
+def _reboot(attempt: Attempt, _: ExitStack) -> bool:
+    _far(attempt).hosts.reboot()
+    return True
+
+
+NEAR: dict[str, Strike] = {
+    "nothing": lambda _attempt, _mending: True,
+    "coordinator": lambda attempt, _: _signal_tool(attempt, signal.SIGKILL),
+    "interrupt": lambda attempt, _: _signal_tool(attempt, signal.SIGINT),
+    "agent": lambda attempt, _: _kill(*_find(attempt, *attempt.lab.agent_words)),
+    "both": _kill_both,
+    "destination": lambda attempt, _: _kill(*([attempt.destination.pid] if attempt.destination.running() else [])),
+    "source": lambda attempt, _: _kill(attempt.source.pid),
+}
+"""On one host or two; "both": coordinator and watchdog."""
+FAR: dict[str, Strike] = {
+    "cut": _cut,
+    "cut-1": _cut_for(1),
+    "cut-30": _cut_for(30),
+    "loss": _lose_packets,
+    "reset": _reset,
+    "sshd": lambda attempt, _: _far(attempt).network.kill_connections() > 0,
+    "ssh": lambda attempt, _: _kill(*_find(attempt, "ssh ", "hostb")),
+    "power": _power_off,
+    "reboot": _reboot,
+}
+"""Only with a `FarLab`; "cut-30": for 30 s; "cut", "loss" (a fifth of all packets), "reset", "power": until mended."""

@@ -1,0 +1,101 @@
+"""What another host may lack, or may have become, is told in words that help; no guest is needed for that."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from integration.far import FarLab, far_laboratory
+from integration.lab import Disk, Guest, compare_images
+from integration.tool import COMMAND, Outcome, finish, start
+from qemu_blkmig.demo.guest import Kernel
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def shared(kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarLab]:
+    """A laboratory without guests, for all of this file; `lab` puts it in order again."""
+
+    def none(_agent: bool) -> Path:
+        raise AssertionError("there are no guests here")
+
+    with far_laboratory(kernel, none) as lab:
+        yield lab
+
+
+@pytest.fixture
+def lab(shared: FarLab) -> Iterator[FarLab]:
+    """Two hosts, and nothing at the destination."""
+    yield shared
+    shared.put_in_order()
+
+
+@pytest.fixture
+def disk(lab: FarLab) -> Disk:
+    """16 MiB, a quarter of them data."""
+    path = lab.directory / "disk"
+    return Disk(path, "raw", 16 * MIB) if path.exists() else lab.disk("disk", 16 * MIB, data=[(MIB, 4 * MIB)])
+
+
+def copy(lab: FarLab, source: Disk | Guest, *options: object) -> Outcome:
+    """Run `copy` in hosta, to hostb."""
+    named = f"qmp:{source.qmp}" if isinstance(source, Guest) else f"image:{source.path}"
+    return finish(start([*lab.entering, *COMMAND, "copy", named, lab.place, *map(str, options)]))
+
+
+def assert_nothing_there(lab: FarLab) -> None:
+    """Assert that an attempt left nothing in hostb nor here."""
+    lab.assert_no_leftovers()
+    assert not list(lab.target.iterdir())
+    assert not [path for path in lab.state.iterdir() if path.name != "history"]
+
+
+def test_a_disk_is_copied_to_another_host(lab: FarLab, disk: Disk) -> None:
+    copy(lab, disk, "--verify", "full").succeeded()
+    compare_images(disk, replace(disk, path=lab.target / "disk"))
+    lab.assert_no_leftovers()
+
+
+def test_a_host_that_is_another_than_known_is_refused(lab: FarLab, disk: Disk) -> None:
+    lab.hosts.change_host_key()
+    copy(lab, disk).failed(3, "hostb", "HOST IDENTIFICATION HAS CHANGED", "ssh-keygen -R", now="nothing was touched")
+    assert_nothing_there(lab)
+
+
+def test_a_host_that_does_not_answer_is_told(lab: FarLab, disk: Disk) -> None:
+    lab.hosts.power_off()
+    copy(lab, disk).failed(1, "hostb")
+    lab.hosts.boot()
+    assert_nothing_there(lab)
+
+
+def test_an_agent_of_another_protocol_is_told_with_what_to_install(lab: FarLab, disk: Disk) -> None:
+    old = "from qemu_blkmig.destination import protocol; protocol.PROTOCOL = 1; "
+    old += "import qemu_blkmig; qemu_blkmig.__version__ = '0.0.9'; "
+    old += "from qemu_blkmig.cli.main import main; import sys; sys.exit(main())"
+    command = shlex.join([sys.executable, "-c", old])
+    copy(lab, disk, "--remote-command", command).failed(3, "hostb (0.0.9) speaks 1", "install")
+    assert_nothing_there(lab)
+
+
+def test_a_destination_that_is_full_is_told(lab: FarLab, disk: Disk) -> None:
+    lab.hosts.run("mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", lab.target, far=True)
+    try:
+        copy(lab, disk).failed(1, "disk", "No space left on device")
+        assert lab.hosts.run("ls", lab.target, far=True) == ""
+    finally:
+        lab.hosts.run("umount", lab.target, far=True)
+    assert_nothing_there(lab)
+
+
+def test_a_directory_that_is_not_there_is_told_with_its_host(lab: FarLab, disk: Disk) -> None:
+    lab.target.rmdir()
+    copy(lab, disk).failed(3, "hostb", f"{lab.target} is not a directory")
+    lab.target.mkdir()
+    assert_nothing_there(lab)

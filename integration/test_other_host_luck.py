@@ -1,0 +1,103 @@
+"""A migration to another host whose network, sshd, agent or power fails: the guest runs once, and nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.far import FarLab, far_laboratory
+from integration.luck import SLOW, Attempt, Bench, command, kill
+from integration.tool import assert_writes_soundly
+from qemu_blkmig.demo.guest import Kernel
+
+MIB = 1 << 20
+BEFORE = ["bulk", "moving RAM", "paused"]
+
+
+class FarBench(Bench):
+    """A `Bench` whose destination is hostb."""
+
+    lab: FarLab
+
+    def attempt_at(self, moment: str, *options: object, kind: str = "raw") -> Attempt:
+        """See `Bench`; one that is in mid-copy comes to its end, if it is let."""
+        if moment != "bulk":
+            return super().attempt_at(moment, *options, kind=kind)
+        attempt = self.attempt(*SLOW, *options, kind=kind)
+        attempt.wait_copying()
+        return attempt
+
+
+@pytest.fixture(scope="module")
+def bench(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[FarBench]:
+    """A guest in hosta, shared by these tests as long as they leave it running."""
+    with far_laboratory(kernel, initramfs) as lab:
+        yield FarBench(lab)
+
+
+def break_network(lab: FarLab, how: str) -> None:
+    """Do it; `mend` undoes it."""
+    match how:
+        case "network":
+            lab.network.down()
+        case "sshd":
+            assert lab.network.kill_connections()
+        case "power":
+            lab.hosts.power_off()
+
+
+def mend(lab: FarLab, how: str) -> None:
+    """Let hostb be there again; what hung there is ended, as it would in time."""
+    if how == "power":
+        lab.hosts.boot()
+    else:
+        lab.network.up()
+        lab.network.kill_connections()
+
+
+@pytest.mark.parametrize("moment", [*BEFORE, "undecided"])
+def test_a_network_that_is_away_for_a_second_is_survived(bench: FarBench, moment: str) -> None:
+    attempt = bench.attempt_at(moment)
+    bench.lab.network.down()
+    attempt.go_on()
+    bench.lab.network.cut(1)
+    attempt.outcome().succeeded()
+    attempt.assert_destination_has_it()
+
+
+@pytest.mark.parametrize("how", ["network", "sshd", "power"])
+@pytest.mark.parametrize("moment", BEFORE)
+def test_what_ends_the_connection_leaves_the_guest_at_the_source(bench: FarBench, moment: str, how: str) -> None:
+    attempt = bench.attempt_at(moment)
+    break_network(bench.lab, how)
+    attempt.go_on()
+    attempt.outcome().failed(1, "hostb", now="the guest runs at the source")
+    assert_writes_soundly(attempt.source)
+    mend(bench.lab, how)
+    finish_job(attempt)
+
+
+def finish_job(attempt: Attempt) -> None:
+    """Resume what was suspended, to its end."""
+    command("resume", attempt.job(), lab=attempt.lab).succeeded()
+    attempt.assert_destination_has_it()
+
+
+@pytest.mark.parametrize("moment", BEFORE)
+def test_a_killed_agent_leaves_the_guest_at_the_source(bench: FarBench, moment: str) -> None:
+    attempt = bench.attempt_at(moment)
+    kill(attempt.agent())
+    attempt.go_on()
+    attempt.outcome().failed(1, "agent", "hostb", now="the guest runs at the source")
+    finish_job(attempt)
+
+
+@pytest.mark.parametrize("moment", BEFORE)
+def test_a_killed_coordinator_leaves_the_guest_at_the_source(bench: FarBench, moment: str) -> None:
+    attempt = bench.attempt_at(moment)
+    attempt.signal(signal.SIGKILL)
+    assert "the guest runs at the source" in attempt.outcome().stderr
+    finish_job(attempt)
