@@ -1,0 +1,141 @@
+"""What a domain's XML says of its disks and of other state on the host, and the XML that the destination gets.
+
+Read: libvirt's "Domain XML format", sections "Hard drives, floppy disks, CDROMs", "BIOS bootloader" and "TPM device".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+from qemu_blkmig.errors import Refused
+
+_SOURCE = {"file": "file", "block": "dev"}
+"""Attribute of <source> that names the image, by the disk's type."""
+
+
+@dataclass(frozen=True)
+class DomainDisk:
+    """A <disk>. `target`: its name for users (vda). `alias`: the id of its device in QEMU, where the domain runs.
+
+    `path`: of the image, where it is a file or a block device of the host. `left_alone`: why it is not migrated;
+    None: it is.
+    """
+
+    target: str
+    alias: str | None
+    path: str | None
+    format: str
+    left_alone: str | None
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a domain's XML says. `nvram`: path of its UEFI variables; `tpm`: it has an emulated TPM."""
+
+    name: str
+    uuid: str
+    disks: tuple[DomainDisk, ...]
+    nvram: str | None
+    tpm: bool
+    xml: str
+
+    @classmethod
+    def parse(cls, xml: str) -> Domain:
+        """Raises `Refused` when it is not a domain's XML."""
+        root = _root(xml)
+        nvram = root.find("./os/nvram")
+        return cls(
+            name=root.findtext("name", ""),
+            uuid=root.findtext("uuid", ""),
+            disks=tuple(map(_disk, root.findall("./devices/disk"))),
+            nvram=(nvram.text or None) if nvram is not None else None,
+            tpm=root.find("./devices/tpm/backend[@type='emulator']") is not None,
+            xml=xml,
+        )
+
+    def for_destination(self, paths: Mapping[str, str], name: str | None = None) -> str:
+        """The XML with the images of these disks (path by target) in other places, and perhaps another name.
+
+        Raises `Refused` when it has no such disk.
+        """
+        return rewritten(self.xml, paths, name)
+
+
+def rewritten(xml: str, paths: Mapping[str, str], name: str | None = None) -> str:
+    """A domain's XML with the images of these disks (path by target) in other places, and perhaps another name.
+
+    What libvirt adds for a running domain's chain of backing files goes: the destination finds its own. Raises
+    `Refused` when there is no such disk.
+    """
+    root = _root(xml)
+    disks = {_target(disk): disk for disk in root.findall("./devices/disk")}
+    for target, path in paths.items():
+        if target not in disks:
+            raise Refused(f"the domain's XML has no disk {target} (it has: {', '.join(disks) or 'none'})", disk=target)
+        _move(disks[target], path)
+    if name is not None:
+        element = root.find("name")
+        if element is not None:
+            element.text = name
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _root(xml: str) -> ElementTree.Element:
+    try:
+        root = ElementTree.fromstring(xml)
+    except ElementTree.ParseError as error:
+        raise Refused(f"not XML: {error}") from error
+    if root.tag != "domain":
+        raise Refused(f"not a domain's XML, but <{root.tag}>")
+    return root
+
+
+def _target(disk: ElementTree.Element) -> str:
+    target = disk.find("target")
+    return target.get("dev", "") if target is not None else ""
+
+
+def _disk(disk: ElementTree.Element) -> DomainDisk:
+    source, driver, alias = disk.find("source"), disk.find("driver"), disk.find("alias")
+    attribute = _SOURCE.get(disk.get("type", "file"))
+    return DomainDisk(
+        target=_target(disk),
+        alias=alias.get("name") if alias is not None else None,
+        path=source.get(attribute) if source is not None and attribute else None,
+        format=driver.get("type", "raw") if driver is not None else "raw",
+        left_alone=_why_left_alone(disk, source),
+    )
+
+
+def _why_left_alone(disk: ElementTree.Element, source: ElementTree.Element | None) -> str | None:
+    device, kind = disk.get("device", "disk"), disk.get("type", "file")
+    if device in ("cdrom", "floppy"):
+        return f"it is a {device}"
+    if source is None:
+        return "it is empty"
+    if device == "lun":
+        return "it is a SCSI device passed through"
+    if kind not in ("file", "block", "volume"):
+        return f"its storage is not on this host (type {kind})"
+    if disk.find("readonly") is not None:
+        return "it is read-only"
+    if disk.find("shareable") is not None:
+        return "it is shared with other guests (<shareable/>)"
+    if disk.find("transient") is not None:
+        return "what is written to it is dropped when the guest ends (<transient/>)"
+    return None
+
+
+def _move(disk: ElementTree.Element, path: str) -> None:
+    block = path.startswith("/dev/")
+    disk.set("type", "block" if block else "file")
+    old = disk.find("source")
+    place = list(disk).index(old) if old is not None else len(disk)
+    if old is not None:
+        disk.remove(old)
+    disk.insert(place, ElementTree.Element("source", {"dev" if block else "file": path}))
+    backing = disk.find("backingStore")
+    if backing is not None:
+        disk.remove(backing)

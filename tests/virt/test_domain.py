@@ -1,0 +1,90 @@
+"""What is read in a domain's XML, and what of it is changed."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.virt.domain import Domain, rewritten
+
+XML = """
+<domain type='kvm' id='3'>
+  <name>web1</name>
+  <uuid>6f3c1f2e-3d2c-4b7e-9b0f-1d2e3f4a5b6c</uuid>
+  <os><nvram template='/usr/share/OVMF/OVMF_VARS.fd'>/var/lib/libvirt/qemu/nvram/web1_VARS.fd</nvram></os>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' discard='unmap'/>
+      <source file='/vm/web1.qcow2' index='2'/>
+      <backingStore type='file'><format type='raw'/><source file='/vm/base.raw'/><backingStore/></backingStore>
+      <target dev='vda' bus='virtio'/><alias name='virtio-disk0'/>
+    </disk>
+    <disk type='block' device='disk'>
+      <driver name='qemu' type='raw'/><source dev='/dev/vg/web1'/><target dev='vdb' bus='virtio'/>
+    </disk>
+    {more}
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
+  </devices>
+</domain>
+"""
+
+
+def test_disks_nvram_and_tpm_are_found() -> None:
+    domain = Domain.parse(XML.format(more=""))
+    assert (domain.name, domain.nvram, domain.tpm) == ("web1", "/var/lib/libvirt/qemu/nvram/web1_VARS.fd", True)
+    assert [(disk.target, disk.alias, disk.path, disk.format, disk.left_alone) for disk in domain.disks] == [
+        ("vda", "virtio-disk0", "/vm/web1.qcow2", "qcow2", None),
+        ("vdb", None, "/dev/vg/web1", "raw", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("disk", "why"),
+    [
+        ("<disk type='file' device='cdrom'><source file='/iso'/><target dev='sda'/></disk>", "cdrom"),
+        ("<disk type='file' device='disk'><target dev='vdc'/></disk>", "empty"),
+        ("<disk type='file'><source file='/x'/><target dev='vdc'/><readonly/></disk>", "read-only"),
+        ("<disk type='file'><source file='/x'/><target dev='vdc'/><shareable/></disk>", "shared"),
+        ("<disk type='file'><source file='/x'/><target dev='vdc'/><transient/></disk>", "dropped"),
+        ("<disk type='network'><source protocol='rbd' name='p/x'/><target dev='vdc'/></disk>", "network"),
+        ("<disk type='block' device='lun'><source dev='/dev/sdx'/><target dev='sdc'/></disk>", "passed through"),
+    ],
+)
+def test_what_is_left_alone_and_why(disk: str, why: str) -> None:
+    found = Domain.parse(XML.format(more=disk)).disks[-1]
+    assert found.left_alone is not None
+    assert why in found.left_alone
+
+
+def test_only_the_named_disks_move_and_the_rest_stays_as_it_was() -> None:
+    domain = Domain.parse(XML.format(more=""))
+    moved = Domain.parse(domain.for_destination({"vda": "/new/web1.qcow2"}, name="web2"))
+    assert moved.name == "web2"
+    assert [disk.path for disk in moved.disks] == ["/new/web1.qcow2", "/dev/vg/web1"]
+    first = ElementTree.fromstring(moved.xml).find("./devices/disk")
+    assert first is not None
+    assert first.find("backingStore") is None
+    driver = first.find("driver")
+    assert driver is not None
+    assert driver.get("discard") == "unmap"
+    assert [child.tag for child in first] == ["driver", "source", "target", "alias"]
+
+
+def test_a_file_may_become_a_block_device_and_the_other_way_round() -> None:
+    text = rewritten(XML.format(more=""), {"vda": "/dev/vg/new", "vdb": "/new/b.raw"})
+    kinds = [(disk.get("type"), dict(source.attrib)) for disk in ElementTree.fromstring(text).findall("./devices/disk")
+             if (source := disk.find("source")) is not None]  # fmt: skip
+    assert kinds == [("block", {"dev": "/dev/vg/new"}), ("file", {"file": "/new/b.raw"})]
+
+
+@pytest.mark.parametrize("xml", ["<domain", "<network/>"])
+def test_what_is_no_domain_is_refused(xml: str) -> None:
+    with pytest.raises(Refused):
+        Domain.parse(xml)
+
+
+def test_a_disk_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(Refused, match="no disk vdz"):
+        rewritten(XML.format(more=""), {"vdz": "/x"})
