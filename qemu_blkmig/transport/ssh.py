@@ -118,6 +118,13 @@ class SshHost:
                 ) from error
             raise
         self._agent = client
+        if client.there.runtime:
+            try:
+                # What sshd does not forward shows at once only in this direction; nothing comes by this one.
+                await self.expose(self._control)
+            except BaseException:
+                await client.abandon()
+                raise
         return client
 
     async def expose(self, socket: str) -> str:
@@ -141,7 +148,8 @@ class SshHost:
         """See `Host`."""
         if self._master is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._master.terminate()
+                # The watchdog ignores SIGTERM, and what it starts inherits that.
+                self._master.kill()
             await self._master.wait()
         if self._overhearing is not None:
             await asyncio.wait({self._overhearing})
@@ -176,7 +184,7 @@ class SshHost:
         options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
         try:
             return await asyncio.create_subprocess_exec(
-                "setpriv", "--pdeathsig", "TERM", *self._ssh,
+                "setpriv", "--pdeathsig", "KILL", *self._ssh,
                 "-M", "-N", "-T", "-a", "-x", "-S", self._control, *options, *self._account, "--", self.name,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
