@@ -71,6 +71,26 @@ def test_a_destination_that_is_full_ends_the_migration_and_is_cleared_again(lab:
     assert_nothing_left(lab, arrived)
 
 
+def test_room_that_becomes_too_small_is_warned_of_before_it_ends(lab: Lab) -> None:
+    disk = lab.disk("disk", 16 * MIB, data=[(0, 12 * MIB)])
+    guest = lab.boot([disk], Orders(rate=50))
+    guest.wait_for_writing(more=10)
+    with small_file_system(lab.target, 24 * MIB):
+        process = start(arguments("copy", guest, lab.target, "--bandwidth", "1M", "--progress", "json"))
+        assert process.stderr is not None
+        while not (lab.target / "disk").exists() or (lab.target / "disk").stat().st_blocks == 0:
+            assert process.poll() is None, process.communicate()
+        filler = lab.target / "filler"
+        filler.write_bytes(bytes(16 * MIB))
+        while "are still to be written" not in (line := process.stderr.readline()):
+            assert line, process.communicate()
+        assert str(lab.target) in line and "has only" in line
+        filler.unlink()
+        process.terminate()
+        process.communicate()
+    assert_runs_on(lab, guest)
+
+
 def test_a_destination_that_is_full_in_the_last_round_gives_the_guest_back(lab: Lab) -> None:
     first = lab.disk("first", 4 * MIB)
     second = lab.disk("second", 16 * MIB, data=[(0, 3 * MIB)])

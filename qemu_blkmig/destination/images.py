@@ -16,7 +16,7 @@ from typing import Any
 from qemu_blkmig import errors
 from qemu_blkmig.destination import locks, ownership
 from qemu_blkmig.destination.programs import SERVING, missing
-from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem
+from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Space
 
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
 
@@ -151,6 +151,16 @@ def allocated(descriptor: int) -> int:
     """Bytes that the image occupies; a block device occupies all it has."""
     status = os.fstat(descriptor)
     return os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512
+
+
+def space(prepared: Prepared) -> Space | None:
+    """What the image occupies and has left to grow; None for a block device, which does not. Raises `OSError`."""
+    status = os.fstat(prepared.descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    room = os.fstatvfs(prepared.descriptor)
+    image = prepared.image
+    return Space(image.disk, image.path, status.st_dev, room.f_bavail * room.f_frsize, status.st_blocks * 512)
 
 
 def sync_directory(path: str) -> None:

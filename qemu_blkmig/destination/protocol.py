@@ -1,8 +1,8 @@
 """The control protocol between coordinator and agent: JSON lines on the agent's stdin and stdout.
 
 Every request carries an `id` that its one reply repeats; replies may come in any order. Between request and reply of
-a copy, or one for digests, the agent may send `Progress`. Unknown keys and operations are refused; a line is at most
-`LINE_LIMIT` bytes. All offsets and lengths are bytes.
+a copy, or one for digests, the agent may send `Progress` and `Space`. Unknown keys and operations are refused; a line
+is at most `LINE_LIMIT` bytes. All offsets and lengths are bytes.
 
 The life of an agent: hello, inspect | prepare, then per disk open, copy*, flush, ..., close, at the end `bye`.
 When stdin ends without `bye`, or nothing was heard for `SILENCE` (a network may be gone without a word), the agent ends
@@ -467,4 +467,14 @@ class Progress(Message, frozen=True, tag="progress"):
     skipped: Count
 
 
-FromAgent = Reply | Progress
+class Space(Message, frozen=True, tag="space"):
+    """Bytes that a disk's image at `path` occupies, and those free on its file system `device` (st_dev)."""
+
+    disk: str
+    path: str
+    device: int
+    free: int
+    allocated: int
+
+
+FromAgent = Reply | Progress | Space

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from qemu_blkmig.nbd.control import Cancelled, Control, Tally
 from qemu_blkmig.nbd.throttle import Throttle
 
 _PROGRESS_SECONDS = 0.2
+_SPACE_SECONDS = 1.0
 _TEARDOWN_SECONDS = 20.0
 _MOST_READ_BACK = 1 << 30
 _HASH_UNITS = range(4 << 10, (1 << 20) + 1)
@@ -39,7 +42,7 @@ _JOB = re.compile(r"[0-9A-Za-z-]{1,64}")
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-Tell = Callable[[protocol.Progress], Awaitable[None]]
+Tell = Callable[[protocol.Progress | protocol.Space], Awaitable[None]]
 
 
 @dataclass
@@ -60,6 +63,7 @@ class _Disk:
     control: Control | None = None
     touched: bool = False
     closed: bool = False
+    space_told: float = -math.inf
 
     @property
     def name(self) -> str:
@@ -285,7 +289,7 @@ class Service:
     async def _move(self, op: protocol.Copy) -> protocol.CopyReply:
         disk, mover = self._opened(op.disk)
         with disk.cancellable() as control:
-            async with disk.urgently(), _reporting(op.disk, control.tally, self._tell):
+            async with disk.urgently(), self._reporting(disk, control.tally):
                 self._still(disk, mover)
                 extents = _extents(op)
                 seconds = await disk.run(lambda: mover.copy(extents, control, bulk=op.kind == "bulk"))
@@ -298,6 +302,37 @@ class Service:
             async with disk.turn:
                 self._still(disk, mover)
                 return await disk.digests(op, control)
+
+    @contextlib.asynccontextmanager
+    async def _reporting(self, disk: _Disk, tally: Tally) -> AsyncIterator[None]:
+        """Tell of progress and of the room that is left, while a copy lasts."""
+
+        async def report() -> None:
+            told = protocol.Progress(disk.name, 0, 0, 0)
+            while True:
+                await self._tell_space(disk)
+                await asyncio.sleep(_PROGRESS_SECONDS)
+                now = protocol.Progress(disk.name, tally.copied, tally.zeroed, tally.skipped)
+                if now != told:
+                    await self._tell(now)
+                    told = now
+
+        task = asyncio.create_task(report())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _tell_space(self, disk: _Disk) -> None:
+        """Tell of the room that the image has, now and then."""
+        now = time.monotonic()
+        if now - disk.space_told < _SPACE_SECONDS:
+            return
+        disk.space_told = now
+        with contextlib.suppress(OSError):
+            if (space := await asyncio.to_thread(images.space, disk.prepared)) is not None:
+                await self._tell(space)
 
     async def _flush(self, op: protocol.Flush) -> protocol.Done:
         disk, mover = self._opened(op.disk)
@@ -463,22 +498,3 @@ def _extents(op: protocol.Copy) -> list[Extent]:
     if len(op.extents) > protocol.BATCH_LIMIT:
         raise errors.Refused(f"{len(op.extents)} extents are more than {protocol.BATCH_LIMIT}", disk=op.disk)
     return [Extent(offset, length) for offset, length in op.extents]
-
-
-@contextlib.asynccontextmanager
-async def _reporting(disk: str, tally: Tally, tell: Tell) -> AsyncIterator[None]:
-    async def report() -> None:
-        told = protocol.Progress(disk, 0, 0, 0)
-        while True:
-            await asyncio.sleep(_PROGRESS_SECONDS)
-            now = protocol.Progress(disk, tally.copied, tally.zeroed, tally.skipped)
-            if now != told:
-                await tell(now)
-                told = now
-
-    task = asyncio.create_task(report())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

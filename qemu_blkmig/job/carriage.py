@@ -26,6 +26,7 @@ from qemu_blkmig.job.plan import Plan, private_layers
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
+from qemu_blkmig.job.space import SpaceWatch
 from qemu_blkmig.nbd.address import Address, UnixAddress
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
@@ -51,6 +52,8 @@ class Carriage:
         self._reporter = reporter
         self._compares = any(image.compared for image in plan.images.values())
         self._allocated: dict[str, int] = {}
+        occupied = {disk.name: disk.allocated for disk in plan.disks if disk.allocated is not None}
+        agent.on_space = SpaceWatch(occupied, reporter.note).heard
 
     async def prepare(self) -> None:
         """Create or check, and lock, the destination's images."""

@@ -18,6 +18,7 @@ from qemu_blkmig.destination import protocol
 _Reply = TypeVar("_Reply", bound=protocol.Message)
 _Text = TypeVar("_Text", str, str | None)
 OnProgress = Callable[[protocol.Progress], None]
+OnSpace = Callable[[protocol.Space], None]
 Explain = Callable[[int], Awaitable[errors.DestinationFailed | None]]
 """Given the exit status of what leads to the agent."""
 
@@ -55,6 +56,7 @@ class AgentClient:
         explain: Explain | None = None,
     ) -> None:
         self.on_progress = on_progress
+        self.on_space: OnSpace | None = None
         self.there = protocol.HelloReply("", 0)
         """What the agent has answered to hello."""
         self._where = where
@@ -212,6 +214,9 @@ class AgentClient:
         if isinstance(message, protocol.Progress):
             if self.on_progress is not None:
                 self.on_progress(message)
+        elif isinstance(message, protocol.Space):
+            if self.on_space is not None:
+                self.on_space(message)
         elif (answer := self._waiting.get(message.id)) is not None and not answer.done():
             answer.set_result(message.outcome)
 

@@ -49,7 +49,7 @@ async def test_an_agent_of_another_version_is_told_of(answer: str, words: str) -
     ("theirs", "who"), [(protocol.PROTOCOL + 1, "install qemu-blkmig 9 on"), (1, "on the source host")]
 )
 async def test_an_agent_tells_which_side_is_older(theirs: int, who: str) -> None:
-    async def tell(_: protocol.Progress) -> None:
+    async def tell(_: protocol.Progress | protocol.Space) -> None:
         """Nobody listens."""
 
     outcome = await Service(tell).perform(protocol.Hello("9", theirs))
