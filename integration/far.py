@@ -56,6 +56,12 @@ class FarLab(Lab):
             found += [str(path) for path in (self.hosts.far / folder).glob("*")]
         return found
 
+    def restore(self) -> None:
+        """See to it that hostb runs and can be reached."""
+        if not self.hosts.is_up:
+            self.hosts.boot()
+        self.network.up()
+
     def put_in_order(self) -> None:
         """See `Lab`; hostb is rebooted and as it was at first."""
         self.hosts.reset()

@@ -164,6 +164,11 @@ class Hosts:
             self.run("ip", "link", "set", "net0", "up", far=host == "hostb")
         self.start_sshd(*self._options)
 
+    @property
+    def is_up(self) -> bool:
+        """Whether hostb runs."""
+        return self._b is not None
+
     def power_off(self) -> None:
         """End all processes of hostb at once, and with them its /run and its end of the network. Its disk stays."""
         if self._b is not None:

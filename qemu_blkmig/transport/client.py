@@ -172,14 +172,20 @@ class AgentClient:
         with contextlib.suppress(errors.BlkmigError):
             while True:
                 await asyncio.sleep(protocol.PING)
-                ping = asyncio.create_task(self.request(protocol.Ping()))
-                await asyncio.wait({ping}, timeout=_SILENCE)
-                await asyncio.wait({ping}, timeout=_GRACE)
-                if not ping.done():
-                    ping.cancel()
+                if not await self._answers_ping():
                     self._given_up = f"does not answer (for {_SILENCE:.0f} s)"
                     return self.kill()
+
+    async def _answers_ping(self) -> bool:
+        ping = asyncio.create_task(self.request(protocol.Ping()))
+        try:
+            await asyncio.wait({ping}, timeout=_SILENCE)
+            await asyncio.wait({ping}, timeout=_GRACE)
+            if ping.done():
                 await ping
+            return ping.done()
+        finally:
+            ping.cancel()
 
     async def _write(self, request: protocol.Request) -> None:
         stdin = self._process.stdin
