@@ -163,6 +163,17 @@ def space(prepared: Prepared) -> Space | None:
     return Space(image.disk, image.path, status.st_dev, room.f_bavail * room.f_frsize, status.st_blocks * 512)
 
 
+def incomplete(paths: Sequence[str]) -> list[str]:
+    """In words, which of these images some job has left incomplete."""
+    told = []
+    for path in paths:
+        with contextlib.suppress(OSError, ownership.Damaged):
+            record = ownership.read(path)
+            if record is not None and record.state == "incoming":
+                told.append(record.tell())
+    return told
+
+
 def sync_directory(path: str) -> None:
     """Make the directory entry of `path` stable. Raises `OSError`."""
     descriptor = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -317,12 +317,14 @@ class Problem(Message, frozen=True):
 class InspectReply(Message, frozen=True, tag="inspect"):
     """`free`: bytes free on the file system of the first image to be created; None where none is to be.
 
-    `there`: paths of images that might have been created, and are there already.
+    `there`: paths of images that might have been created, and are there already. `incomplete`: in words, what jobs
+    were filling when they ended, and may want to go on with.
     """
 
     problems: list[Problem]
     free: Count | None
     there: list[str] = []
+    incomplete: list[str] = []
 
 
 class PrepareReply(Message, frozen=True, tag="prepare"):

@@ -153,7 +153,7 @@ class Service:
             case protocol.Inspect():
                 problems, free = await asyncio.to_thread(images.inspect, op.images)
                 there = [image.path for image in op.images if image.create and os.path.lexists(image.path)]
-                return protocol.InspectReply(problems, free, there)
+                return protocol.InspectReply(problems, free, there, await asyncio.to_thread(images.incomplete, there))
             case protocol.Prepare():
                 return await self._prepare(op)
             case protocol.Discard():

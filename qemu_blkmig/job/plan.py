@@ -298,6 +298,7 @@ class Planner:
         self._problems += [f"disk {p.disk}: {p.what}" if p.disk else p.what for p in reply.problems]
         fate = "only what differs is sent" if self._selection.compare else "it is overwritten"
         self._warnings += [f"{path} is there already: {fate}" for path in reply.there]
+        self._warnings += [f"{words}; that job cannot go on with it after this" for words in reply.incomplete]
         if self._selection.compare:
             self._warnings += [
                 f"disk {name}: {image.path} is not there yet: nothing to compare with, it is copied whole"

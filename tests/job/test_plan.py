@@ -183,3 +183,16 @@ def make_images(with_snapshot: Path, with_data_file: Path, data: Path) -> None:
         ["create", "-q", "-f", "qcow2", "-o", options, with_data_file, "8M"],
     ):
         subprocess.run(["qemu-img", *map(str, command)], check=True)
+
+
+async def test_an_incomplete_image_of_another_job_is_told_of_before_it_is_overwritten(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    drive = f"if=none,id=d,format=qcow2,file={make_image('disk')}"
+    qemu = await start_qemu("-drive", drive, "-device", "virtio-blk,drive=d")
+    (tmp_path / "target").mkdir()
+    there = make_image("target/disk")
+    ownership.announce(str(there), "1a2b", "d", "hosta:/old/disk")
+    planned = await plan(qemu, tmp_path / "target")
+    assert planned.problems == ()
+    assert any("job 1a2b was filling it" in warning for warning in planned.warnings)
