@@ -187,7 +187,7 @@ def test_a_writing_guest_is_loaded_from_the_old_engine(
         "--create", "--format", format, "--size", f"disk0={SIZE}",
         "--size", "disk1=8M", "--require-complete", *(f"disk{n}={disk.path}" for n, disk in enumerate(loaded)),
     )  # fmt: skip
-    migrate_old(guest, told_to_connect_to(loading))
+    migrate_while_writing(guest, told_to_connect_to(loading))
     finish(loading)
     wait_until(lambda: migration_status(guest) == "completed", "the source's migration")
     for disk, copy in zip(disks, loaded, strict=True):
