@@ -85,7 +85,8 @@ def run(case: Case, lab: Lab) -> str:
         assert sum(_runs(side) for side in sides) < 2, f"the guest runs on both sides: {outcome.stderr}"
         if case.fault != "both" and outcome.code != UNDECIDED:
             _wait_for_one(sides, none=struck and case.fault in ("source", "destination"), said=outcome.stderr)
-    told = f"{case.fault if struck else 'nothing'} in {case.phase} + {case.after:.1f} s: exit code {outcome.code}"
+    fault = case.fault if struck else f"({case.fault}: too late)"
+    told = f"{fault} in {case.phase} + {case.after:.1f} s: exit code {outcome.code}"
     for code in _finish(lab, guest, case.then):
         told += f", {case.then} {code}"
     side = _wait_for_one(sides, none=struck and case.fault in ("source", "destination"), said=outcome.stderr)

@@ -99,3 +99,10 @@ def test_a_directory_that_is_not_there_is_told_with_its_host(lab: FarLab, disk: 
     copy(lab, disk).failed(3, "hostb", f"{lab.target} is not a directory")
     lab.target.mkdir()
     assert_nothing_there(lab)
+
+
+def test_a_server_that_lets_nobody_reach_its_own_sockets_is_enough_for_copy(lab: FarLab, disk: Disk) -> None:
+    lab.hosts.start_sshd("AllowStreamLocalForwarding remote", "PermitOpen none", "PermitListen none")
+    copy(lab, disk).succeeded()
+    compare_images(disk, replace(disk, path=lab.target / "disk"))
+    lab.assert_no_leftovers()

@@ -47,6 +47,9 @@ class SocketMonitor:
         self.who = who
         self._client = client
         self._rights = rights
+        # Asked after the connection's end it would be no answer but an error.
+        credentials = rights.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self._peer_pid: int | None = struct.unpack("3i", credentials)[0] or None
         self._passing = asyncio.Lock()
         self._closing = asyncio.Event()
         self._lost: asyncio.Future[ConnectionLost] = asyncio.get_running_loop().create_future()
@@ -133,9 +136,7 @@ class SocketMonitor:
     @property
     def peer_pid(self) -> int | None:
         """QEMU's process, which made the QMP socket (unix(7), SO_PEERCRED); None if it is in another namespace."""
-        credentials = self._rights.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid: int = struct.unpack("3i", credentials)[0]
-        return pid or None
+        return self._peer_pid
 
     @property
     def lost(self) -> bool:
