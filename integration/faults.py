@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -71,8 +72,9 @@ def _cut_for(seconds: float) -> Strike:
     return cut
 
 
-def _lose_packets(attempt: Attempt, mending: ExitStack) -> bool:
-    mending.enter_context(_far(attempt).network.losing(0.2))
+def _lose_packets(attempt: Attempt, _: ExitStack) -> bool:
+    with _far(attempt).network.losing(0.2):
+        time.sleep(10)
     return True
 
 
@@ -114,4 +116,5 @@ FAR: dict[str, Strike] = {
     "power": _power_off,
     "reboot": _reboot,
 }
-"""Only with a `FarLab`; "cut-30": for 30 s; "cut", "loss" (a fifth of all packets), "reset", "power": until mended."""
+"""Only with a `FarLab`; "cut-30": for 30 s; "loss": a fifth of all packets, for 10 s; "cut", "reset", "power": until
+what is struck has ended."""
