@@ -32,6 +32,8 @@ from qemu_blkmig.demo.guest import Kernel, Orders, Writer, build_initramfs, find
 PATIENCE = 60.0
 """Seconds in which everything must have come to rest."""
 UNDECIDED = 4
+FATAL = ("source", "destination", "power", "reboot")
+"""What takes the guest along, if it strikes the side that has it."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,12 @@ def run(case: Case, lab: Lab) -> str:
         assert "Traceback" not in outcome.stderr and "defect" not in outcome.stderr, outcome.stderr
         assert sum(_runs(side) for side in sides) < 2, f"the guest runs on both sides: {outcome.stderr}"
         if case.fault != "both" and outcome.code != UNDECIDED:
-            _wait_for_one(sides, none=struck and case.fault in ("source", "destination"), said=outcome.stderr)
+            _wait_for_one(sides, none=struck and case.fault in FATAL, said=outcome.stderr)
     fault = case.fault if struck else f"({case.fault}: too late)"
     told = f"{fault} in {case.phase} + {case.after:.1f} s: exit code {outcome.code}"
     for code in _finish(lab, guest, case.then):
         told += f", {case.then} {code}"
-    side = _wait_for_one(sides, none=struck and case.fault in ("source", "destination"), said=outcome.stderr)
+    side = _wait_for_one(sides, none=struck and case.fault in FATAL, said=outcome.stderr)
     if side is None:
         return f"{told}, no side runs it"
     _assert_sound(lab, side, sides)
