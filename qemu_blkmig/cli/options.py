@@ -11,9 +11,9 @@ from typing import Any, TypedDict
 import msgspec
 
 from qemu_blkmig.errors import BlkmigError, UsageError
-from qemu_blkmig.hashing import SIZES
+from qemu_blkmig.hashing import SIZES, USUAL
 from qemu_blkmig.job.datapath import parse_data_path
-from qemu_blkmig.job.options import Selection, Target, Transfer
+from qemu_blkmig.job.options import BaseCheck, Selection, Target, Transfer
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
 from qemu_blkmig.units import parse_rate, parse_size
 
@@ -108,8 +108,30 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "--shared-base", action="store_true", help="the destination has the backing files: send the overlays only"
     )
     group.add_argument(
+        "--base",
+        metavar="PATH",
+        help="with --shared-base: the file of the source's chain that is shared (default: the topmost backing file "
+        "that the destination has)",
+    )
+    group.add_argument(
+        "--base-check",
+        choices=[choice.value for choice in BaseCheck],
+        default=BaseCheck.FULL.value,
+        help="with --shared-base: hash both sides' bases, and refuse if they differ (full, the default; known ones are "
+        "not read again); compare only their sizes (size), or nothing (none): neither proves that they are equal",
+    )
+    group.add_argument(
+        "--flatten",
+        choices=["yes", "no"],
+        default="yes",
+        help="with --shared-base: several layers above the base become one overlay (yes, the default); no refuses that",
+    )
+    group.add_argument(
         "--target-is-zero", action="store_true", help="existing destination images read as zeroes: do not write any"
     )
+    group.add_argument("--hash", choices=list(SIZES), default=USUAL,
+                       help="what contents are compared by; the others withstand forgery, and cost ten times as much "
+                       f"(default: {USUAL})")  # fmt: skip
     group.add_argument(
         "--compare",
         action="store_true",
@@ -161,9 +183,6 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
                        help="unit of the first pass, 64k to 32M (default: 1M)")  # fmt: skip
     group.add_argument("--granularity", type=argument(parse_size), default=usual.granularity, metavar="SIZE",
                        help="unit in which QEMU notes what the guest writes, 512 to 2G (default: 64k)")  # fmt: skip
-    group.add_argument("--hash", choices=list(SIZES), default=usual.hash,
-                       help="what contents are compared by; the others withstand forgery, and cost ten times as much "
-                       f"(default: {usual.hash})")  # fmt: skip
 
 
 def add_data_path(parser: argparse.ArgumentParser) -> None:
@@ -273,6 +292,10 @@ def selection(arguments: argparse.Namespace) -> Selection:
         preallocation=arguments.preallocation,
         compare=arguments.compare,
         keep_bitmaps=arguments.bitmaps == "keep",
+        base=arguments.base,
+        base_check=BaseCheck(arguments.base_check),
+        base_hash=arguments.hash,
+        flatten=arguments.flatten == "yes",
     )
 
 

@@ -75,6 +75,9 @@ class Confinement:
             case protocol.Files():
                 for name in op.names:
                     self._check_path(str(path_for(op.process.pid if op.process else None, name)))
+            case protocol.BaseDigest() | protocol.BaseDigests():
+                self._check_path(op.path)
+                self._check_header(op.path, op.format)
             case protocol.Open():
                 self._check_source(op.source)
             case protocol.Mark():

@@ -141,6 +141,20 @@ def size_of(path: str, image_format: str) -> int:
     return int(_info(path, image_format)["virtual-size"])
 
 
+def chain(path: str, image_format: str, *, alone: bool = False) -> tuple[int, list[str]]:
+    """The virtual size of an image, and the files that its content comes from: backing files, and external data files.
+
+    `alone`: its backing file left aside. Raises `Refused`.
+    """
+    layers = [_info(path, image_format)] if alone else _chain_info(path, image_format)
+    files = []
+    for layer in layers:
+        files.append(layer["filename"])
+        data = layer.get("format-specific", {}).get("data", {}).get("data-file")
+        files += [] if data is None else [os.path.join(os.path.dirname(layer["filename"]), data)]  # noqa: PTH118, PTH120
+    return int(layers[0]["virtual-size"]), files
+
+
 def recognized(path: str) -> str:
     """The format that qemu-img takes an existing image for. Raises `Refused`."""
     told = _qemu_img("info", "--force-share", "--output=json", os.path.realpath(path))
@@ -420,6 +434,14 @@ def _write_zeroes(descriptor: int, size: int) -> None:
         while piece:
             written = os.pwrite(descriptor, piece, offset)
             piece, offset = piece[written:], offset + written
+
+
+def _chain_info(path: str, image_format: str) -> list[dict[str, Any]]:
+    told = _qemu_img(
+        "info", "--force-share", "--backing-chain", "--output=json", "-f", image_format, os.path.realpath(path)
+    )
+    layers: list[dict[str, Any]] = json.loads(told)
+    return layers
 
 
 def _qemu_img(*arguments: str, limit: float | None = _QEMU_IMG_TIMEOUT) -> str:

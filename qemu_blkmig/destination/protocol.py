@@ -190,6 +190,30 @@ class Verify(Message, frozen=True, tag="verify"):
     limit: int
 
 
+class BaseDigest(Message, frozen=True, tag="base-digest"):
+    """Tell what the base image at `path`, with its backing chain, holds; `algorithm` None: just its size.
+
+    It is known from before when no file of the chain has changed since.
+    """
+
+    disk: str
+    path: str
+    format: str
+    algorithm: Algorithm | None
+
+
+class BaseDigests(Message, frozen=True, tag="base-digests"):
+    """Tell digests of a range of the base image at `path`; see `Digests`."""
+
+    disk: str
+    path: str
+    format: str
+    offset: int
+    length: int
+    unit: int
+    algorithm: Algorithm
+
+
 class Bye(Message, frozen=True, tag="bye"):
     """All is well; leave what is there and exit. The sockets' directories of the job's QEMUs go."""
 
@@ -274,6 +298,8 @@ Operation = (
     | Mark
     | Digests
     | Verify
+    | BaseDigest
+    | BaseDigests
     | Bye
     | Ping
     | Launch
@@ -414,6 +440,17 @@ class FilesReply(Message, frozen=True, tag="files"):
     ids: list[FileId | None]
 
 
+class BaseDigestReply(Message, frozen=True, tag="base-digest"):
+    """`root`: one digest for all of the virtual disk of `size` bytes, empty where none was asked for.
+
+    `read`: bytes that were read to tell this, 0 where it was known.
+    """
+
+    size: int
+    root: bytes
+    read: int
+
+
 class Done(Message, frozen=True, tag="done"):
     """Done, with nothing to tell (open, flush, bandwidth, cancel, ping, bye)."""
 
@@ -450,6 +487,7 @@ Outcome = (
     | AliveReply
     | HeldReply
     | FilesReply
+    | BaseDigestReply
     | Done
     | Failure
 )

@@ -66,27 +66,40 @@ async def start(path: str, image_format: str, connections: int, *, keep_allocate
     The socket's directory is gone when this returns, so that not even a killed agent leaves one behind. Raises
     `DestinationFailed` with what qemu-nbd said.
     """
-    directory = await asyncio.to_thread(tempfile.mkdtemp, prefix="blkmig-")
-    try:
-        return await _start(path, image_format, connections, Path(directory) / "nbd", keep_allocated)
-    finally:
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-
-
-async def _start(path: str, image_format: str, count: int, listening: Path, keep_allocated: bool) -> QemuNbd:
-    complaints = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
-    command = ["setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--socket", str(listening), "--format", image_format]
-    command += [
-        "--export-name",
-        _EXPORT,
+    options = [
         "--cache",
         "writeback",
         "--discard",
         "ignore" if keep_allocated else "unmap",
         "--detect-zeroes",
         "off",
+        "--format",
+        image_format,
     ]
-    command += ["--shared", str(count), "--persistent", os.path.abspath(path)]  # noqa: PTH100 - symlinks stay
+    return await _start([*options, os.path.abspath(path)], f"{path} as {image_format}", connections)  # noqa: PTH100 - symlinks stay
+
+
+async def start_reading(image: str, image_format: str | None) -> QemuNbd:
+    """Serve the image read-only to one connection; None: `image` is a json: pseudo-filename. Else as `start`.
+
+    QEMU's image locks refuse it while anything writes to one of the files.
+    """
+    options = ["--format", image_format] if image_format is not None else []
+    return await _start(["--read-only", *options, image], image, 1)
+
+
+async def _start(options: Sequence[str], what: str, count: int) -> QemuNbd:
+    directory = await asyncio.to_thread(tempfile.mkdtemp, prefix="blkmig-")
+    try:
+        return await _serve(options, what, count, Path(directory) / "nbd")
+    finally:
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+
+async def _serve(options: Sequence[str], what: str, count: int, listening: Path) -> QemuNbd:
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
+    command = ["setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--socket", str(listening), "--export-name", _EXPORT]
+    command += ["--shared", str(count), "--persistent", *options]
     process = subprocess.Popen(  # noqa: ASYNC220 - the main thread must be its parent (PR_SET_PDEATHSIG)
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints
     )
@@ -101,7 +114,7 @@ async def _start(path: str, image_format: str, count: int, listening: Path, keep
         if not isinstance(error, (errors.ConnectionLost, TimeoutError)):
             raise
         words = _last_words(complaints) or str(error)
-        raise errors.DestinationFailed(f"qemu-nbd cannot serve {path} as {image_format}: {words}") from error
+        raise errors.DestinationFailed(f"qemu-nbd cannot serve {what}: {words}") from error
     return QemuNbd(process, complaints, made)
 
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 import qemu_blkmig
 from qemu_blkmig import errors
 from qemu_blkmig.destination import files, images, launching, locks, protocol, qemu_nbd
+from qemu_blkmig.destination.bases import Bases
 from qemu_blkmig.destination.confine import Confinement
 from qemu_blkmig.destination.digests import digests
 from qemu_blkmig.destination.hashtable import HashTable, table_path
@@ -120,6 +121,7 @@ class Service:
         )
         self._throttle = Throttle()
         self._disks: dict[str, _Disk] = {}
+        self._bases = Bases()
         self._ended = False
 
     async def perform(self, op: protocol.Operation) -> protocol.Outcome:
@@ -133,6 +135,7 @@ class Service:
         """Stop everything: copies drained, servers gone, locks dropped; what was created and not closed is removed
         if `remove`."""
         self._ended = True
+        self._bases.cancel(None)
         disks, self._disks = list(self._disks.values()), {}
         for disk in disks:
             if disk.control is not None:
@@ -169,6 +172,8 @@ class Service:
                 return await self._move(op)
             case protocol.Digests():
                 return await self._digest(op)
+            case protocol.BaseDigest() | protocol.BaseDigests():
+                return await self._bases.answer(op)
             case protocol.Verify():
                 return await self._verify(op)
             case protocol.Flush():
@@ -352,8 +357,9 @@ class Service:
         return protocol.VerifyReply(found.checked, found.left, differ)
 
     def _cancel(self, op: protocol.Cancel) -> protocol.Done:
-        for disk in self._disks.values() if op.disk is None else [self._disk(op.disk)]:
-            if disk.control is not None:
+        self._bases.cancel(op.disk)
+        for disk in self._disks.values():
+            if op.disk in (None, disk.name) and disk.control is not None:
                 disk.control.cancel()
         return protocol.Done()
 

@@ -22,7 +22,7 @@ from qemu_blkmig.errors import DestinationFailed
 from qemu_blkmig.job.compare import Comparison
 from qemu_blkmig.job.options import Transfer
 from qemu_blkmig.job.place import host_name
-from qemu_blkmig.job.plan import Plan, private_layers
+from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
@@ -82,7 +82,7 @@ class Carriage:
                     requests=self._transfer.requests,
                     request_size=self._transfer.request_size,
                     zero_unit=min(max(self._transfer.granularity, ZERO_UNITS.start), ZERO_UNITS.stop),
-                    private_layers=private_layers(disk) if self._plan.images[disk.name].backing else None,
+                    private_layers=self._plan.private.get(disk.name),
                 )
             )
 

@@ -7,8 +7,9 @@ digests cross. What the guest writes meanwhile is in the recording anyway.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from qemu_blkmig.destination.protocol import Digests, DigestsReply
 from qemu_blkmig.engine.extents import Extent
@@ -22,6 +23,9 @@ from qemu_blkmig.nbd.plan import ALLOCATION
 from qemu_blkmig.nbd.reader import NbdReader
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.mover import carry_out, finished
+
+_Here = TypeVar("_Here")
+_There = TypeVar("_There")
 
 FINE = 64 << 10
 """Bytes in which what differs is looked for to be copied: digests of all cost 0.03 % of the data, and a guest's small
@@ -85,15 +89,7 @@ class Comparison:
 
     async def _differing(self, disk: str, extent: Extent, unit: int) -> list[Extent]:
         op = Digests(disk, extent.offset, extent.length, unit, self._algorithm)
-        here = asyncio.ensure_future(self._of_source(disk, extent, unit))
-        there = asyncio.ensure_future(carry_out(self._agent, op, DigestsReply))
-        try:
-            ours, theirs = await asyncio.gather(here, there)
-        except BaseException:
-            here.cancel()
-            there.cancel()
-            await finished(asyncio.gather(here, there, return_exceptions=True), PATIENCE)
-            raise
+        ours, theirs = await at_once(self._of_source(disk, extent, unit), carry_out(self._agent, op, DigestsReply))
         return differing_units(ours, theirs.digests, extent, unit, self._algorithm)
 
     async def _of_source(self, disk: str, extent: Extent, unit: int) -> bytes:
@@ -110,6 +106,18 @@ class Comparison:
             if isinstance(error, ConnectionLost):
                 error.disk = disk
             raise
+
+
+async def at_once(here: Coroutine[Any, Any, _Here], there: Coroutine[Any, Any, _There]) -> tuple[_Here, _There]:
+    """What both give. When one fails, or the caller is cancelled, the other has been cancelled and has ended."""
+    one, other = asyncio.ensure_future(here), asyncio.ensure_future(there)
+    try:
+        return await asyncio.gather(one, other)
+    except BaseException:
+        one.cancel()
+        other.cancel()
+        await finished(asyncio.gather(one, other, return_exceptions=True), PATIENCE)
+        raise
 
 
 async def _digests(reader: NbdReader, extent: Extent, unit: int, algorithm: Algorithm) -> bytes:

@@ -48,7 +48,7 @@ async def copy(options: CopyOptions, reporter: Reporter, interrupts: Interrupts,
 
     async def to_images(life: Lifecycle) -> Way:
         agent = await life.start_agent(options.target.place)
-        planner = Planner(agent, options.selection, Path(options.target.place.directory))
+        planner = Planner(agent, options.selection, Path(options.target.place.directory), life.reporter.note)
         return Way(planner, lambda plan: Carriage(life.job, plan, life.host, agent, options.transfer, life.reporter))
 
     steering = Steering(options.downtime, options.transfer.bandwidth)

@@ -14,7 +14,7 @@ from qemu_blkmig.destination import locks
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.qmp.disks import Backing, Disk, data_file_of, snapshots_in
+from qemu_blkmig.qmp.disks import Disk, Layer, data_file_of, named_backing, snapshots_in
 
 START = 10.0
 """Seconds in which qemu-nbd must serve."""
@@ -146,7 +146,15 @@ async def _describe(path: str, image_format: str | None) -> Disk:
             raise Refused(f"the image {path} is neither a file nor a block device")
     except OSError as error:
         raise Refused(f"the image {path} cannot be read: {error.strerror}") from error
-    arguments = ["qemu-img", "info", "--output=json", *(["-f", image_format] if image_format else []), "--", path]
+    arguments = [
+        "qemu-img",
+        "info",
+        "--backing-chain",
+        "--output=json",
+        *(["-f", image_format] if image_format else []),
+        "--",
+        path,
+    ]
     process = await asyncio.create_subprocess_exec(
         *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -154,14 +162,8 @@ async def _describe(path: str, image_format: str | None) -> Disk:
     if process.returncode != 0:
         words = said.decode(errors="replace").strip()
         raise Refused(f"the image {path} cannot be read: {words}", advice=_IN_USE if "lock" in words else None)
-    info = json.loads(output)
-    backing = None
-    if name := info.get("backing-filename"):
-        backing = Backing(
-            filename=name,
-            full=info.get("full-backing-filename", name),
-            format=info.get("backing-filename-format"),
-        )
+    chain = json.loads(output)
+    info = chain[0]
     with contextlib.suppress(KeyError):
         image_format = str(info["format"])
     return Disk(
@@ -172,8 +174,10 @@ async def _describe(path: str, image_format: str | None) -> Disk:
         format=image_format or "raw",
         size=info["virtual-size"],
         filename=path,
-        backing=backing,
-        layers=(),
+        backing=named_backing(info),
+        layers=tuple(
+            Layer("", each["format"], each["filename"], filter=False, backing=named_backing(each)) for each in chain
+        ),
         cluster_size=info.get("cluster-size"),
         encrypted=bool(info.get("encrypted")) or info["format"] == "luks",
         allocated=info.get("actual-size"),

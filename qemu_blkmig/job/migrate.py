@@ -72,7 +72,7 @@ class _Run:
         agent = await life.start_agent(options.target.place)
         if options.target.qmp is not None:
             await life.attach_target(options.target.qmp)
-        planner = Planner(agent, options.selection, Path(options.target.place.directory))
+        planner = Planner(agent, options.selection, Path(options.target.place.directory), self._reporter.note)
         self._plan: Plan = await planner.plan(
             source, life.target, self._job.record.prefix, with_ram=not options.pause_only
         )

@@ -98,11 +98,21 @@ class Target:
             raise UsageError("--launch is empty")
 
 
+class BaseCheck(enum.Enum):
+    """How a shared base is compared. FULL: by content; SIZE: only its virtual size; NONE: it is taken on trust."""
+
+    FULL = "full"
+    SIZE = "size"
+    NONE = "none"
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which disks, and what the destination may be taken to hold.
 
-    `compare`: images that are there hold older copies of the disks; only what differs is sent.
+    `compare`: images that are there hold older copies of the disks; only what differs is sent. `base`: which file of
+    the source's chain is the shared base, where it is not told by what the destination has. `base_hash`: what bases
+    are compared by. `flatten`: the layers above the base become one.
     """
 
     disks: tuple[str, ...] | None = None
@@ -114,8 +124,14 @@ class Selection:
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
     keep_bitmaps: bool = True
     compare: bool = False
+    base: str | None = None
+    base_check: BaseCheck = BaseCheck.FULL
+    base_hash: Algorithm = USUAL
+    flatten: bool = True
 
     def __post_init__(self) -> None:
+        if not self.shared_base and (self.base is not None or not self.flatten):
+            raise UsageError("--base and --flatten no are for --shared-base")
         if self.compare and self.target_is_zero:
             raise UsageError("--compare and --target-is-zero contradict each other")
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qemu_blkmig.destination.files import FileId, boot_id, file_id, file_id_for, opened_by
 from qemu_blkmig.destination.protocol import Backing as SharedBase
 from qemu_blkmig.destination.protocol import Files, FilesReply, Image, Inspect, InspectReply
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.base_proof import Proof
+from qemu_blkmig.job.bases import Base, bases_of, like, path_there
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.source_images import SourceImage, absolute, origin, troubles
 from qemu_blkmig.job.target import TargetQemu, counterpart
-from qemu_blkmig.qmp.disks import Backing, Disk, Layer, Skipped, inventory, obstacles, plain_filename, select
+from qemu_blkmig.qmp.disks import Backing, Disk, Skipped, inventory, obstacles, select
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.foreign_bitmaps import foreign_bitmaps
 from qemu_blkmig.qmp.guest import ASLEEP, ASLEEP_ADVICE, ASLEEP_TEXT, UNDER_WAY
@@ -32,7 +34,8 @@ MIGRATABLE = ("running", "paused", "io-error", "watchdog", "prelaunch", "postmig
 class Plan:
     """`images`: by disk name. `problems`: why it cannot be done; `warnings`: what the user should know.
 
-    `process`: the source QEMU's process id, where it has one and it is known.
+    `process`: the source QEMU's process id, where it has one and it is known. `private`: by disk, how many layers of
+    its chain lie above its shared base, filters included (see `Disk.layers`), where it has one.
     """
 
     disks: tuple[Disk, ...]
@@ -41,6 +44,7 @@ class Plan:
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     process: int | None = None
+    private: Mapping[str, int] = field(default_factory=dict)
 
     def source_images(self, host: str) -> list[SourceImage]:
         """The source's own image files and devices, with where they go to on `host`."""
@@ -53,33 +57,28 @@ class Plan:
             raise Refused("; ".join(self.problems), state="nothing was touched")
 
 
-def private_layers(disk: Disk) -> int:
-    """How many layers of the disk's chain lie above its shared base, filters included (see `Disk.layers`)."""
-    images = [number for number, layer in enumerate(disk.layers) if not layer.filter]
-    return images[1] if len(images) > 1 else max(1, len(disk.layers))
-
-
-def _base_layer(disk: Disk) -> Layer | None:
-    """The layer that the disk's overlay stands upon, as QEMU has it open."""
-    images = [layer for layer in disk.layers if not layer.filter]
-    return images[1] if len(images) > 1 else None
-
-
-def _same_name(one: str, other: str) -> bool:
-    return one == other or os.path.realpath(one) == os.path.realpath(other)
-
-
 class Planner:
     """Collects the plan from the source QEMU, the destination's agent and, where there is one, its QEMU."""
 
-    def __init__(self, agent: AgentClient | None, selection: Selection, directory: Path | None) -> None:
-        """Without an agent and a directory there are no images: the disks go into a stream."""
+    def __init__(
+        self,
+        agent: AgentClient | None,
+        selection: Selection,
+        directory: Path | None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Without an agent and a directory there are no images: the disks go into a stream.
+
+        `tell`: where it is told what takes long.
+        """
         self._agent = agent
         self._selection = selection
         self._directory = directory
         self._problems: list[str] = []
         self._warnings: list[str] = []
         self._process: int | None = None
+        self._tell = tell
+        self._bases: dict[str, Base] = {}
 
     async def plan(self, source: Monitor, target: TargetQemu | None, prefix: str, *, with_ram: bool) -> Plan:
         """The plan for a guest. `target`: a QEMU that waits with images of its own. `prefix`: of what is ours.
@@ -101,17 +100,15 @@ class Planner:
             self._problems += await unfit_capabilities(target.monitor)
         self._check_one_file_each(source.peer_pid, disks, found.disks)
         self._tell_left_out(found.disks, disks, found.skipped)
-        images = await self._target_images(disks, target) if target else self._directory_images(disks)
+        images = await self._target_images(disks, target) if target else await self._directory_images(disks)
         own = {file_id_for(source.peer_pid, layer.filename) for disk in found.disks for layer in disk.layers}
         await self._check_apart(images, own | opened_by(source.peer_pid))
         return await self._checked(disks, tuple(found.skipped), images)
 
     async def plan_image(self, disk: Disk) -> Plan:
         """The plan for a disk without a guest."""
-        images = self._directory_images((disk,))
-        await self._check_apart(
-            images, {file_id(name) for name in (disk.filename, disk.backing and disk.backing.full) if name}
-        )
+        images = await self._directory_images((disk,))
+        await self._check_apart(images, {file_id(layer.filename) for layer in disk.layers})
         return await self._checked((disk,), (), images)
 
     async def _checked(self, disks: tuple[Disk, ...], skipped: tuple[Skipped, ...], images: dict[str, Image]) -> Plan:
@@ -119,7 +116,9 @@ class Planner:
             self._check_disk(disk)
         if images:
             await self._check_destination(disks, images)
-        return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings), self._process)
+            await self._prove_bases(disks, images)
+        private = {name: base.above for name, base in self._bases.items()}
+        return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings), self._process, private)
 
     async def _check_source(self, source: Monitor, with_ram: bool) -> None:
         features = await probe(source)
@@ -201,17 +200,22 @@ class Planner:
 
     def _check_backing(self, disk: Disk, backing: Backing) -> None:
         """An overlay may be used upon another file than its image names: QEMU's options and `backing: null` do that."""
-        base = _base_layer(disk)
-        if disk.layers and (
-            base is None or not _same_name(plain_filename(base.filename), plain_filename(backing.full))
-        ):
-            used = base.filename if base is not None else "no backing file"
+        base = self._bases.get(disk.name)
+        if base is not None and not base.is_as_named:
+            self._problems.append(
+                f"disk {disk.name}: its image names {base.named.filename} as its backing file, but the source QEMU "
+                f"uses {base.layer.filename}: that base cannot be shared"
+            )
+        elif base is not None and base.private > 1 and not self._selection.flatten:
+            self._problems.append(
+                f"disk {disk.name}: {base.private} layers lie above its base {base.file}, and recreating them one by "
+                "one (--flatten no) is not possible yet: --flatten yes makes one overlay of them"
+            )
+        elif not bases_of(disk):
             self._problems.append(
                 f"disk {disk.name}: its image names {backing.filename} as its backing file, but the source QEMU uses "
-                f"{used}: that base cannot be shared"
+                "no backing file: that base cannot be shared"
             )
-        elif base is None and backing.format is None:
-            self._problems.append(f"disk {disk.name}: its image does not say which format its backing file has")
 
     def _tell_left_out(self, known: Sequence[Disk], chosen: Sequence[Disk], skipped: Sequence[Skipped]) -> None:
         names = {disk.name for disk in chosen}
@@ -222,7 +226,9 @@ class Planner:
                 )
         self._warnings += [f"{other.name} is not migrated: {other.reason}" for other in skipped]
 
-    def _directory_images(self, disks: Sequence[Disk]) -> dict[str, Image]:
+    async def _directory_images(self, disks: Sequence[Disk]) -> dict[str, Image]:
+        for disk in disks if self._selection.shared_base else ():
+            await self._choose_base(disk)
         if self._directory is None:
             return {}
         names = Counter(Path(disk.filename).name for disk in disks)
@@ -252,12 +258,73 @@ class Planner:
         )
 
     def _base(self, disk: Disk) -> SharedBase | None:
-        if not self._selection.shared_base or disk.backing is None:
+        base = self._bases.get(disk.name)
+        return None if base is None else base.shared
+
+    async def _choose_base(self, disk: Disk) -> None:
+        """As the user says; else the topmost one that the destination has; if it has none, the topmost one."""
+        if not (bases := self._wanted_bases(disk)):
+            return
+        base: Base | None = bases[0]
+        if len(bases) > 1 and self._agent is not None and self._directory is not None:
+            paths = [path_there(each, self._directory) for each in bases]
+            there = [each for each, path in zip(bases, paths, strict=True) if await self._is_there(self._agent, path)]
+            base = there[0] if there else None
+            if base is None:
+                self._problems.append(f"disk {disk.name}: the destination has none of its bases: {', '.join(paths)}")
+        if base is not None:
+            self._bases[disk.name] = base
+
+    async def _is_there(self, agent: AgentClient, path: str) -> bool:
+        """What is out of a confined agent's bounds is not there."""
+        with contextlib.suppress(Refused):
+            return (await agent.expect(Files([path]), FilesReply)).ids[0] is not None
+        return False
+
+    def _wanted_bases(self, disk: Disk) -> list[Base]:
+        bases = bases_of(disk)
+        path = self._selection.base
+        if path is None or not bases:
+            return bases
+        if wanted := [base for base in bases if base.answers_to(path)]:
+            return wanted[:1]
+        self._problems.append(
+            f"disk {disk.name}: {path} is none of its bases, which are: {', '.join(base.file for base in bases)}"
+        )
+        return []
+
+    def _take_base_of(self, other: Disk, disk: Disk) -> SharedBase | None:
+        """The base that a waiting QEMU's disk stands upon; the source's layer that it stands for is the disk's base."""
+        theirs = bases_of(other)
+        if not (self._selection.shared_base and theirs and (bases := self._wanted_bases(disk))):
             return None
-        base = _base_layer(disk)
-        # Where the image does not say it, QEMU has recognized it.
-        recognized = "raw" if base is None or base.driver == "file" else base.driver
-        return SharedBase(disk.backing.filename, disk.backing.format or recognized)
+        base = like(bases, theirs[0])
+        if base is None:
+            self._problems.append(
+                f"disk {disk.name}: the destination's image stands upon {theirs[0].file}, which by its name is none of "
+                f"the source's bases: {', '.join(each.file for each in bases)}; name the one that is meant by --base"
+            )
+            return None
+        self._bases[disk.name] = base
+        return theirs[0].shared
+
+    async def _prove_bases(self, disks: Sequence[Disk], images: Mapping[str, Image]) -> None:
+        """Only where all else is well: it may have to read all of the bases."""
+        if self._agent is None or not self._bases:
+            return
+        if self._problems:
+            self._warnings.append("the shared bases were not compared, because of these problems")
+            return
+        selection = self._selection
+        proof = Proof(self._agent, selection.base_check, selection.base_hash, self._tell)
+        for disk in disks:
+            if (base := self._bases.get(disk.name)) is None or disk.name not in images:
+                continue
+            try:
+                warning = await proof.compare(disk, base, images[disk.name], self._process)
+                self._warnings += [] if warning is None else [warning]
+            except Refused as error:
+                self._problems.append(f"{error}{f': {error.advice}' if error.advice else ''}")
 
     async def _target_images(self, disks: Sequence[Disk], target: TargetQemu) -> dict[str, Image]:
         candidates = (await target.inventory()).disks
@@ -280,7 +347,7 @@ class Planner:
             else:
                 images[disk.name] = Image(
                     disk=disk.name,
-                    backing=self._base(other),
+                    backing=self._take_base_of(other, disk),
                     path=other.filename,
                     format=other.format,
                     size=other.size,

@@ -14,7 +14,7 @@ from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.ports import Clock, CopyKind, CopyReport, DirtyLog, Guest
 from qemu_blkmig.errors import ConnectionLost, MigrationError, Refused, UsageError
 from qemu_blkmig.job.options import SaveOptions
-from qemu_blkmig.job.plan import Plan, private_layers
+from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.nbd.address import Address
@@ -184,6 +184,7 @@ class StreamCarriage:
         return self._options.selection.shared_base and disk.backing is not None
 
     def _sender(self, disk: Disk, connections: Sequence[Connection]) -> DiskSender:
+        private = self._plan.private.get(disk.name)
         return DiskSender(
             disk.name,
             self._names[disk.name],
@@ -191,7 +192,7 @@ class StreamCarriage:
             self._stream,
             self._throttle,
             limits=Limits(self._options.transfer.requests, self._options.transfer.request_size),
-            classify=_above_base(private_layers(disk)) if self._is_shared(disk) else zero_or_data,
+            classify=_above_base(private) if private is not None else zero_or_data,
             refuse_tail=self._options.for_qemu,
         )
 

@@ -29,22 +29,26 @@ _PASSIVE_JOBS = {"create"}
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One node of a disk's chain. `filter`: it only passes requests on (throttle, ...), and has no image of its own."""
-
-    node: str
-    driver: str
-    filename: str
-    filter: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Backing:
     """A backing file: `filename` as the image names it, `full` as QEMU resolved it, its `format`, if the image says."""
 
     filename: str
     full: str
     format: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One node of a disk's chain. `filter`: it only passes requests on (throttle, ...), and has no image of its own.
+
+    `backing`: what its image names; QEMU may use something else.
+    """
+
+    node: str
+    driver: str
+    filename: str
+    filter: bool
+    backing: Backing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +299,7 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
         format=image_layer.driver if image_layer.driver in _FORMATS else "raw",
         size=top["image"]["virtual-size"],
         filename=plain_filename(image_layer.filename),
-        backing=_backing(image),
+        backing=named_backing(image),
         layers=layers,
         cluster_size=image.get("cluster-size"),
         encrypted=any(_encrypted(nodes[layer.node]) for layer in layers),
@@ -317,7 +321,7 @@ def data_file_of(image: Mapping[str, Any]) -> str | None:
 
 
 def _layer(node: Mapping[str, Any]) -> Layer:
-    return Layer(node["node-name"], node["drv"], node["file"], node["drv"] in _FILTERS)
+    return Layer(node["node-name"], node["drv"], node["file"], node["drv"] in _FILTERS, named_backing(node["image"]))
 
 
 def plain_filename(told: str) -> str:
@@ -335,7 +339,8 @@ def plain_filename(told: str) -> str:
     return told
 
 
-def _backing(image: Mapping[str, Any]) -> Backing | None:
+def named_backing(image: Mapping[str, Any]) -> Backing | None:
+    """The backing file that an image names, by QEMU's ImageInfo, which qemu-img tells as well."""
     if "backing-filename" not in image:
         return None
     filename = image["backing-filename"]

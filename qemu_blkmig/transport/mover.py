@@ -13,6 +13,9 @@ from qemu_blkmig.transport.client import AgentClient, OnProgress
 
 _Reply = TypeVar("_Reply", bound=protocol.Message)
 
+Cancellable = protocol.Copy | protocol.Digests | protocol.BaseDigest | protocol.BaseDigests
+"""What `Cancel` ends."""
+
 _CANCEL_LIMIT = 10.0
 """Seconds in which the agent must have ended its work; one that hangs in its storage must not keep a guest paused."""
 _KILL_LIMIT = 2.0
@@ -49,7 +52,7 @@ class RemoteMover:
         await self._client.request(protocol.Bandwidth(rate))
 
 
-async def carry_out(client: AgentClient, op: protocol.Copy | protocol.Digests, reply: type[_Reply]) -> _Reply:
+async def carry_out(client: AgentClient, op: Cancellable, reply: type[_Reply]) -> _Reply:
     """`AgentClient.expect`, which, when cancelled, returns only after the agent has answered that `op` has ended."""
     working = asyncio.ensure_future(client.expect(op, reply))
     try:
