@@ -90,6 +90,8 @@ class Connection:
 
     def flush(self) -> int:
         """Make all completed writes stable; 0 or an errno. Raises `ConnectionLost`."""
+        if self.lost:
+            raise self.loss()
         if not self._handle.can_flush():
             return 0
         completed: list[tuple[Any, int]] = []
