@@ -105,8 +105,8 @@ async def _serve(options: Sequence[str], what: str, count: int, listening: Path)
     )
     made: list[Connection] = []
     try:
-        await _until_listening(process, listening)
-        for _ in range(count):
+        made.append(await _first_connection(process, listening))
+        for _ in range(1, count):
             made.append(await asyncio.to_thread(connect, listening, _EXPORT, contexts=[ALLOCATION]))
     except BaseException as error:
         process.kill()
@@ -118,10 +118,19 @@ async def _serve(options: Sequence[str], what: str, count: int, listening: Path)
     return QemuNbd(process, complaints, made)
 
 
-async def _until_listening(process: subprocess.Popen[bytes], listening: Path) -> None:
-    """Return when the socket is there or the server has exited; connecting then tells which."""
+async def _first_connection(process: subprocess.Popen[bytes], listening: Path) -> Connection:
+    """Connected as soon as the server lets us: its socket is there a moment before it listens.
+
+    Raises `ConnectionLost` when the server has exited, `TimeoutError`.
+    """
     async with asyncio.timeout(_START_TIMEOUT):
-        while process.poll() is None and not listening.exists():  # noqa: ASYNC110 - nothing tells of it
+        while True:
+            exited = process.poll() is not None
+            try:
+                return await asyncio.to_thread(connect, listening, _EXPORT, contexts=[ALLOCATION])
+            except errors.ConnectionLost:
+                if exited:
+                    raise
             await asyncio.sleep(0.01)
 
 

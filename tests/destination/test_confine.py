@@ -77,6 +77,8 @@ async def test_no_path_leads_out(service: Service, root: Path, path: str) -> Non
         protocol.Held([there]),
         protocol.Files([there]),
         protocol.Mark("cafe", [there], "complete"),
+        protocol.BaseDigest("d", there, "raw", None),
+        protocol.BaseDigests("d", there, "raw", 0, 512, 512, "sha256"),
         protocol.Identify(there),
         protocol.Open("d", UnixAddress(there), "export", 1, 1, 4096, 4096),
         protocol.Open("d", TcpAddress("127.0.0.1", 1, X509(str(root.parent))), "export", 1, 1, 4096, 4096),
@@ -112,6 +114,7 @@ async def test_no_header_of_an_image_leads_out(service: Service, root: Path, opt
     await refused(service, protocol.Prepare([image(root / "made", format="qcow2", create=False)]))
     overlay = image(root / "overlay", format="qcow2", backing=protocol.Backing("made", "qcow2"))
     await refused(service, protocol.Inspect([overlay]))
+    await refused(service, protocol.BaseDigest("d", str(root / "made"), "qcow2", "sha256"))
 
 
 async def test_formats_whose_headers_we_do_not_know_are_refused(service: Service, root: Path) -> None:
@@ -146,6 +149,7 @@ def test_each_operation_is_harmless_or_checked(root: Path) -> None:
     checked = {
         protocol.Inspect, protocol.Prepare, protocol.Discard, protocol.Mark, protocol.Held, protocol.Files,
         protocol.Open, protocol.Identify, protocol.Launch, protocol.FindProgram, protocol.Alive, protocol.EndProcess,
+        protocol.BaseDigest, protocol.BaseDigests,
     }  # fmt: skip
     assert {*HARMLESS} | checked == set(get_args(protocol.Operation))
 
