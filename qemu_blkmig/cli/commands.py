@@ -1,4 +1,7 @@
-"""Each command: its options, the one function it calls, how its result is shown."""
+"""Each command: its options, the one function it calls, how its result is shown.
+
+What a command runs is loaded only then: to load all of it takes as long as to copy some hundred MiB.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,8 @@ from pathlib import Path
 from qemu_blkmig.cli import job_commands, options, show, stream_commands
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.options import Commands
-from qemu_blkmig.demo.run import DemoOptions, demo
-from qemu_blkmig.destination import agent
 from qemu_blkmig.errors import UsageError
-from qemu_blkmig.job.check import check
-from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
-from qemu_blkmig.job.migrate import migrate
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall, Target
 from qemu_blkmig.job.source_images import Afterwards
 from qemu_blkmig.observe.progress import progress
@@ -86,6 +84,8 @@ def _add_migrate(commands: Commands) -> None:
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.job.migrate import migrate
+
     wanted = MigrateOptions(
         source=options.guest(arguments.source),
         target=options.target(arguments),
@@ -130,6 +130,8 @@ def _add_copy(commands: Commands) -> None:
 
 
 def _copy(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.job.copy import copy
+
     kind, place = options.source(arguments.source)
     wanted = CopyOptions(
         target=Target(options.place(arguments)),
@@ -164,6 +166,8 @@ def _add_check(commands: Commands) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.job.check import check
+
     if arguments.launch is not None and arguments.target_qmp is not None:
         raise UsageError("name the destination's QEMU in one way only: --target-qmp SOCK or --launch CMD")
     outcome = asyncio.run(
@@ -194,6 +198,8 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.demo.run import DemoOptions, demo
+
     wanted = DemoOptions(
         disk_size=arguments.disk_size,
         writer=arguments.writer,
@@ -232,6 +238,8 @@ def _add_receive(commands: Commands) -> None:
 
 
 def _receive(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.destination import agent
+
     for root in arguments.root or ():
         if not Path(root).is_absolute() or not Path(root).is_dir():
             raise UsageError(f"--root {root} is not the absolute path of a directory")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from qemu_blkmig.demo.run import DemoResult
-from qemu_blkmig.job.check import CheckResult
-from qemu_blkmig.job.result import Result
+from typing import TYPE_CHECKING
+
 from qemu_blkmig.units import show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from qemu_blkmig.demo.run import DemoResult
+    from qemu_blkmig.job.check import CheckResult
+    from qemu_blkmig.job.result import Result
 
 
 def result(outcome: Result) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from qemu_blkmig.job.load import LoadResult
-from qemu_blkmig.stream.chunkmap import ChunkMaps
-from qemu_blkmig.stream.events import Block
-from qemu_blkmig.stream.survey import Inspection
+from typing import TYPE_CHECKING
+
 from qemu_blkmig.units import show_bytes
+
+if TYPE_CHECKING:
+    from qemu_blkmig.job.load import LoadResult
+    from qemu_blkmig.stream.chunkmap import ChunkMaps
+    from qemu_blkmig.stream.events import Block
+    from qemu_blkmig.stream.survey import Inspection
 
 MAP_WIDTH = 64
 MAP_CELLS = 16 * MAP_WIDTH

@@ -14,9 +14,7 @@ from qemu_blkmig.cli import show, show_stream
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.interrupts import Interrupts
-from qemu_blkmig.job.load import LoadOptions, load
 from qemu_blkmig.job.options import SaveOptions, Selection, Transfer
-from qemu_blkmig.job.save import save
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.stream.channel import FORMS, SOCKETS, check, open_source
@@ -76,6 +74,8 @@ def _add_save(commands: Commands) -> None:
 
 
 def _save(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.job.save import save
+
     kind, _, place = arguments.source.partition(":")
     if kind not in ("qmp", "image") or not place:
         raise UsageError(f"not a source: {arguments.source!r}", advice="write qmp:/path/to.sock or image:/path")
@@ -139,6 +139,8 @@ def _add_load(commands: Commands) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.job.load import LoadOptions, load
+
     if arguments.list:
         return _list(arguments.source, arguments.page_size)
     if not arguments.images:

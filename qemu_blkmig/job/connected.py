@@ -61,7 +61,7 @@ async def connect(
     Raises what ends a job: `Refused`, `TopologyChanged`, `GuestStateError`, and what the agent raises.
     """
     guard = life.guard()
-    life.agree(plan)
+    await life.agree(plan)
     transfer = options.transfer
     log, exports = await life.open_source(plan, transfer.granularity, options.selection.shared_base, transfer.data)
     await carriage.open(life.exports.address, exports)

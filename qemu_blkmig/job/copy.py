@@ -70,7 +70,7 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         carriage = way.carriage(plan)
         await carriage.prepare()
         await carriage.open(UnixAddress(str(source.socket)), {source.disk.name: ""})
-        life.agree(plan)
+        await life.agree(plan)
         engine = await carriage.engine(source, source, clock)
         life.steering.on_change(lambda: engine.limit(life.steering.rate))
         with watch.phase("bulk"):

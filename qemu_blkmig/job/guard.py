@@ -9,7 +9,7 @@ from typing import NoReturn
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, GuestStateError, MigrationError
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.target import TargetQemu
-from qemu_blkmig.job.watchdog import Watchdog
+from qemu_blkmig.job.watchdog_client import Watchdog
 from qemu_blkmig.qmp.guest import MIGRATED, run_state
 from qemu_blkmig.qmp.monitor import CommandFailed, Event, Monitor
 

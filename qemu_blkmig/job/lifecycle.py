@@ -36,7 +36,7 @@ from qemu_blkmig.job.settle import Settlement, settle, unsettled
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.telling import Telling
-from qemu_blkmig.job.watchdog import Watchdog
+from qemu_blkmig.job.watchdog_client import Watchdog
 from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.monitor import Monitor
@@ -76,13 +76,18 @@ class Lifecycle:
         self._signals.enter_context(self._interrupts.watching())
         try:
             self.job = Job.create()
-            self.journal = Journal.create(self.job.directory, self._warner())
-            self.reporter = Telling(self._display, self.journal)
-            await self._listen()
             try:
                 self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
             except BaseException:
+                self.job.remove()
+                raise
+            self.journal = Journal.create(self.job.directory, self._warner())
+            self.reporter = Telling(self._display, self.journal)
+            try:
+                await self._listen()
+            except BaseException:
                 await asyncio.to_thread(self.journal.close)
+                await self.watchdog.dismiss()
                 self.job.remove()
                 raise
         except BaseException as error:
@@ -128,8 +133,9 @@ class Lifecycle:
         except OSError as error:
             self.reporter.note(f"this job cannot be controlled from other terminals: {error}")
 
-    def agree(self, plan: Plan) -> None:
-        """Note what is about to be done."""
+    async def agree(self, plan: Plan) -> None:
+        """Note what is about to be done; somebody will clean up after us from now on. Raises `Refused`."""
+        await self.watchdog.stand()
         record = self.job.record
         if record.source_qmp is not None:
             self.journal.fact("source", f"qmp:{record.source_qmp}")
@@ -176,7 +182,9 @@ class Lifecycle:
         self.job.record.target_place = place
         self.job.save()
         self._host = host_of(place, self.job.runtime, self.job.record.job)
+        standing = asyncio.create_task(self.watchdog.stand())
         self._agent = await self._host.start_agent()
+        await standing
         return self._agent
 
     @property

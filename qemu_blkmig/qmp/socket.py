@@ -22,6 +22,7 @@ from typing import Any
 from qemu.qmp import (
     ExecInterruptedError,
     ExecuteError,
+    Message,
     QMPClient,
     QMPError,
     Runstate,
@@ -37,6 +38,17 @@ _UNIX_PATH_LIMIT = 107
 _CONNECT_RETRY = 0.05
 _IN_USE = "a QMP socket serves one client at a time: close the other one, or give QEMU a second -qmp"
 _NOT_QMP = "give the path of QEMU's -qmp unix:PATH,server=on,wait=off"
+
+
+class _Client(QMPClient):
+    """The library's, without its log of all messages: it writes each of them out for that, even if nobody wants it
+    (a tenth of a second for a reply of query-qmp-schema)."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
 
 
 class SocketMonitor:
@@ -247,7 +259,7 @@ async def _await_greeting(sock: socket.socket, path: str, who: str) -> None:
 
 
 async def _negotiate(sock: socket.socket, rights: socket.socket, path: str, who: str) -> QMPClient:
-    client = QMPClient(who)
+    client = _Client(who)
     # The library's own listener, and its history, would hold every event of the connection's life.
     client.events.event_filter = lambda _event: False
     try:
