@@ -88,7 +88,8 @@ class StreamCarriage:
             self._stream,
             [DiskSpec(disk.name, disk.size) for disk in self._plan.disks],
             log, mover, guest, clock,
-            Tuning(chunk_size=CHUNK, range_size=128 << 20),
+            # A stream that has broken off is not gone on with: flushing it on the way spares nothing.
+            Tuning(chunk_size=CHUNK, range_size=128 << 20, flushes=1),
             self._reporter.figures,
         )  # fmt: skip
 
