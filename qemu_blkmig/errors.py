@@ -113,8 +113,8 @@ class ContentsDiffer(BlkmigError):
 
     exit_code = 5
 
-    def __init__(self, what: str, *, disk: str, offset: int) -> None:
-        super().__init__(what, disk=disk)
+    def __init__(self, what: str, *, disk: str, offset: int, advice: str | None = None) -> None:
+        super().__init__(what, disk=disk, advice=advice)
         self.offset = offset
 
 

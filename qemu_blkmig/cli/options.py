@@ -13,7 +13,7 @@ import msgspec
 from qemu_blkmig.errors import BlkmigError, UsageError
 from qemu_blkmig.hashing import SIZES, USUAL
 from qemu_blkmig.job.datapath import parse_data_path
-from qemu_blkmig.job.options import BaseCheck, Selection, Target, Transfer
+from qemu_blkmig.job.options import BaseCheck, Selection, Target, Transfer, Verify
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
 from qemu_blkmig.units import parse_rate, parse_size
 
@@ -27,7 +27,7 @@ class Common(TypedDict):
     transfer: Transfer
     downtime: float
     max_rounds: int | None
-    verify: bool
+    verify: Verify
 
 
 def common(arguments: argparse.Namespace) -> Common:
@@ -37,7 +37,7 @@ def common(arguments: argparse.Namespace) -> Common:
         transfer=transfer(arguments),
         downtime=arguments.downtime / 1000,
         max_rounds=arguments.max_rounds,
-        verify=arguments.verify == "full",
+        verify=Verify(arguments.verify),
     )
 
 
@@ -211,9 +211,11 @@ def add_convergence(parser: argparse.ArgumentParser) -> Any:
     group.add_argument("--max-rounds", type=argument(count), default=30, metavar="N",
                        help="how often what the guest has written meanwhile is copied, before it is a stall "
                        "(default: 30)")  # fmt: skip
-    group.add_argument("--verify", choices=["none", "full"], default="none",
-                       help="full: hash both sides completely while the guest is paused, and compare: proves that "
-                       "nothing was missed, but it is as long as reading them takes (default: none)")  # fmt: skip
+    group.add_argument("--verify", choices=[choice.value for choice in Verify], default=Verify.WRITTEN.value,
+                       help="written (the default): the destination reads back what it wrote, mostly before the "
+                       "pause, and compares it with hashes of what was read at the source. full: hash both sides "
+                       "completely while the guest is paused: that also proves that nothing was missed, but it is as "
+                       "long as reading them takes. none: neither")  # fmt: skip
     return group
 
 

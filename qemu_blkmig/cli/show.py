@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from qemu_blkmig.job.check import CheckResult
     from qemu_blkmig.job.result import Result
 
+VERIFIED = {
+    "none": "not verified (--verify none)",
+    "written": "verified as written: what was read at the source is what lies at the destination",
+    "full": "fully compared: both sides are equal",
+}
+
 
 def result(outcome: Result) -> str:
     """A migration's or a copy's result."""
@@ -32,9 +38,7 @@ def result(outcome: Result) -> str:
         )
     if outcome.consistency is not None:
         lines.append(f"  consistency: {outcome.consistency}")
-    lines.append(
-        "  both sides compared in full: equal" if outcome.verified == "full" else "  not compared (--verify full)"
-    )
+    lines.append(f"  {VERIFIED[outcome.verified]}")
     lines += [f"  note: {warning}" for warning in outcome.warnings]
     return "\n".join(lines)
 

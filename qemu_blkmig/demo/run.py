@@ -21,7 +21,7 @@ from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused, UsageError
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.migrate import migrate
-from qemu_blkmig.job.options import MigrateOptions, OnStall, Selection, Target
+from qemu_blkmig.job.options import MigrateOptions, OnStall, Selection, Target, Verify
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
@@ -168,7 +168,7 @@ class _Demo:
             target=Target(Local(str(self._destination)), launch=shlex.join(self._command(kernel, self._destination))),
             selection=Selection(shared_base=self._options.shared_base),
             on_stall=OnStall.PAUSE,
-            verify=True,
+            verify=Verify.FULL,
         )
         return await migrate(options, self._reporter, Interrupts(self._reporter.note), self._clock)
 

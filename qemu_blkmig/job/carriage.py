@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
+from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.protocol import (
     Close,
     CloseReply,
@@ -14,26 +15,31 @@ from qemu_blkmig.destination.protocol import (
     Prepare,
     PrepareReply,
     Progress,
+    VerifyReply,
 )
 from qemu_blkmig.engine.device import DiskSpec
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
 from qemu_blkmig.errors import DestinationFailed
 from qemu_blkmig.job.compare import Comparison
-from qemu_blkmig.job.options import Transfer
+from qemu_blkmig.job.options import Transfer, Verify
 from qemu_blkmig.job.place import host_name
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.job.space import SpaceWatch
+from qemu_blkmig.job.verification import Verification
 from qemu_blkmig.nbd.address import Address, UnixAddress
+from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.mover import RemoteMover
 
 CLOSE_LIMIT = 30.0
 """Seconds in which the images must be closed: the guest is paused and must not wait for ever."""
+HASH_UNITS = range(4 << 10, 64 << 10)
+"""Bytes that are hashed together: the granularity of the recording, within these."""
 ZERO_UNITS = range(4 << 10, 64 << 10)
 """Bytes in which zeroes are looked for: less costs more than the holes are worth, more makes fewer holes."""
 
@@ -42,7 +48,14 @@ class Carriage:
     """The disks' way to the destination, from prepared images to closed ones."""
 
     def __init__(
-        self, job: Job, plan: Plan, host: Host, agent: AgentClient, transfer: Transfer, reporter: Reporter
+        self,
+        job: Job,
+        plan: Plan,
+        host: Host,
+        agent: AgentClient,
+        transfer: Transfer,
+        reporter: Reporter,
+        verify: Verify,
     ) -> None:
         self._job = job
         self._plan = plan
@@ -50,6 +63,7 @@ class Carriage:
         self._agent = agent
         self._transfer = transfer
         self._reporter = reporter
+        self._hash = transfer.hash if verify is Verify.WRITTEN else None
         self._compares = any(image.compared for image in plan.images.values())
         self._allocated: dict[str, int] = {}
         occupied = {disk.name: disk.allocated for disk in plan.disks if disk.allocated is not None}
@@ -83,6 +97,8 @@ class Carriage:
                     request_size=self._transfer.request_size,
                     zero_unit=min(max(self._transfer.granularity, ZERO_UNITS.start), ZERO_UNITS.stop),
                     private_layers=self._plan.private.get(disk.name),
+                    hash=self._hash,
+                    hash_unit=self._unit(disk),
                 )
             )
 
@@ -91,12 +107,28 @@ class Carriage:
         mover = RemoteMover(self._agent, self._on_progress)
         await mover.set_bandwidth(self._transfer.bandwidth)
         return BlockMigration(
-            [DiskSpec(disk.name, disk.size) for disk in self._plan.disks],
+            [DiskSpec(disk.name, disk.size, self._unit(disk)) for disk in self._plan.disks],
             log, mover, guest, clock,
             Tuning(chunk_size=self._transfer.chunk_size, range_size=128 << 20),
             self._reporter.figures,
             self._comparison if self._compares else None,
         )  # fmt: skip
+
+    def verification(self, engine: BlockMigration, clock: Clock) -> Verification:
+        """What reads back what was written, if that was asked for."""
+        disks = [disk.name for disk in self._plan.disks] if self._hash is not None else []
+        return Verification(self._read_back, disks, engine, self._reporter.note, clock)
+
+    async def _read_back(self, disk: str, limit: int) -> VerifyReply:
+        return await self._agent.expect(protocol.Verify(disk, limit), VerifyReply)
+
+    def _unit(self, disk: Disk) -> int:
+        """Bytes that are hashed together, and copied together; see docs/decisions/016-verified-as-written.md.
+
+        No more than a cluster of an overlay: else what it leaves to its base would be sent along.
+        """
+        clusters = disk.cluster_size if self._plan.images[disk.name].backing else None
+        return max(HASH_UNITS.start, min(HASH_UNITS.stop, self._transfer.granularity, clusters or HASH_UNITS.stop))
 
     def _on_progress(self, progress: Progress) -> None:
         self._reporter.moving(progress.disk, progress.copied + progress.zeroed + progress.skipped)

@@ -12,6 +12,7 @@ from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, SaveOptions
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.result import DiskResult
+from qemu_blkmig.job.verification import Verification
 from qemu_blkmig.nbd.address import Address
 from qemu_blkmig.qmp.guest import QemuGuest
 
@@ -31,6 +32,9 @@ class Carrying(Protocol):
     async def compare(self) -> None:
         """Compare both sides."""
 
+    def verification(self, engine: BlockMigration, clock: Clock) -> Verification:
+        """What verifies that what was read lies at the destination, as far as that was asked for."""
+
     async def close(self) -> None:
         """All has been brought over: make it stable, and let go."""
 
@@ -40,12 +44,13 @@ class Carrying(Protocol):
 
 @dataclass(frozen=True)
 class Connected:
-    """The guest, what carries its disks, what watches it, and the engine over its disks."""
+    """The guest, what carries its disks, what watches it, the engine over its disks, and what verifies them."""
 
     guest: QemuGuest
     carriage: Carrying
     guard: Guard
     engine: BlockMigration
+    verification: Verification
 
 
 async def connect(
@@ -67,4 +72,4 @@ async def connect(
     await carriage.open(life.exports.address, exports)
     engine = await carriage.engine(log, guest, clock)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
-    return Connected(guest, carriage, guard, engine)
+    return Connected(guest, carriage, guard, engine, carriage.verification(engine, clock))

@@ -16,10 +16,10 @@ from qemu_blkmig.job.connected import Carrying, connect
 from qemu_blkmig.job.imagefile import ImageSource
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
-from qemu_blkmig.job.options import CopyOptions, SaveOptions
+from qemu_blkmig.job.options import CopyOptions, SaveOptions, Verify
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
-from qemu_blkmig.job.result import Downtime, Result
+from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.nbd.address import UnixAddress
 from qemu_blkmig.qmp.agent import GuestAgent
@@ -49,7 +49,10 @@ async def copy(options: CopyOptions, reporter: Reporter, interrupts: Interrupts,
     async def to_images(life: Lifecycle) -> Way:
         agent = await life.start_agent(options.target.place)
         planner = Planner(agent, options.selection, Path(options.target.place.directory), life.reporter.note)
-        return Way(planner, lambda plan: Carriage(life.job, plan, life.host, agent, options.transfer, life.reporter))
+        return Way(
+            planner,
+            lambda plan: Carriage(life.job, plan, life.host, agent, options.transfer, life.reporter, options.verify),
+        )
 
     steering = Steering(options.downtime, options.transfer.bandwidth)
     async with Lifecycle(reporter, interrupts, steering) as life:
@@ -77,7 +80,12 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
             await engine.setup()
             await engine.bulk()
         await engine.complete()
-        if options.verify:
+        verification = carriage.verification(engine, clock)
+        if verification.wanted:
+            with watch.phase("readback"):
+                while not await verification.rest():
+                    await engine.complete()
+        if options.verify is Verify.FULL:
             with watch.phase("verify"):
                 await carriage.compare()
         await carriage.close()
@@ -93,7 +101,7 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         total_copied=sum(disk.copied for disk in disks),
         phases=watch.phases,
         downtime=None,
-        verified="full" if options.verify else "none",
+        verified=options.verify.value,
         warnings=list(plan.warnings),
     )
 
@@ -125,8 +133,12 @@ class GuestCopy:
         with self._watch.phase("bulk"):
             await self._engine.setup()
             await self._engine.bulk()
-        await self._converge()
-        downtime = await self._last_round()
+        async with self._verification.in_background():
+            await self._converge()
+            downtime = await self._last_round()
+            # The guest may run again meanwhile: what is to be copied again is copied in another last round.
+            while not await self._read_back():
+                downtime = await self._last_round()
         await self._carriage.close()
         await self._engine.finish()
         return self._result(downtime)
@@ -145,6 +157,7 @@ class GuestCopy:
         await self._carriage.prepare()
         connected = await connect(life, self._plan, self._carriage, self._guest, options, self._clock)
         self._guard, self._engine = connected.guard, connected.engine
+        self._verification = connected.verification
 
     async def _converge(self) -> None:
         policy = Policy(downtime=self._life.steering.downtime, max_rounds=self._options.max_rounds)
@@ -165,6 +178,7 @@ class GuestCopy:
 
     async def _last_round(self) -> Downtime | None:
         """With the guest's file systems frozen, where it has an agent, and the guest paused; given back in any case."""
+        self._verification.hold()
         self._guard.ignore_pauses()
         was_running = self._job.record.was_running
         await self._life.watchdog.arm(self._options.freeze_limit + FREEZE)
@@ -179,6 +193,13 @@ class GuestCopy:
         verify = self._watch.phases.get("verify", 0.0)
         return Downtime(total=took, disk=took - verify, verify=verify, ram=0.0)
 
+    async def _read_back(self) -> bool:
+        """Whether what lies at the destination is what was written."""
+        if not self._verification.wanted:
+            return True
+        with self._watch.phase("readback"):
+            return await self._verification.rest()
+
     async def _complete(self) -> None:
         limit = self._options.freeze_limit
         with self._watch.phase("switchover"):
@@ -189,7 +210,7 @@ class GuestCopy:
                 raise MigrationError(
                     f"the last round did not end within {limit:.0f} s; the guest was given back"
                 ) from None
-        if self._options.verify:
+        if self._options.verify is Verify.FULL:
             with self._watch.phase("verify"):
                 await self._carriage.compare()
 
@@ -262,8 +283,12 @@ class GuestCopy:
             total_copied=sum(disk.copied for disk in disks),
             phases=self._watch.phases,
             downtime=downtime,
-            verified="full" if self._options.verify else "none",
-            warnings=[*self._plan.warnings, *self._warnings],
+            verified=self._options.verify.value,
+            warnings=[
+                *self._plan.warnings,
+                *self._warnings,
+                *remarks(downtime, self._life.steering.downtime),
+            ],
             consistency=self._consistency,
             serving=self._job.record.source_process.pid if self._job.record.source_process else None,
         )

@@ -18,7 +18,7 @@ from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import MigrateOptions, OnStall
 from qemu_blkmig.job.plan import Plan, Planner, verify_launched
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
-from qemu_blkmig.job.result import Downtime, Result
+from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover, disks_budget
 from qemu_blkmig.qmp.guest import QemuGuest
@@ -56,11 +56,13 @@ class _Run:
         with self._watch.phase("bulk"):
             await self._engine.setup()
             await self._engine.bulk()
-        await self._converge()
         over = Switchover(
             self._life, self._options, self._interrupts, self._watch, self._connected, self._plan.disks, self._again
         )
-        return self._result(await over.run())
+        async with self._connected.verification.in_background():
+            await self._converge()
+            downtime = await over.run()
+        return self._result(downtime)
 
     async def _follow(self) -> None:
         """The rounds aim at the downtime in force."""
@@ -87,7 +89,9 @@ class _Run:
         self._job.record.source_images = options.source_images
         guest = QemuGuest(source)
         self._job.record.was_running = not await guest.is_paused()
-        self._carriage = Carriage(self._job, self._plan, life.host, agent, options.transfer, self._reporter)
+        self._carriage = Carriage(
+            self._job, self._plan, life.host, agent, options.transfer, self._reporter, options.verify
+        )
         await self._carriage.prepare()
         if options.target.launch is not None:
             await self._launch()
@@ -142,7 +146,7 @@ class _Run:
             total_copied=sum(disk.copied for disk in disks),
             phases=self._watch.phases,
             downtime=downtime,
-            verified="full" if self._options.verify else "none",
-            warnings=list(self._plan.warnings),
+            verified=self._options.verify.value,
+            warnings=[*self._plan.warnings, *remarks(downtime, self._life.steering.downtime)],
             serving=serving.pid if serving else None,
         )

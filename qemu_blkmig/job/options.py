@@ -40,11 +40,23 @@ def check_downtime(downtime: float) -> None:
         raise UsageError("--downtime must be from 1 to 2000000 milliseconds")
 
 
+class Verify(enum.Enum):
+    """What is proven of the destination before the guest is handed over.
+
+    WRITTEN: that what was read at the source is what lies there. FULL: also that nothing was missed.
+    """
+
+    NONE = "none"
+    WRITTEN = "written"
+    FULL = "full"
+
+
 @dataclass(frozen=True)
 class Transfer:
     """How bytes are carried; sizes in bytes, `bandwidth` in bytes a second (None: no limit).
 
-    `hash`: what both sides' contents are compared by. `data`: the data's own way to a guest's disks; None: ssh's.
+    `hash`: what contents are compared by, both sides' or what was written and what lies there. `data`: the data's own
+    way to a guest's disks; None: ssh's.
     """
 
     chunk_size: int = 1 << 20
@@ -150,7 +162,7 @@ class MigrateOptions:
     pause_only: bool = False
     keep_source: bool = False
     source_images: Afterwards = Afterwards.KEEP
-    verify: bool = False
+    verify: Verify = Verify.WRITTEN
 
     def __post_init__(self) -> None:
         if self.source_images is not Afterwards.KEEP and (self.keep_source or self.pause_only):
@@ -187,7 +199,7 @@ class CopyOptions:
     downtime: float = 0.3
     max_rounds: int | None = 30
     freeze_limit: float = 10.0
-    verify: bool = False
+    verify: Verify = Verify.WRITTEN
 
     def __post_init__(self) -> None:
         _check_copy(self)
@@ -219,9 +231,9 @@ class SaveOptions:
     names: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def verify(self) -> bool:
+    def verify(self) -> Verify:
         """A stream cannot be compared with its source."""
-        return False
+        return Verify.NONE
 
     def __post_init__(self) -> None:
         _check_copy(self)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
+
+from qemu_blkmig.units import show_seconds
 
 
 class DiskResult(msgspec.Struct, frozen=True):
@@ -23,7 +27,8 @@ class DiskResult(msgspec.Struct, frozen=True):
 class Downtime(msgspec.Struct, frozen=True):
     """Seconds that the guest stood still.
 
-    `disk`: for the last round, flush and close; `verify`: for comparing; `ram`: for RAM and device state, all the rest.
+    `disk`: for the last round, flush and close; `verify`: for reading back or comparing; `ram`: for RAM and device
+    state, all the rest.
     """
 
     total: float
@@ -32,8 +37,22 @@ class Downtime(msgspec.Struct, frozen=True):
     ram: float
 
 
+def remarks(downtime: Downtime | None, wanted: float) -> Iterator[str]:
+    """What is to be said of a pause of the guest that was to last `wanted` seconds."""
+    if downtime is not None and downtime.total > wanted:
+        yield (
+            f"the guest stood still for {show_seconds(downtime.total)}, longer than --downtime "
+            f"({show_seconds(wanted)}): disks {show_seconds(downtime.disk)}, verification "
+            f"{show_seconds(downtime.verify)}, RAM and devices {show_seconds(downtime.ram)}"
+        )
+
+
 class Result(msgspec.Struct, frozen=True):
-    """What was done. `guest`: who runs the guest now, in words. `phases`: seconds by phase, in order."""
+    """What was done. `guest`: who runs the guest now, in words. `phases`: seconds by phase, in order.
+
+    `verified`: "none", "written" (what was read at the source is what lies at the destination) or "full" (and nothing
+    was missed).
+    """
 
     job: str
     outcome: str

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qemu_blkmig.destination import images
+from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.device import DiskSpec
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
@@ -17,6 +18,7 @@ from qemu_blkmig.job.options import SaveOptions
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
+from qemu_blkmig.job.verification import Verification
 from qemu_blkmig.nbd.address import Address
 from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.control import Control
@@ -96,6 +98,14 @@ class StreamCarriage:
     async def compare(self) -> None:
         """A stream can't be compared with what it was made from."""
         raise UsageError("a stream cannot be compared with its source", advice="load it, and compare the images")
+
+    def verification(self, engine: BlockMigration, clock: Clock) -> Verification:
+        """Nothing: what was sent cannot be read back."""
+
+        async def read_back(_disk: str, _limit: int) -> VerifyReply:
+            return VerifyReply(0, 0, [])
+
+        return Verification(read_back, (), engine, self._reporter.note, clock)
 
     async def close(self) -> None:
         """End the stream and its channel; a file is stable then, and has its name."""

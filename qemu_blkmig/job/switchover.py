@@ -21,7 +21,7 @@ from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
-from qemu_blkmig.job.options import MigrateOptions, OnStall
+from qemu_blkmig.job.options import MigrateOptions, OnStall, Verify
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.record import Owner
 from qemu_blkmig.job.reporting import Stopwatch
@@ -36,6 +36,8 @@ from qemu_blkmig.qmp.ram import RamMigration
 
 SHARE_OF_DISKS = 0.5
 """The disks' share of the downtime that the rounds aim at; the rest is for RAM and device state."""
+SHARE_OF_COPYING = 0.6
+"""Of the disks' share, what is left to copying when all that is copied is to be read back as well."""
 LEAST_FOR_RAM = 0.01
 """Seconds of downtime that RAM is left at least."""
 PATIENCE = 10.0
@@ -50,7 +52,8 @@ ATTEMPTS = 3
 
 def disks_budget(options: MigrateOptions, downtime: float) -> float:
     """Seconds of `downtime` that the last round of the disks is to fit."""
-    return downtime * (1.0 if options.pause_only else SHARE_OF_DISKS)
+    share = 1.0 if options.pause_only else SHARE_OF_DISKS
+    return downtime * share * (SHARE_OF_COPYING if options.verify is Verify.WRITTEN else 1.0)
 
 
 class Switchover:
@@ -82,6 +85,7 @@ class Switchover:
         self._guest = connected.guest
         self._engine = connected.engine
         self._guard = connected.guard
+        self._verification = connected.verification
         self._disks = disks
         self._again = again
         self._policy = Policy(downtime=0.0, max_rounds=None)
@@ -99,7 +103,15 @@ class Switchover:
         if self._ram is not None:
             await self._ram.adjust(downtime=self._downtime_of_ram(), bandwidth=await self._bandwidth_of_ram())
 
+    async def _catch_up(self) -> None:
+        """What was copied while the guest ran is to be read back by now: with it paused only the rest is."""
+        self._verification.release()
+        if self._verification.wanted:
+            with self._watch.phase("readback"):
+                await self._verification.catch_up(self._policy)
+
     async def _pause_here(self) -> Downtime | None:
+        await self._catch_up()
         await self._take_run_state(migrating=False)
         self._guard.ignore_pauses()
         with self._watch.phase("switchover"):
@@ -123,6 +135,7 @@ class Switchover:
 
     async def _switch_over(self) -> Downtime | None:
         for attempt in itertools.count(1):
+            await self._catch_up()
             carried = await self._carried_bitmaps()
             ram = RamMigration(self._life.source, self._target().monitor, carried, self._channel(attempt))
             async with self._called_off_on_error(ram):
@@ -267,6 +280,7 @@ class Switchover:
         self._guard = await self._again()
 
     async def _complete(self) -> None:
+        self._verification.hold()
         predicted = self._engine.figures().predicted or 0.0
         limit = max(PATIENCE, 10 * self._steering.downtime, 4 * predicted)
         try:
@@ -276,9 +290,13 @@ class Switchover:
             raise MigrationError(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None
 
     async def _verify(self) -> None:
-        if self._options.verify:
+        if self._options.verify is Verify.FULL:
             with self._watch.phase("verify"):
                 await self._carriage.compare()
+        if self._verification.wanted:
+            with self._watch.phase("verify"):
+                while not await self._verification.rest():
+                    await self._complete()
 
     async def _hand_over(self, ram: RamMigration, paused: float) -> Downtime | None:
         target, record = self._target(), self._job.record

@@ -54,7 +54,11 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
     )
     engine = SlowRounds()
     connected: Any = SimpleNamespace(
-        engine=engine, guest=SimpleNamespace(check_still_here=nothing, check_awake=nothing), guard=None, carriage=None
+        engine=engine,
+        guest=SimpleNamespace(check_still_here=nothing, check_awake=nothing),
+        guard=None,
+        carriage=None,
+        verification=None,
     )
     over: Any = Switchover(life, options, Any, SimpleNamespace(clock=RealClock()), connected, (), Any)  # type: ignore[arg-type]
     ram = SimpleNamespace(start=nothing, wait_paused=lambda: asyncio.sleep(0.01))

@@ -39,6 +39,7 @@ def run_with(on_stall: OnStall, done: list[str]) -> Any:
     life: Any = SimpleNamespace(job=None, reporter=SimpleNamespace(note=done.append), steering=Steering(0.3, None))
     connected: Any = SimpleNamespace(
         engine=None,
+        verification=None,
         carriage=None,
         guest=SimpleNamespace(pause=pause),
         guard=SimpleNamespace(ignore_pauses=lambda: done.append("the pause is ours")),

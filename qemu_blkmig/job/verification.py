@@ -1,0 +1,204 @@
+"""Verification as written: the destination reads back what it wrote, and what lies there otherwise is copied again.
+
+It proves that what was read at the source is what lies at the destination; not that nothing was missed. It goes on in
+the background while the guest runs, so that with the guest paused only the rest is to be read back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from qemu_blkmig.destination.protocol import VerifyReply
+from qemu_blkmig.engine.convergence import Policy, Rate
+from qemu_blkmig.engine.extents import Extent, union
+from qemu_blkmig.engine.migration import BlockMigration, Phase
+from qemu_blkmig.engine.ports import Clock
+from qemu_blkmig.errors import ContentsDiffer, DestinationFailed
+from qemu_blkmig.units import show_bytes
+
+SLICE = 32 << 20
+"""Bytes that are read back in one request; copies make it shorter."""
+IDLE = 0.1
+"""Seconds between two looks whether anything was written."""
+SMALL = 0.05
+"""Part of the budget in which the rest is to be read back, before the guest may be paused."""
+MOST_MENDED = 1 << 30
+"""Bytes of a disk that are copied again at most: storage that loses more is not to be trusted."""
+PLACES = 8
+"""Places that are named."""
+PATIENCE = 60.0
+"""Seconds in which a slice of the rest must be read back: the guest may be paused and must not wait for ever."""
+
+ReadBack = Callable[[str, int], Awaitable[VerifyReply]]
+"""Have about so many bytes of a disk read back."""
+
+
+class Verification:
+    """Reads `disks` back by `read_back`, and has `engine` copy again what is not as it was written, once.
+
+    Without disks nothing is done, and nothing is left to be done. `note` is told of what is copied again.
+    """
+
+    def __init__(
+        self,
+        read_back: ReadBack,
+        disks: Sequence[str],
+        engine: BlockMigration,
+        note: Callable[[str], None],
+        clock: Clock,
+    ) -> None:
+        self._read_back = read_back
+        self._disks = list(disks)
+        self._engine = engine
+        self._note = note
+        self._clock = clock
+        self._left: dict[str, int] = {}
+        self._mended: dict[str, Sequence[Extent]] = {}
+        self._found: list[tuple[str, Sequence[Extent]]] = []
+        self._speed = Rate()
+        self._checked = 0
+        self._may_go_on = asyncio.Event()
+        self._may_go_on.set()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is verified at all."""
+        return bool(self._disks)
+
+    @contextlib.asynccontextmanager
+    async def in_background(self) -> AsyncIterator[None]:
+        """Read back while what is inside goes on; if that fails, by what `rest` raises too, what is inside is ended."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                reading = group.create_task(self._keep_reading())
+                yield
+                reading.cancel()
+        except BaseExceptionGroup as group_of_errors:
+            raise group_of_errors.exceptions[0] from group_of_errors
+
+    def hold(self) -> None:
+        """Begin nothing more in the background: the guest is paused. `release` ends it."""
+        self._may_go_on.clear()
+
+    def release(self) -> None:
+        """Go on in the background."""
+        self._may_go_on.set()
+        self._tell_engine()
+
+    async def catch_up(self, policy: Policy) -> None:
+        """Keep the disks in step until what is left would be read back within a small part of `policy.downtime`.
+
+        Also ends when all that was there was read back once: what is left then is what the guest writes meanwhile.
+        Needs `in_background`. Raises as `BlockMigration.round` does.
+        """
+        if not self._disks:
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                rounds = group.create_task(self._engine.keep_in_step(policy))
+                await self._until_small(policy)
+                self._engine.request_stop()
+                await rounds
+        except BaseExceptionGroup as group_of_errors:
+            raise group_of_errors.exceptions[0] from group_of_errors
+
+    async def rest(self) -> bool:
+        """After `complete`: read back all that is left. False: something is to be copied again, and then read back.
+
+        Raises `ContentsDiffer` when what was copied again is still not there, and as `AgentClient.request` does.
+        """
+        self.hold()
+        await asyncio.gather(*(self._read_all(disk) for disk in self._disks))
+        self._tell_engine()
+        if self._engine.figures().phase is not Phase.COMPLETED:
+            return False
+        if left := {disk: left for disk, left in self._left.items() if left}:
+            disk, length = next(iter(left.items()))
+            raise DestinationFailed(f"{length} bytes were not read back, and are not to be copied again", disk=disk)
+        return True
+
+    async def _keep_reading(self) -> None:
+        while True:
+            await self._may_go_on.wait()
+            checked = 0
+            for disk in self._disks:
+                if self._may_go_on.is_set():
+                    checked += await self._read(disk)
+            if self._may_go_on.is_set():
+                self._tell_engine()
+            if not checked:
+                await self._until_something_was_copied()
+
+    async def _until_something_was_copied(self) -> None:
+        before = self._copied()
+        # The engine's figures are there at any time, and nobody waits for this.
+        while self._copied() == before or not self._may_go_on.is_set():
+            await self._clock.sleep(IDLE)
+
+    def _copied(self) -> int:
+        return sum(disk.copied + disk.zeroed for disk in self._engine.figures().disks)
+
+    async def _until_small(self, policy: Policy) -> None:
+        while len(self._left) < len(self._disks):
+            await self._clock.sleep(IDLE / 10)
+        goal = self._checked + sum(self._left.values())
+        while self._checked < goal:
+            speed = self._speed.value
+            if speed and sum(self._left.values()) / speed <= SMALL * policy.downtime:
+                return
+            await self._clock.sleep(IDLE / 10)
+
+    async def _read_all(self, disk: str) -> None:
+        checked = 1
+        while checked:
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    checked = await self._read(disk)
+            except TimeoutError:
+                what = f"{show_bytes(SLICE)} of what was written could not be read back within {PATIENCE:.0f} s"
+                raise DestinationFailed(what, disk=disk) from None
+
+    async def _read(self, disk: str) -> int:
+        began = self._clock.now()
+        reply = await self._read_back(disk, SLICE)
+        self._left[disk] = reply.left
+        self._checked += reply.checked
+        if reply.checked:
+            self._speed.add(reply.checked, self._clock.now() - began)
+        if reply.differ:
+            self._found.append((disk, [Extent(offset, length) for offset, length in reply.differ]))
+        return reply.checked
+
+    def _tell_engine(self) -> None:
+        """Not in the midst of a completion: it takes something that is owed by then for a guest that still writes."""
+        found, self._found = self._found, []
+        for disk, extents in found:
+            self._judge(disk, extents)
+            self._engine.owe(disk, extents)
+
+    def _judge(self, disk: str, extents: Sequence[Extent]) -> None:
+        mended = self._mended.get(disk, ())
+        again = [each for each in extents if any(each.offset < old.end and old.offset < each.end for old in mended)]
+        total = sum(extent.length for extent in union(mended, extents))
+        if again or total > MOST_MENDED:
+            what = "twice not what was written" if again else "not what was written, and it is too much to be mended"
+            raise ContentsDiffer(
+                f"what was read back from the destination is {what}: {_places(again or extents)}",
+                disk=disk,
+                offset=(again or extents)[0].offset,
+                advice="the destination's storage does not keep what it is given, or something else writes to the "
+                "image: find out which before you try again",
+            )
+        self._mended[disk] = union(mended, extents)
+        self._note(
+            f"disk {disk}: what was read back from the destination is not what was written, it is copied again: "
+            f"{_places(extents)}"
+        )
+
+
+def _places(extents: Sequence[Extent]) -> str:
+    named = ", ".join(f"{extent.length} bytes from offset {extent.offset}" for extent in extents[:PLACES])
+    rest = extents[PLACES:]
+    return named + (f", and {show_bytes(sum(extent.length for extent in rest))} more" if rest else "")

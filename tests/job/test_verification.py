@@ -1,0 +1,168 @@
+"""What reads back what was written: by an engine and an agent that are played."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+
+from qemu_blkmig.cli.clock import RealClock
+from qemu_blkmig.destination.protocol import VerifyReply
+from qemu_blkmig.engine.convergence import Policy
+from qemu_blkmig.engine.device import SECTOR
+from qemu_blkmig.engine.migration import Phase, Tuning
+from qemu_blkmig.engine.ports import Clock
+from qemu_blkmig.errors import ContentsDiffer, DestinationFailed, DestinationWriteError
+from qemu_blkmig.job.verification import Verification
+from tests.engine.world import Disk, World, Write
+
+SIZE = 11
+POLICY = Policy(downtime=0.3, max_rounds=None)
+
+
+class Impatient(RealClock):
+    """Counts sleeps, which are short."""
+
+    slept = 0
+
+    async def sleep(self, seconds: float) -> None:
+        """See `Clock`."""
+        self.slept += 1
+        await super().sleep(seconds / 100)
+
+
+class Played:
+    """An agent that answers what it is told to, and then that nothing is left; `asked` counts."""
+
+    def __init__(self, world: World, *replies: VerifyReply, clock: Clock | None = None) -> None:
+        self.replies = deque(replies)
+        self.asked = 0
+        self.notes: list[str] = []
+        self.verification = Verification(self.read_back, ["vda"], world.engine, self.notes.append, clock or RealClock())
+
+    async def read_back(self, disk: str, limit: int) -> VerifyReply:
+        """See `ReadBack`."""
+        self.asked += 1
+        await asyncio.sleep(0)
+        return self.replies.popleft() if self.replies else VerifyReply(0, 0, [])
+
+
+async def copied(*, paused: bool) -> World:
+    """A world whose bulk pass is done, and if `paused` its last round."""
+    disk = Disk("vda", bytearray(range(1, SIZE + 1)), None, False, bytearray(SIZE), [True] * SIZE)
+    world = World([disk], granularity=2, tuning=Tuning(chunk_size=4 * SECTOR, range_size=4 * SECTOR))
+    await world.engine.setup()
+    await world.engine.bulk()
+    if paused:
+        world.pause()
+        await world.engine.complete()
+    return world
+
+
+async def reach(condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_not_as_it_was_written_is_copied_again_and_read_back_again() -> None:
+    world = await copied(paused=True)
+    world.disks[0].destination[4] = world.disks[0].flushed[4] = 99
+    world.disks[0].damaged.add(4)
+    bad = VerifyReply(SIZE * SECTOR, 2 * SECTOR, [(4 * SECTOR, 2 * SECTOR)])
+    played = Played(world, bad, VerifyReply(0, 2 * SECTOR, []), VerifyReply(2 * SECTOR, 0, []))
+    assert not await played.verification.rest()
+    assert world.engine.figures().pending == 2 * SECTOR
+    await world.engine.complete()
+    world.check_equal()
+    assert await played.verification.rest()
+    assert "disk vda" in played.notes[0] and "1024 bytes from offset 2048" in played.notes[0]
+
+
+async def test_what_is_wrong_twice_ends_it_and_is_told_by_disk_and_offset() -> None:
+    world = await copied(paused=True)
+    bad = VerifyReply(SIZE * SECTOR, SECTOR, [(4 * SECTOR, SECTOR)])
+    played = Played(world, bad, VerifyReply(0, SECTOR, []), bad)
+    assert not await played.verification.rest()
+    await world.engine.complete()
+    with pytest.raises(ContentsDiffer, match="twice not what was written: 512 bytes from offset 2048") as failure:
+        await played.verification.rest()
+    assert (failure.value.disk, failure.value.offset, failure.value.exit_code) == ("vda", 2048, 5)
+    assert "storage" in str(failure.value.advice)
+
+
+async def test_nothing_is_taken_for_verified_that_is_left() -> None:
+    world = await copied(paused=True)
+    played = Played(world, VerifyReply(0, SECTOR, []))
+    with pytest.raises(DestinationFailed, match="512 bytes were not read back"):
+        await played.verification.rest()
+
+
+async def test_what_fails_in_the_background_ends_what_goes_on() -> None:
+    world = await copied(paused=False)
+    bad = VerifyReply(SECTOR, SECTOR, [(0, SECTOR)])
+    played = Played(world, bad, bad)
+    with pytest.raises(ContentsDiffer):
+        async with played.verification.in_background():
+            await asyncio.Event().wait()
+
+    async def lost(_disk: str, _limit: int) -> VerifyReply:
+        raise DestinationWriteError("cannot be read back", disk="vda", offset=None, errno=5)
+
+    verification = Verification(lost, ["vda"], world.engine, played.notes.append, RealClock())
+    with pytest.raises(DestinationWriteError):
+        async with verification.in_background():
+            await asyncio.Event().wait()
+
+
+async def test_what_fails_inside_is_raised_as_it_is() -> None:
+    world = await copied(paused=False)
+    with pytest.raises(DestinationFailed):
+        async with Played(world).verification.in_background():
+            raise DestinationFailed("gone")
+
+
+async def test_it_catches_up_when_little_is_left_and_when_all_was_read_back_once() -> None:
+    world = await copied(paused=False)
+    endless = [VerifyReply(SECTOR, SIZE * SECTOR, []) for _ in range(100)]
+    for replies in ([VerifyReply(SIZE * SECTOR, 0, [])], endless):
+        played = Played(world, *replies)
+        async with asyncio.timeout(10), played.verification.in_background():
+            await played.verification.catch_up(Policy(downtime=1e-9, max_rounds=None))
+
+
+async def test_held_nothing_is_owed_until_the_rest_is_read_back() -> None:
+    world = await copied(paused=False)
+    answer = asyncio.Event()
+
+    async def slowly(_disk: str, _limit: int) -> VerifyReply:
+        await answer.wait()
+        return replies.popleft() if replies else VerifyReply(0, 0, [])
+
+    replies = deque([VerifyReply(SECTOR, SECTOR, [(0, SECTOR)]), VerifyReply(0, SECTOR, [])])
+    verification = Verification(slowly, ["vda"], world.engine, lambda _: None, RealClock())
+    async with verification.in_background():
+        await asyncio.sleep(0)
+        verification.hold()
+        answer.set()
+        await reach(lambda: len(replies) == 1)
+        world.pause()
+        await world.engine.complete()
+        assert world.engine.figures().phase is Phase.COMPLETED
+        assert not await verification.rest()
+        assert world.engine.figures().pending == SECTOR
+
+
+async def test_when_nothing_was_written_nobody_is_asked_again_and_again() -> None:
+    world = await copied(paused=False)
+    clock = Impatient()
+    played = Played(world, clock=clock)
+    async with played.verification.in_background():
+        await reach(lambda: clock.slept > 3)
+        assert played.asked == 1
+        world.act(Write(0, 0, 1, 3))
+        await world.engine.round()
+        await reach(lambda: played.asked > 1)
