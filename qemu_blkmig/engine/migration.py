@@ -28,6 +28,7 @@ from qemu_blkmig.engine.dirty import DirtyRounds
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.outlast import outlast
 from qemu_blkmig.engine.ports import Clock, Comparer, DirtyLog, Guest, Mover
+from qemu_blkmig.engine.standby import Standby
 from qemu_blkmig.errors import MigrationError
 
 log = logging.getLogger(__name__)
@@ -281,6 +282,34 @@ class BlockMigration:
             raise ValueError(f"disk {disk}: there is no {extents}")
         device.found_amiss(extents)
         self._enter(Phase.DIRTY if self._phase is Phase.COMPLETED else self._phase)
+
+    async def stand_by(self, policy: Policy, until: asyncio.Event) -> None:
+        """Until `until` is set: keep the disks so far in step that the switchover may come at any time, for days.
+
+        Rounds and looks come as seldom as `engine.standby` finds they may; `until` ends a pause at once, and a round
+        under way is run to its end. Raises as `round` does.
+        """
+        async with self._alone("standing by", Phase.DIRTY, Phase.COMPLETED):
+            standby = Standby(self._clock.now())
+            while not until.is_set():
+                figures = await self.refresh()
+                if standby.due(figures.predicted, _dirty(figures), policy.downtime, self._clock.now()):
+                    began = self._clock.now()
+                    await self._round()
+                    figures, now = await self.refresh(), self._clock.now()
+                    pause = standby.rest(now - began, figures.predicted, policy.downtime, now)
+                else:
+                    slope = (figures.dirty_rate or 0.0) / figures.speed if figures.speed else 0.0
+                    pause = standby.pause(figures.predicted or 0.0, slope, policy.downtime)
+                await self._sleep_until(until, pause)
+
+    async def _sleep_until(self, until: asyncio.Event, seconds: float) -> None:
+        waits = {asyncio.ensure_future(self._clock.sleep(seconds)), asyncio.ensure_future(until.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def request_stop(self) -> None:
         """Let `keep_in_step` return after the round under way; if it does not run yet, its next call at once."""
