@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from integration.lab import Lab, wait_until
-from integration.tool import COMMAND, Outcome, arguments, finish, start
+from integration.tool import (
+    COMMAND,
+    Outcome,
+    arguments,
+    assert_nothing_left,
+    assert_writes_soundly,
+    finish,
+    start,
+)
+from qemu_blkmig.demo.guest import Orders
 
 MIB = 1 << 20
 
@@ -133,3 +142,62 @@ def _children(pid: int) -> list[int]:
     """Children of all threads of a process."""
     told = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return [int(word) for line in told for word in line.split()]
+
+
+def test_a_guest_that_waits_for_the_word_is_kept_in_step_and_moves_when_it_is_given(lab: Lab) -> None:
+    guest = lab.boot([lab.disk("disk", 32 * MIB, data=[(0, 8 * MIB)])], Orders(rate=200))
+    guest.wait_for_writing(more=20)
+    launched = lab.destination(guest)
+    command = ("--launch", guest.launch_command(lab.target), "--switchover", "manual", "--downtime", 5000)
+    process = start(arguments("migrate", guest, lab.target, "--output", "json", *command))
+
+    def stands_by() -> bool:
+        assert process.poll() is None, process.communicate()
+        told = [look(path.parent.name) for path in lab.state.glob("*/record.json")]
+        return any(
+            each and each["phase"] == "standby" and each["predicted_downtime"] is not None and each["round"]
+            for each in told
+        )
+
+    wait_until(stands_by, "the standby")
+    (job,) = (path.parent.name for path in lab.state.glob("*/record.json"))
+    told = tool("status", job).succeeded().stdout
+    assert "predicted downtime" in told and f"qemu-blkmig switchover {job} moves the guest" in told
+    assert "the guest is the source's, and runs there" in told
+    guest.wait_for_writing(more=20)
+    assert "moves" in tool("switchover", job).succeeded().stdout
+    outcome = finish(process).succeeded()
+    assert outcome.result["outcome"] == "migrated"
+    assert f"qemu-blkmig switchover {job}" in outcome.stderr
+    assert_writes_soundly(launched)
+    assert [each["outcome"]["text"] for each in listed("--all")] == ["migrated"]
+    assert_nothing_left(lab, launched)
+
+
+def test_copies_share_a_budget_and_wait_for_a_slot_and_the_part_of_one_that_is_killed_is_given_back(lab: Lab) -> None:
+    options = ("--bandwidth-group", "test=2M", "--slots", 2)
+    first, one = copying(lab, "one", 32 * MIB, *options)
+    second, two = copying(lab, "two", 32 * MIB, *options)
+    wait_until(lambda: [bandwidth(one), bandwidth(two)] == [MIB, MIB], "each to have half of the budget")
+    third = start(arguments("copy", lab.disk("three", MIB).path, lab.target, "--output", "json", *options))
+
+    def waits() -> bool:
+        told = [look(path.parent.name) for path in lab.state.glob("*/record.json")]
+        return any(each and each["note"] == "waits for a slot, 2 of 2 taken" for each in told)
+
+    wait_until(waits, "the third to wait")
+    os.kill(second.pid, signal.SIGKILL)
+    finish(second)
+    outcome = finish(third).succeeded()
+    assert "waits for a slot, 2 of 2 taken" in outcome.stderr
+    wait_until(lambda: bandwidth(one) == 2 * MIB, "the budget to be one's alone")
+    tool("set", one, "--bandwidth", "none").succeeded()
+    assert bandwidth(one) == 2 * MIB, "the group's budget holds, whatever the job's own limit is"
+    tool("cancel", one).succeeded()
+    finish(first)
+
+
+def bandwidth(job: str) -> int | None:
+    """The limit in force."""
+    told = look(job)
+    return told["bandwidth"] if told else None

@@ -16,6 +16,7 @@ from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.moment import Moment, parse_moment
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall, Target
 from qemu_blkmig.job.source_images import Afterwards
 from qemu_blkmig.observe.progress import progress
@@ -77,6 +78,15 @@ def _add_migrate(commands: Commands) -> None:
         help="if after --max-rounds the pause would still be longer than --downtime: give up, the guest stays (abort, "
         "the default); pause it for as long as it takes (pause); go on trying (wait)",
     )
+    convergence.add_argument(
+        "--switchover",
+        type=options.argument(parse_moment),
+        default=Moment(),
+        metavar="WHEN",
+        help="when the guest moves: as soon as the pause fits --downtime (auto, the default); when told by "
+        "`qemu-blkmig switchover JOB` (manual), its disks being kept in step until then, for days if need be; or "
+        "at=TIME, such as at=02:30 or at=2030-01-31T02:30+01:00",
+    )
     options.add_transfer(parser)
     options.add_data_path(parser)
     options.add_output(parser)
@@ -91,6 +101,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         target=options.target(arguments),
         on_stall=OnStall(arguments.on_stall),
         pause_only=arguments.pause_only,
+        switchover=arguments.switchover,
         keep_source=arguments.source_after == "keep",
         source_images=Afterwards(arguments.source_images),
         **options.common(arguments),

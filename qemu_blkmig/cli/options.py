@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from qemu_blkmig.job.options import BaseCheck, Selection, Target, Transfer, Veri
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
 from qemu_blkmig.units import parse_rate, parse_size
 
+_T = TypeVar("_T")
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
 
 
@@ -173,6 +174,14 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="most MiB/s, such as 100; or bytes a second with a suffix, such as 512k (default: no limit)",
     )
+    group.add_argument(
+        "--bandwidth-group",
+        type=argument(bandwidth_group),
+        metavar="NAME=RATE",
+        help="share RATE evenly with all jobs here that name the same group",
+    )
+    group.add_argument("--slots", type=argument(count), metavar="N",
+                       help="wait until less than N jobs here are in their first pass")  # fmt: skip
     group.add_argument("--connections", type=argument(count), default=usual.connections, metavar="N",
                        help=f"NBD connections for each disk, 1 to 64 (default: {usual.connections})")  # fmt: skip
     group.add_argument("--requests", type=argument(count), default=usual.requests, metavar="N",
@@ -241,14 +250,22 @@ def count(text: str) -> int:
     return int(text)
 
 
-def argument(parse: Callable[[str], int]) -> Callable[[str], int]:
+def bandwidth_group(text: str) -> tuple[str, int]:
+    """NAME=RATE. Raises `UsageError`."""
+    name, equals, rate = text.partition("=")
+    if not equals:
+        raise UsageError(f"not a group: {text!r}", advice="write NAME=RATE, such as backup=100")
+    return name, parse_rate(rate)
+
+
+def argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
     """`parse` as argparse wants it, which then names the option in its message."""
 
-    def parsed(text: str) -> int:
+    def parsed(text: str) -> _T:
         try:
             return parse(text)
         except UsageError as error:
-            raise argparse.ArgumentTypeError(f"{error}: {error.advice}") from error
+            raise argparse.ArgumentTypeError(f"{error}" + (f": {error.advice}" if error.advice else "")) from error
 
     return parsed
 
@@ -310,6 +327,8 @@ def transfer(arguments: argparse.Namespace) -> Transfer:
         requests=arguments.requests,
         request_size=arguments.request_size,
         bandwidth=arguments.bandwidth,
+        group=arguments.bandwidth_group,
+        slots=arguments.slots,
         hash=arguments.hash,
         data=parse_data_path(arguments.data, certificates=arguments.tls_creds, insecure=arguments.insecure),
     )

@@ -291,6 +291,9 @@ class BlockMigration:
         """
         async with self._alone("standing by", Phase.DIRTY, Phase.COMPLETED):
             standby = Standby(self._clock.now())
+            if not self._rounds.begun:
+                # For the writes that came during the bulk pass, and to have measured a round.
+                await self._round()
             while not until.is_set():
                 figures = await self.refresh()
                 if standby.due(figures.predicted, _dirty(figures), policy.downtime, self._clock.now()):

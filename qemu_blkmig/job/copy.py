@@ -20,6 +20,7 @@ from qemu_blkmig.job.options import CopyOptions, SaveOptions, Verify
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
+from qemu_blkmig.job.sharing import Sharing
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.nbd.address import UnixAddress
 from qemu_blkmig.qmp.agent import GuestAgent
@@ -76,9 +77,10 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         await life.agree(plan)
         engine = await carriage.engine(source, source, clock)
         life.steering.on_change(lambda: engine.limit(life.steering.rate))
-        with watch.phase("bulk"):
-            await engine.setup()
-            await engine.bulk()
+        async with Sharing(life.job.record.job, options.transfer, life.steering, life.reporter):
+            with watch.phase("bulk"):
+                await engine.setup()
+                await engine.bulk()
         await engine.complete()
         verification = carriage.verification(engine, clock)
         if verification.wanted:
@@ -130,15 +132,18 @@ class GuestCopy:
         """All phases."""
         with self._watch.phase("prepare"):
             await self._prepare()
-        with self._watch.phase("bulk"):
-            await self._engine.setup()
-            await self._engine.bulk()
-        async with self._verification.in_background():
-            await self._converge()
-            downtime = await self._last_round()
-            # The guest may run again meanwhile: what is to be copied again is copied in another last round.
-            while not await self._read_back():
+        sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
+        async with sharing:
+            with self._watch.phase("bulk"):
+                await self._engine.setup()
+                await self._engine.bulk()
+            sharing.bulk_over()
+            async with self._verification.in_background():
+                await self._converge()
                 downtime = await self._last_round()
+                # The guest may run again meanwhile: what is to be copied again is copied in another last round.
+                while not await self._read_back():
+                    downtime = await self._last_round()
         await self._carriage.close()
         await self._engine.finish()
         return self._result(downtime)

@@ -9,6 +9,7 @@ from qemu_blkmig.job.control import Change
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import check_bandwidth, check_downtime
 from qemu_blkmig.job.record import Record
+from qemu_blkmig.job.reporting import STANDBY
 from qemu_blkmig.job.status import Status, live
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.telling import Telling
@@ -55,6 +56,6 @@ class Live:
                 "this job does not wait to be told when to switch over", advice="that is migrate --switchover manual"
             )
         self._steering.switchover.set()
-        if self._telling.phase == "standby":
+        if self._telling.phase == STANDBY:
             return "the guest moves as soon as the last round fits the downtime"
         return "the guest will move without waiting any more, as soon as its disks are across"

@@ -1,10 +1,12 @@
 """`migrate`: a running guest moves with its disks, or (`--pause-only`) its disks do while it stays paused here.
 
-Phases: prepare; bulk; dirty rounds until the last one would fit the downtime; then what `switchover` tells of.
+Phases: prepare; bulk; standby, if it is to wait for a word or a time; dirty rounds until the last one would fit the
+downtime; then what `switchover` tells of.
 """
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
@@ -15,10 +17,12 @@ from qemu_blkmig.job.connected import connect
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.moment import reached
 from qemu_blkmig.job.options import MigrateOptions, OnStall
 from qemu_blkmig.job.plan import Plan, Planner, verify_launched
-from qemu_blkmig.job.reporting import Reporter, Stopwatch
+from qemu_blkmig.job.reporting import STANDBY, Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
+from qemu_blkmig.job.sharing import Sharing
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover, disks_budget
 from qemu_blkmig.qmp.guest import QemuGuest
@@ -45,6 +49,7 @@ class _Run:
         self._interrupts = interrupts
         self._clock = clock
         self._watch = Stopwatch(clock, life.reporter)
+        life.steering.may_wait = options.switchover.waits
         self._policy = Policy(downtime=0.0, max_rounds=None if options.on_stall is OnStall.WAIT else options.max_rounds)
 
     async def whole(self) -> Result:
@@ -53,16 +58,48 @@ class _Run:
         await self._follow()
         with self._watch.phase("prepare"):
             await self._prepare()
-        with self._watch.phase("bulk"):
-            await self._engine.setup()
-            await self._engine.bulk()
-        over = Switchover(
-            self._life, self._options, self._interrupts, self._watch, self._connected, self._plan.disks, self._again
-        )
-        async with self._connected.verification.in_background():
-            await self._converge()
-            downtime = await over.run()
+        sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
+        async with sharing:
+            with self._watch.phase("bulk"):
+                await self._engine.setup()
+                await self._engine.bulk()
+            sharing.bulk_over()
+            over = Switchover(
+                self._life, self._options, self._interrupts, self._watch, self._connected, self._plan.disks, self._again
+            )
+            async with self._connected.verification.in_background():
+                if self._options.switchover.waits:
+                    await self._wait_for_word()
+                else:
+                    await self._converge()
+                downtime = await over.run()
         return self._result(downtime)
+
+    async def _wait_for_word(self) -> None:
+        """Keep the disks in step until somebody says that the guest may move, and the last round fits then."""
+        when, word = self._options.switchover, self._life.steering.switchover
+        timer = asyncio.create_task(self._give_word(when.at)) if when.at is not None else None
+        try:
+            while True:
+                self._reporter.note(
+                    f"the disks are kept in step; the guest moves {f'at {when}, or ' if timer else ''}"
+                    f"when you run: qemu-blkmig switchover {self._job.record.job}"
+                )
+                with self._watch.phase(STANDBY):
+                    await self._engine.stand_by(self._policy, word)
+                try:
+                    return await self._converge()
+                except Stalled as error:
+                    # What days of copying have brought over is not thrown away for that.
+                    word.clear()
+                    self._reporter.note(f"not moved: {error}")
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _give_word(self, at: float) -> None:
+        await reached(at, self._clock.sleep)
+        self._life.steering.switchover.set()
 
     async def _follow(self) -> None:
         """The rounds aim at the downtime in force."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from qemu_blkmig.destination.protocol import MOST_IN_FLIGHT
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.hashing import USUAL, Algorithm
 from qemu_blkmig.job.datapath import DataPath
+from qemu_blkmig.job.moment import AT_ONCE, Moment
 from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.source_images import Afterwards
 
@@ -56,7 +58,8 @@ class Transfer:
     """How bytes are carried; sizes in bytes, `bandwidth` in bytes a second (None: no limit).
 
     `hash`: what contents are compared by, both sides' or what was written and what lies there. `data`: the data's own
-    way to a guest's disks; None: ssh's.
+    way to a guest's disks; None: ssh's. `group`: name and budget, in bytes a second, of the jobs that share one.
+    `slots`: how many jobs may be in their bulk pass at once (None: any number).
     """
 
     chunk_size: int = 1 << 20
@@ -67,6 +70,8 @@ class Transfer:
     bandwidth: int | None = None
     hash: Algorithm = USUAL
     data: DataPath | None = None
+    group: tuple[str, int] | None = None
+    slots: int | None = None
 
     def __post_init__(self) -> None:
         if not _power_of_two(self.granularity) or not 512 <= self.granularity <= 2 << 30:
@@ -81,6 +86,12 @@ class Transfer:
             if not 1 <= count <= 64:
                 raise UsageError(f"{name} must be from 1 to 64")
         check_bandwidth(self.bandwidth)
+        if self.group is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", self.group[0]):
+            raise UsageError(f"{self.group[0]!r} is no name of a group: letters, digits, dots, hyphens, underscores")
+        if self.group is not None and self.group[1] < 64 << 10:
+            raise UsageError("--bandwidth-group must be at least 64k (bytes a second)")
+        if self.slots is not None and not 1 <= self.slots <= 1000:
+            raise UsageError("--slots must be from 1 to 1000")
         if self.connections * self.requests * self.request_size > MOST_IN_FLIGHT:
             raise UsageError(
                 "--connections x --requests x --request-size must not exceed 1G: it is memory, for each disk"
@@ -160,6 +171,7 @@ class MigrateOptions:
     max_rounds: int | None = 30
     on_stall: OnStall = OnStall.ABORT
     pause_only: bool = False
+    switchover: Moment = AT_ONCE
     keep_source: bool = False
     source_images: Afterwards = Afterwards.KEEP
     verify: Verify = Verify.WRITTEN

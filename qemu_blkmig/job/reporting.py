@@ -9,12 +9,15 @@ from typing import Protocol
 from qemu_blkmig.engine.migration import Figures
 from qemu_blkmig.engine.ports import Clock
 
+STANDBY = "standby"
+"""The phase in which the disks are kept in step until somebody says that the guest may move."""
+
 
 class Reporter(Protocol):
     """Called from the job's event loop; must not block."""
 
     def stage(self, name: str) -> None:
-        """A phase begins: prepare, bulk, dirty, ram, switchover, verify, handover."""
+        """A phase begins: prepare, waiting (for a slot), bulk, standby, dirty, ram, switchover, verify, handover."""
 
     def figures(self, figures: Figures) -> None:
         """The engine's figures changed."""

@@ -11,13 +11,12 @@ from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.chronicle import Chronicle, DiskState, Outcome
 from qemu_blkmig.job.journal import FILE
 from qemu_blkmig.job.record import Owner, Record
+from qemu_blkmig.job.reporting import STANDBY
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.telling import Telling
 
 RUNNING, BUSY, LEFT, FINISHED = "running", "busy", "left behind", "finished"
 """States of a job. BUSY: its processes live, but do not answer (its watchdog settles it, or it hangs)."""
-STANDBY = "standby"
-"""The phase in which the disks are kept in step until somebody says that the guest may move."""
 
 
 class DiskStatus(msgspec.Struct, frozen=True):

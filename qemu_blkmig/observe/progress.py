@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from qemu_blkmig.engine.migration import Figures
-from qemu_blkmig.job.reporting import Reporter
+from qemu_blkmig.job.reporting import STANDBY, Reporter
 from qemu_blkmig.units import show_bytes, show_rate, show_seconds
 
 INTERVAL = 0.2
@@ -22,6 +22,8 @@ LEAST_MEASURED = 0.5
 """Seconds of copying that an average speed is told after."""
 LEAST_BAR, MOST_BAR = 8, 42
 """Columns of the bar, its brackets included in the first."""
+MINUTE = 60.0
+"""Seconds between two plain lines while the switchover waits."""
 ERASE = "\r\x1b[K"
 """To the line's beginning, and what stands there away."""
 
@@ -173,20 +175,25 @@ class Bar:
 
 
 class Lines:
-    """Plain lines: a phase's beginning, and notes."""
+    """Plain lines: a phase's beginning, and notes; while the switchover waits, a line a minute."""
 
     def __init__(self, stream: TextIO) -> None:
         self.summary = Summary()
         self._stream = stream
+        self._told = 0.0
 
     def stage(self, name: str) -> None:
         """A phase begins."""
         self.summary.stage = name
+        self._told = time.monotonic()
         self.note(self.summary.line())
 
     def figures(self, figures: Figures) -> None:
         """Kept for the next line."""
         self.summary.update(figures)
+        if self.summary.stage == STANDBY and time.monotonic() - self._told >= MINUTE:
+            self._told = time.monotonic()
+            self.note(self.summary.line())
 
     def moving(self, disk: str, settled: int) -> None:
         """Kept for the next line."""

@@ -86,7 +86,7 @@ async def test_the_word_to_switch_over_ends_a_pause_at_once() -> None:
         asleep.set()
         await asyncio.Event().wait()
 
-    link.sleep = sleep  # type: ignore[method-assign]
+    link.sleep = sleep  # type: ignore[method-assign,assignment]
     standing = asyncio.create_task(stand_by(link))
     await asleep.wait()
     link.until.set()
