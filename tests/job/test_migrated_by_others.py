@@ -129,7 +129,10 @@ async def test_a_copy_ends_when_the_guest_is_migrated_away_and_leaves_it_there(
     )
     with progress("none") as reporter:
         copying = asyncio.create_task(_copied(options, reporter))
-        while not list(target.iterdir()) or not await qemu.exports():  # noqa: ASYNC110
+        while not list(target.iterdir()) or not await qemu.exports():
+            if copying.done():
+                await copying
+                pytest.fail("the copy was over before the guest could be migrated away")
             await asyncio.sleep(0.02)
         await migrate_away(qemu)
         with pytest.raises(GuestStateError, match="somebody else migrates"):
