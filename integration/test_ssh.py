@@ -15,6 +15,8 @@ from integration.luck import Attempt, Bench, command, kill
 from integration.tool import assert_writes_soundly
 from qemu_blkmig.demo.guest import Kernel
 
+README = Path(__file__).parent.parent / "README.md"
+
 
 @pytest.fixture(scope="module")
 def far(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[Bench]:
@@ -35,10 +37,24 @@ def lab_of(far: Bench) -> FarLab:
 
 
 @contextlib.contextmanager
-def forced_command(far: Bench, options: str) -> Iterator[None]:
-    """hosta's key is good for nothing in hostb but `receive` with these options."""
+def forced_command(far: Bench, root: Path, more: str = "") -> Iterator[None]:
+    """hosta's key is good for nothing in hostb but what README's line for authorized_keys says, with `root`."""
+    line = next(line for line in README.read_text().splitlines() if line.startswith('    command="'))
+    options = line.split(" ssh-ed25519 ")[0].strip().replace("/srv/vm", f"{root}{more}")
     hosts = lab_of(far).hosts
-    hosts.authorize(f'command="{hosts.tool} receive {options}",restrict,port-forwarding')
+    with sshd(far, "PermitListen none"), authorized(far, options):
+        said = len(hosts.log)
+        yield
+        assert "forced-command (key-option)" in hosts.log[said:]
+
+
+@contextlib.contextmanager
+def authorized(far: Bench, options: str) -> Iterator[None]:
+    """hosta's key has these options in hostb's authorized_keys."""
+    # A bench that needs a new guest puts hostb in order first.
+    far.guest()
+    hosts = lab_of(far).hosts
+    hosts.authorize(options)
     try:
         yield
     finally:
@@ -48,6 +64,7 @@ def forced_command(far: Bench, options: str) -> Iterator[None]:
 @contextlib.contextmanager
 def sshd(far: Bench, *options: str) -> Iterator[None]:
     """hostb's sshd has these options."""
+    far.guest()
     lab_of(far).hosts.start_sshd(*options)
     try:
         yield
@@ -118,30 +135,70 @@ def test_a_host_that_is_gone_for_good_does_not_keep_the_guest_and_is_tidied_up_l
     attempt.assert_source_has_it()
 
 
+@pytest.mark.parametrize("moment", ["paused", "undecided", "continued"])
+def test_a_guest_that_stands_still_does_not_wait_for_a_silent_host(far: Bench, moment: str) -> None:
+    attempt = far.attempt_at(moment)
+    job = attempt.job()
+    lab_of(far).network.down()
+    try:
+        attempt.go_on()
+        silent = "hostb did not answer for 5 s while the guest stood still"
+        outcome = attempt.outcome().failed(1, silent, now="the guest runs at the source")
+        assert f"qemu-blkmig cleanup {job}" in outcome.stderr
+        assert_writes_soundly(attempt.source)
+    finally:
+        lab_of(far).network.up()
+    wait_until(lambda: not lab_of(far).hosts.connections(), "the end of what hostb has of it", 60)
+    command("cleanup", job, lab=far.lab).succeeded()
+    attempt.assert_source_has_it()
+
+
+def test_a_host_that_goes_when_it_was_told_to_start_the_guest_is_for_a_person_to_judge(far: Bench) -> None:
+    attempt = far.attempt_at("completed")
+    job = attempt.job()
+    lab_of(far).network.down()
+    attempt.go_on()
+    outcome = attempt.outcome()
+    # What was under way to it when the network failed will not arrive.
+    lab_of(far).hosts.power_off()
+    assert outcome.code == 4, outcome.stderr
+    assert outcome.stderr.count(f"qemu-blkmig cleanup {job}") == 2
+    assert f"socat - UNIX-CONNECT:{attempt.source.qmp}" in outcome.stderr
+    assert attempt.source.status() != "running"
+    command("cleanup", job, lab=far.lab).failed(4, "only if hostb is off")
+    attempt.source.resume()
+    command("cleanup", job, lab=far.lab).failed(4, "hostb")
+    assert_writes_soundly(attempt.source)
+    lab_of(far).restore()
+    command("cleanup", job, lab=far.lab).succeeded()
+    attempt.assert_source_has_it()
+
+
 def test_a_forced_command_that_allows_launching_moves_a_guest_below_its_root(far: Bench) -> None:
-    with forced_command(far, f"--root {far.lab.target} --allow-launch"):
+    with forced_command(far, far.lab.target, " --allow-launch"):
         attempt = far.attempt()
         attempt.outcome().succeeded()
         attempt.assert_destination_has_it()
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [("--root {target}", "launches no programs"), ("--root /usr --allow-launch", "out of bounds")],
+    ("root", "more", "words"),
+    [("target", "", "launches no programs"), ("bin", " --allow-launch", "out of bounds")],
     ids=["launch", "elsewhere"],
 )
-def test_a_forced_command_bounds_whoever_has_the_key(far: Bench, options: str, words: str) -> None:
-    with forced_command(far, options.format(target=far.lab.target)):
+def test_a_forced_command_bounds_whoever_has_the_key(far: Bench, root: str, more: str, words: str) -> None:
+    with forced_command(far, lab_of(far).hosts.far / root, more):
         attempt = far.attempt()
         attempt.outcome().failed(3, words, now="the guest runs at the source")
         attempt.assert_source_has_it()
 
 
-def test_a_server_that_forwards_no_sockets_is_told_of(far: Bench) -> None:
-    with sshd(far, "AllowStreamLocalForwarding no\n"):
+@pytest.mark.parametrize("option", ["AllowStreamLocalForwarding no", "PermitOpen none"])
+def test_a_server_that_forwards_no_sockets_is_told_of(far: Bench, option: str) -> None:
+    with sshd(far, option):
         attempt = far.attempt()
         outcome = attempt.outcome().failed(3, "does not let us forward a unix socket")
-        assert "AllowStreamLocalForwarding" in outcome.stderr
+        assert option.split()[0] in outcome.stderr
         attempt.assert_source_has_it()
 
 
@@ -162,22 +219,21 @@ def test_an_agent_that_is_not_there_is_told_of(far: Bench, remote: str, words: s
 
 
 def test_a_login_shell_that_greets_does_no_harm(far: Bench) -> None:
+    far.guest()
     bashrc = lab_of(far).hosts.bashrc
-    bashrc.write_text("echo welcome to hostb\n")
+    greeted = lab_of(far).hosts.far / "greeted"
+    bashrc.write_text(f"echo welcome to hostb\necho >>{greeted}\n")
     try:
         attempt = far.attempt()
         attempt.outcome().succeeded()
         attempt.assert_destination_has_it()
+        assert greeted.exists()
     finally:
         bashrc.write_text("")
 
 
 def test_a_key_that_is_not_accepted_is_told_of(far: Bench) -> None:
-    hosts = lab_of(far).hosts
-    hosts.authorize("command=")
-    try:
+    with authorized(far, 'from="192.0.2.1"'):
         attempt = far.attempt()
         attempt.outcome().failed(3, "Permission denied", "authorized_keys", now="the guest runs at the source")
         attempt.assert_source_has_it()
-    finally:
-        hosts.authorize()

@@ -96,6 +96,10 @@ class DestinationFailed(MigrationError):
     """The destination's QEMU or the agent beside its storage failed."""
 
 
+class HostSilent(DestinationFailed):
+    """The destination host did not answer while the guest stood still, which was not made to wait for it."""
+
+
 class Refused(BlkmigError):
     """Preflight refused; nothing that existed before was touched."""
 

@@ -14,6 +14,7 @@ from qemu_blkmig.errors import (
     BlkmigError,
     ConnectionLost,
     DestinationFailed,
+    HostSilent,
     Interrupted,
     MigrationError,
     Refused,
@@ -393,7 +394,7 @@ class Lifecycle:
 
     async def _explain_by_host(self, error: BlkmigError) -> BlkmigError:
         """A connection to another host takes all down that goes through it: its own end is the reason."""
-        if not isinstance(error, ConnectionLost | DestinationFailed):
+        if not isinstance(error, ConnectionLost | DestinationFailed) or isinstance(error, HostSilent):
             return error
         if self._agent is not None:
             self._lost = await self._agent.why_gone(MOMENT)

@@ -104,7 +104,7 @@ class There:
         self._agent = agent
         self._own: AgentClient | None = None
         self._killed = False
-        self._unreachable: HostUnreachable | None = None
+        self._starting: asyncio.Task[AgentClient] | None = None
 
     @property
     def name(self) -> str:
@@ -113,20 +113,35 @@ class There:
 
     async def agent(self) -> AgentClient:
         """An agent there that answers. Raises `HostUnreachable`, at once when that was so before."""
-        if self._unreachable is not None:
-            raise self._unreachable
         if self._own is not None and not self._own.gone:
             return self._own
         if self._agent is not None and await _answers(self._agent):
             return self._agent
         self._killed = self._killed or self._agent is not None
         self._agent = None
+        if self._own is not None:
+            self._own, self._starting = None, None
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._host.start_agent())
         try:
-            self._own = await self._host.start_agent()
+            self._own = await asyncio.shield(self._starting)
         except (DestinationFailed, Refused) as error:
-            self._unreachable = HostUnreachable(f"{self._host.name} cannot be reached: {error}")
-            raise self._unreachable from error
+            raise HostUnreachable(f"{self._host.name} cannot be reached: {error}") from error
         return self._own
+
+    async def answers(self, seconds: float) -> bool:
+        """Whether an agent there answers within `seconds`; a caller's that is silent was tried for long enough.
+
+        The attempt to start another one goes on, and `agent` has its outcome.
+        """
+        if self._agent is not None and not self._agent.gone:
+            return await _answers(self._agent)
+        try:
+            async with asyncio.timeout(seconds):
+                await self.agent()
+        except (HostUnreachable, TimeoutError):
+            return False
+        return True
 
     def leave_agent(self) -> None:
         """The caller's agent is not to be used any more."""
@@ -184,6 +199,10 @@ class There:
 
     async def close(self, *, done: bool) -> None:
         """Let go of what was started here; `done`: the job needs the sockets there no more."""
+        if self._starting is not None:
+            self._starting.cancel()
+            with contextlib.suppress(DestinationFailed, Refused, asyncio.CancelledError):
+                self._own = self._own or await self._starting
         if self._own is not None:
             await (self._own.close() if done else self._own.abandon())
         if self._close_host:

@@ -45,6 +45,7 @@ class Record(msgspec.Struct):
     them. `frozen_by`: the guest agent's socket while file systems are frozen.
     `target_place`: where the images are; None until that is known.
     `started_there`: the destination was told to run the guest, or is about to be: it may have written there.
+    `unfenced`: it has the guest's state, or may have; the guest is the source's, and it is still to be ended.
     `moving`: the source's own images. `source_images`: what becomes of them.
     `marked`: the ownership records at the destination say that it has the guest.
     """
@@ -67,6 +68,7 @@ class Record(msgspec.Struct):
     filling: bool = False
     frozen_by: str | None = None
     started_there: bool = False
+    unfenced: bool = False
     target_place: Place | None = None
     moving: list[SourceImage] = []
     source_images: Afterwards = Afterwards.KEEP

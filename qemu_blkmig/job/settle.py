@@ -19,6 +19,7 @@ from qemu_blkmig.destination.protocol import Discard, DiscardReply, Done, Mark
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError, Undecided
 from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable, until
+from qemu_blkmig.job.place import Ssh
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.source_images import Afterwards, leave_behind
 from qemu_blkmig.qmp.agent import GuestAgent
@@ -39,6 +40,8 @@ ATTEMPTS = 5
 """A QEMU that dies while it is being settled is found gone by the next attempt."""
 ANSWER = 10.0
 """Seconds in which a destination QEMU must answer while the guest is paused."""
+REACHABLE = 5.0
+"""Seconds in which an agent must be there on a host that was not heard of before, while the guest stands still."""
 THAW = 10.0
 """Seconds in which a guest agent must thaw."""
 
@@ -51,13 +54,15 @@ class Settlement:
     """How things stand: who owns the guest, and in sentences what is so. `decided`: nothing is left to be done.
 
     `ended`: the destination has the guest, but its QEMU has ended since. `left_there`: the guest is at rest, but at a
-    destination host that cannot be reached something is left to be tidied up.
+    destination host that cannot be reached something is left to be tidied up. `unreachable`: what to do about it when
+    that host keeps the decision to itself.
     """
 
     owner: Owner
     decided: bool = True
     ended: bool = False
     left_there: bool = False
+    unreachable: str | None = None
     facts: list[str] = field(default_factory=list)
 
 
@@ -68,6 +73,8 @@ def unsettled(what: str, settlement: Settlement, job: str) -> Undecided:
         advice = f"the guest is the source's; end or mend what is told above, then {again}"
     elif settlement.owner is Owner.DESTINATION:
         advice = f"the guest is the destination's; end or mend what is told above, then {again}"
+    elif settlement.unreachable is not None:
+        advice = settlement.unreachable
     else:
         advice = (
             "look at both QEMUs (query-status) and never `cont` one while the other runs; decide by ending the one "
@@ -122,11 +129,14 @@ async def settle(
     except HostUnreachable as error:
         settlement.decided = False
         settlement.left_there = record.owner is not Owner.UNDECIDED
+        settlement.unreachable = _by_hand(job, beyond.name)
         if str(error) not in "; ".join(settlement.facts):
             settlement.facts.append(str(error))
     except (BlkmigError, OSError, TimeoutError) as error:
         log.warning("settling job %s: %s", record.job, error, exc_info=log.isEnabledFor(logging.DEBUG))
         settlement.decided = False
+        if isinstance(error, Unreachable) and isinstance(record.target_place, Ssh):
+            settlement.unreachable = _by_hand(job, beyond.name)
         settlement.facts.append(f"job {record.job} could not be brought to rest: {error}")
     finally:
         settlement.owner = record.owner
@@ -138,6 +148,17 @@ async def settle(
             await peer.close()
         await beyond.close(done=settlement.decided)
     return settlement
+
+
+def _by_hand(job: Job, host: str) -> str:
+    """Who was told to start the guest cannot be asked: the two ways out, to be typed."""
+    cleanup = f"qemu-blkmig cleanup {job.record.job}"
+    words = '{"execute":"qmp_capabilities"}{"execute":"cont"}'
+    return (
+        f"when {host} can be reached again, run: {cleanup} (it looks who has the guest); only if {host} is off and the "
+        f"guest runs there no more, give it back to the source: echo '{words}' | socat - "
+        f"UNIX-CONNECT:{job.record.source_qmp}; then run: {cleanup}"
+    )
 
 
 async def _settle(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement) -> None:
@@ -161,6 +182,9 @@ def _save(job: Job, *, synced: bool = True) -> None:
 async def _decide(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement) -> Owner:
     """After the handover: did the destination take the guest? Leaves a destination that did not take it fenced."""
     source = await here.monitor()
+    record = job.record
+    if source is not None and not record.started_there and not await _answers(job, beyond):
+        return await _take_back(job, source, settlement)
     arrived = True
     if source is None:
         settlement.facts.append("the source QEMU is gone")
@@ -170,20 +194,37 @@ async def _decide(job: Job, here: Peer, there: Peer, beyond: There, settlement: 
             settlement.facts.append(f"the source's migration is still in state {status}")
             return Owner.UNDECIDED
         arrived = status == "completed"
-    if arrived and await _take(job, there, beyond):
-        return Owner.DESTINATION
     try:
-        if job.record.started_there and await there.gone():
+        if arrived and await _take(job, there, beyond):
+            return Owner.DESTINATION
+        if record.started_there and await there.gone():
             return await _decide_after_lost_start(source, settlement)
         if await there.fence():
             return Owner.SOURCE
     except HostUnreachable:
-        # Never told to start the guest, it waits paused, until somebody who can reach it ends it.
-        if source is None or job.record.started_there:
+        # Nobody but a person, who was told how, starts the guest here after the destination was told to start it.
+        if source is None or (record.started_there and not (await source.execute("query-status"))["running"]):
             raise
+        # Never told to start the guest, it waits paused, until somebody who can reach it ends it.
+        record.unfenced = True
         return Owner.SOURCE
     settlement.facts.append("the destination QEMU neither took the guest nor could be ended")
     return Owner.UNDECIDED
+
+
+async def _answers(job: Job, beyond: There) -> bool:
+    """Whether the destination host answers while the guest stands still; this host does, however long it takes."""
+    return not isinstance(job.record.target_place, Ssh) or await beyond.answers(REACHABLE)
+
+
+async def _take_back(job: Job, source: Monitor, settlement: Settlement) -> Owner:
+    """The destination was never told to start the guest and is silent: the guest does not wait for it to be fenced."""
+    await cancel_migration(source)
+    if (status := await _migration_status(source)) in UNDER_WAY:
+        settlement.facts.append(f"the source's migration is still in state {status}")
+        return Owner.UNDECIDED
+    job.record.unfenced = True
+    return Owner.SOURCE
 
 
 async def _decide_after_lost_start(source: Monitor | None, settlement: Settlement) -> Owner:
@@ -221,6 +262,8 @@ async def _take(job: Job, there: Peer, beyond: There) -> bool:
     try:
         destination = await there.monitor()
         return destination is not None and await _take_by(job, beyond, destination)
+    except HostUnreachable:
+        raise
     except (NoAnswer, Unreachable) as error:
         if job.record.started_there:
             raise Unreachable(f"whether the guest runs at the destination cannot be known: {error}") from error
@@ -273,14 +316,16 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
             await _thaw(record.frozen_by, settlement)
     if source is not None:
         await _clean(job, source, settlement)
-    if record.target_launched:
-        await _end_launched(there, settlement)
+    if record.target_launched or record.unfenced:
+        await _end_destination(job, there, settlement)
 
 
-async def _end_launched(there: Peer, settlement: Settlement) -> None:
+async def _end_destination(job: Job, there: Peer, settlement: Settlement) -> None:
     who = f"the destination QEMU (pid {there.process and there.process.pid})"
     try:
-        if not await there.kill():
+        if await (there.kill() if job.record.target_launched else there.fence()):
+            job.record.unfenced = False
+        else:
             settlement.decided = False
             settlement.facts.append(f"{who} could not be ended")
     except HostUnreachable as error:

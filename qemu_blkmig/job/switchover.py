@@ -23,6 +23,7 @@ from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Verify
 from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.pulse import pulse
 from qemu_blkmig.job.record import Owner
 from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.result import Downtime
@@ -141,11 +142,12 @@ class Switchover:
             async with self._called_off_on_error(ram):
                 with self._watch.phase("ram"):
                     paused = await self._migrate_ram(ram)
-                if await self._fits_now(paused):
-                    with self._watch.phase("switchover"):
-                        await self._complete()
-                    await self._verify()
-                    break
+                async with self._pulse():
+                    if await self._fits_now(paused):
+                        with self._watch.phase("switchover"):
+                            await self._complete()
+                        await self._verify()
+                        break
                 # The destination QEMU exits when its stream breaks off; that is no failure now.
                 await self._guard.stand_down()
                 await ram.cancel()
@@ -302,14 +304,15 @@ class Switchover:
         target, record = self._target(), self._job.record
         resumed: float | None = None
         with self._watch.phase("handover"), self._interrupts.deferred(), target.monitor.events("RESUME") as starts:
-            await self._carriage.close()
+            async with self._pulse():
+                await self._carriage.close()
             await self._life.exports.stop()
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
             record.owner = Owner.UNDECIDED
             self._job.save()
             try:
-                async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
+                async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)), self._pulse():
                     await ram.proceed()
                     await ram.wait_completed()
                 await self._activate(target)
@@ -359,6 +362,11 @@ class Switchover:
         self._job.record.run_state_taken = True
         self._job.record.migrating = migrating
         self._job.save()
+
+    def _pulse(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Another host must answer all the while."""
+        place = self._options.target.place
+        return contextlib.nullcontext() if isinstance(place, Local) else pulse(self._life.agent)
 
     def _target(self) -> TargetQemu:
         if self._life.target is None:

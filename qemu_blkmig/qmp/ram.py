@@ -43,6 +43,8 @@ _MOMENT = 0.2
 _END_LIMIT = 1.0
 """Seconds in which a destination QEMU ends that could not take the guest."""
 _CANCEL_LIMIT = 30.0
+_RESTORE_LIMIT = 3.0
+"""Seconds for each of a user's settings to be put back: a guest may be waiting."""
 _ENDED = {"none", "completed", "failed", "cancelled"}
 
 
@@ -233,10 +235,12 @@ class RamMigration:
             ours = {*_CAPABILITIES, _BITMAPS}
             before = {c["capability"]: c["state"] for c in capabilities if c["capability"] in ours}
             try:
-                await monitor.execute("migrate-set-capabilities", {"capabilities": _switches(before)})
+                switches = {"capabilities": _switches(before)}
+                await monitor.execute("migrate-set-capabilities", switches, timeout=_RESTORE_LIMIT)
                 # A mapping cannot be unset: where there was none, ours stays, which names nothing any more.
                 names = [name for name in (*_PARAMETERS, _MAPPING) if name in parameters]
-                await self._set_parameters(monitor, {name: parameters[name] for name in names})
+                settings = {name: parameters[name] for name in names}
+                await monitor.execute("migrate-set-parameters", settings, timeout=_RESTORE_LIMIT)
             except (RequestError, ConnectionLost) as error:
                 log.debug("settings not restored: %s", error)
         self._before.clear()

@@ -59,7 +59,9 @@ class AgentClient:
         self.on_space: OnSpace | None = None
         self.there = protocol.HelloReply("", 0)
         """What the agent has answered to hello."""
-        self._where = where
+        self.slowest = 0.0
+        """Seconds that the slowest answer to a ping took."""
+        self.where = where
         self._explain = explain
         self._process = process
         self._waiting: dict[int, asyncio.Future[protocol.Outcome]] = {}
@@ -86,7 +88,7 @@ class AgentClient:
             raise
         if reply.protocol != protocol.PROTOCOL:
             raise errors.Refused(
-                f"the agent on {self._where} ({reply.version}) speaks protocol {reply.protocol}, this qemu-blkmig "
+                f"the agent on {self.where} ({reply.version}) speaks protocol {reply.protocol}, this qemu-blkmig "
                 f"({ours}) speaks {protocol.PROTOCOL}",
                 advice=_SAME_VERSION,
             )
@@ -172,17 +174,21 @@ class AgentClient:
         with contextlib.suppress(errors.BlkmigError):
             while True:
                 await asyncio.sleep(protocol.PING)
-                if not await self._answers_ping():
+                if not await self.answers(_SILENCE):
                     self._given_up = f"does not answer (for {_SILENCE:.0f} s)"
                     return self.kill()
 
-    async def _answers_ping(self) -> bool:
+    async def answers(self, seconds: float) -> bool:
+        """Whether the agent answers a ping within `seconds`. Raises as `request` does."""
+        clock = asyncio.get_running_loop().time
+        sent = clock()
         ping = asyncio.create_task(self.request(protocol.Ping()))
         try:
-            await asyncio.wait({ping}, timeout=_SILENCE)
+            await asyncio.wait({ping}, timeout=seconds)
             await asyncio.wait({ping}, timeout=_GRACE)
             if ping.done():
                 await ping
+                self.slowest = max(self.slowest, clock() - sent)
             return ping.done()
         finally:
             ping.cancel()

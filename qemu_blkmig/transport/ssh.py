@@ -88,6 +88,7 @@ class SshHost:
         self._said: deque[str] = deque(maxlen=_LAST_LINES)
         self._overhearing: asyncio.Task[None] | None = None
         self._reached: dict[str, str] = {}
+        self._echo: str | None = None
         self._agent: AgentClient | None = None
 
     async def start_agent(self, on_progress: OnProgress | None = None) -> AgentClient:
@@ -120,8 +121,8 @@ class SshHost:
         self._agent = client
         if client.there.runtime:
             try:
-                # What sshd does not forward shows at once only in this direction; nothing comes by this one.
-                await self.expose(self._control)
+                # What sshd does not forward shows at once only in this direction; `_try_reaching` is for the other.
+                self._echo = await self.expose(self._control)
             except BaseException:
                 await client.abandon()
                 raise
@@ -138,11 +139,36 @@ class SshHost:
     async def reach(self, socket: str) -> str:
         """See `Host`. That nobody listens there shows only when it is connected to."""
         await self._connect()
+        if self._echo is not None:
+            echo, self._echo = self._echo, None
+            await self._try_reaching(echo)
         if socket not in self._reached:
             here = self._path(f"there-{next(self._names)}")
             await self._forward("-L", f"{_escaped(here)}:{_escaped(socket)}")
             self._reached[socket] = here
         return self._reached[socket]
+
+    async def _try_reaching(self, echo: str) -> None:
+        """Raise `Refused` where sshd lets no socket there be reached, which shows only when one is connected to.
+
+        The one that is sure to be listened on, by who speaks first, is our own control socket, exposed as `echo`.
+        """
+        here = self._path(f"there-{next(self._names)}")
+        await self._forward("-L", f"{_escaped(here)}:{_escaped(echo)}")
+        try:
+            async with asyncio.timeout(FORWARD):
+                reader, writer = await asyncio.open_unix_connection(here)
+                try:
+                    answered = bool(await reader.read(1))
+                finally:
+                    writer.close()
+        except TimeoutError:
+            raise errors.DestinationFailed(f"the connection to {self.name} hangs") from None
+        except OSError:
+            answered = False
+        if not answered:
+            gone = await self._explain(255)
+            raise gone or refusal_of_forward("connections to sockets there are closed", self.name)
 
     async def close(self) -> None:
         """See `Host`."""

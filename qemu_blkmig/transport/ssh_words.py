@@ -59,6 +59,6 @@ def refusal_of_forward(said: str, host: str) -> Refused:
     """The error for a socket that `host` does not let us forward."""
     return Refused(
         f"sshd on {host} does not let us forward a unix socket: {said}",
-        advice="its sshd_config must not say AllowStreamLocalForwarding no or DisableForwarding yes for this user, and "
-        "a key that is restricted in authorized_keys needs port-forwarding, too",
+        advice="its sshd_config must not say AllowStreamLocalForwarding no, DisableForwarding yes or PermitOpen for "
+        "this user, and a key that is restricted in authorized_keys needs port-forwarding, too, without permitopen",
     )
