@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,6 +61,36 @@ def test_a_disk_is_copied_to_another_host(lab: FarLab, disk: Disk) -> None:
     copy(lab, disk, "--verify", "full").succeeded()
     compare_images(disk, replace(disk, path=lab.target / "disk"))
     lab.assert_no_leftovers()
+
+
+@pytest.mark.parametrize("option", ["PermitOpen none", "AllowStreamLocalForwarding remote"])
+def test_a_copy_reaches_no_sockets_there(lab: FarLab, disk: Disk, option: str) -> None:
+    lab.hosts.start_sshd(option)
+    copy(lab, disk).succeeded()
+    compare_images(disk, replace(disk, path=lab.target / "disk"))
+
+
+def test_spaces_and_colons_in_the_directory_are_just_that(lab: FarLab, disk: Disk) -> None:
+    odd = lab.target / "a b:c"
+    odd.mkdir()
+    words = [*lab.entering, *COMMAND, "copy", f"image:{disk.path}", f"{lab.place}/a b:c"]
+    finish(start(words)).succeeded()
+    compare_images(disk, replace(disk, path=odd / "disk"))
+    shutil.rmtree(odd)
+
+
+def test_what_the_user_s_configuration_shares_and_runs_is_left_alone(lab: FarLab, disk: Disk) -> None:
+    config = lab.directory / "ssh" / "ssh_config"
+    before = config.read_text()
+    own = lab.directory / "own"
+    more = f"ControlMaster auto\nControlPath {own}\nControlPersist 60\nRemoteCommand cat\nRequestTTY force\n"
+    config.write_text(before + more)
+    try:
+        copy(lab, disk).succeeded()
+    finally:
+        config.write_text(before)
+    assert not own.exists()
+    compare_images(disk, replace(disk, path=lab.target / "disk"))
 
 
 def test_a_host_that_is_another_than_known_is_refused(lab: FarLab, disk: Disk) -> None:
