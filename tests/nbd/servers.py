@@ -15,22 +15,32 @@ from typing import Any
 @contextlib.contextmanager
 def running(command: list[str], listening: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The server, from when it accepts connections on `listening` until the block ends."""
+    with _connected(command, listening) as (server, probe):
+        probe.close()
+        yield server
+
+
+@contextlib.contextmanager
+def _connected(command: list[str], listening: Path) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """The server, until the block ends, and the first connection that it accepted on `listening`."""
     server = subprocess.Popen(command)
     try:
-        _until_accepting(server, listening)
-        yield server
+        with _connection(server, listening) as connection:
+            yield server, connection
     finally:
         server.kill()
         server.wait()
 
 
-def _until_accepting(server: subprocess.Popen[bytes], listening: Path) -> None:
+def _connection(server: subprocess.Popen[bytes], listening: Path) -> socket.socket:
     for _ in range(1000):
         if server.poll() is not None:
             raise RuntimeError(f"{server.args!r} exited with {server.returncode}")
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-            probe.connect(str(listening))
-            return
+        connection = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):
+            connection.connect(str(listening))
+            return connection
+        connection.close()
         time.sleep(0.01)
     raise RuntimeError(f"{server.args!r} does not listen")
 
@@ -53,23 +63,25 @@ def nbdkit(directory: Path, *arguments: str, name: str = "nbdkit.sock") -> Itera
 def qemu_export(
     directory: Path, image: Path, *, driver: str = "raw", name: str = "qsd.sock"
 ) -> Iterator[tuple[Path, Monitor]]:
-    """A qemu-storage-daemon that exports `image` read-only as `disk`, its allocation depth shown."""
+    """A qemu-storage-daemon that exports `image` read-only as `disk`, its allocation depth shown.
+
+    Only one connection is made to its monitor: QEMU now and then greets, or hangs up on, the second one for the first.
+    """
     listening, control = directory / name, directory / f"{name}.qmp"
     command = ["qemu-storage-daemon", "--chardev", f"socket,path={control},server=on,wait=off,id=c"]
     command += ["--monitor", "chardev=c", "--nbd-server", f"addr.type=unix,addr.path={listening},max-connections=0"]
     command += ["--blockdev", f"driver=file,filename={image},node-name=file,discard=unmap"]
     command += ["--blockdev", f"driver={driver},file=file,node-name=node,discard=unmap"]
     command += ["--export", "type=nbd,id=disk,node-name=node,name=disk,allocation-depth=on"]
-    with running(command, control), contextlib.closing(Monitor(control)) as monitor:
+    with _connected(command, control) as (_, connection), contextlib.closing(Monitor(connection)) as monitor:
         yield listening, monitor
 
 
 class Monitor:
     """Just enough QMP to prepare a test."""
 
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
         self._lines = self._socket.makefile("r")
         self._lines.readline()
         self("qmp_capabilities")
