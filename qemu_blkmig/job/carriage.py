@@ -123,7 +123,7 @@ class Carriage:
         return await self._agent.expect(protocol.Verify(disk, limit), VerifyReply)
 
     def _unit(self, disk: Disk) -> int:
-        """Bytes that are hashed together, and copied together; see docs/decisions/016-verified-as-written.md.
+        """Bytes that are hashed together, and copied together; see docs/decisions/017-verified-as-written.md.
 
         No more than a cluster of an overlay: else what it leaves to its base would be sent along.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -86,7 +87,10 @@ def same(first: Path, first_format: str, second: Path, second_format: str) -> bo
 
 def _connected(path: Path) -> Monitor:
     for _ in range(400):
+        connection = socket.socket(socket.AF_UNIX)
         with contextlib.suppress(OSError):
-            return Monitor(path)
+            connection.connect(str(path))
+            return Monitor(connection)
+        connection.close()
         time.sleep(0.02)
     raise RuntimeError(f"{path}: QEMU did not start")
