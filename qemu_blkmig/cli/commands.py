@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from qemu_blkmig.cli import job_commands, options, show, stream_commands
+from qemu_blkmig.cli import hook_commands, job_commands, options, show, stream_commands
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import UsageError
@@ -32,6 +32,7 @@ def add_all(commands: Commands) -> None:
     job_commands.add_all(commands)
     _add_receive(commands)
     stream_commands.add_all(commands)
+    hook_commands.add_all(commands)
 
 
 def _add_migrate(commands: Commands) -> None:

@@ -62,6 +62,7 @@ def status(job: Status) -> str:
             f"zeroed {show_bytes(disk.zeroed)}, skipped {show_bytes(disk.skipped)}, {show_bytes(disk.dirty)} dirty, "
             f"{disk.rounds} dirty rounds{stable}"
         )
+    lines += [f"  libvirt: {happening}" for happening in job.libvirt]
     if job.note:
         lines.append(f"  told last: {job.note}")
     if job.guest:

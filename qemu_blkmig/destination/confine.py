@@ -83,6 +83,9 @@ class Confinement:
             case protocol.Mark():
                 for path in op.images:
                     self._check_path(path)
+            case protocol.Expect():
+                for path in op.disks.values():
+                    self._check_path(path)
             case protocol.Identify():
                 self._check_socket(op.socket)
             case protocol.Launch() | protocol.FindProgram():

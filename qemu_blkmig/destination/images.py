@@ -67,8 +67,8 @@ def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
     return problems, next((_free(image) for image in images if _is_to_be_made(image)), None)
 
 
-def prepare(images: Sequence[Image], job: str | None = None) -> list[Prepared]:
-    """Check, create and lock the images, all or none, and record that they are `job`'s.
+def prepare(images: Sequence[Image], job: str | None = None, guest: ownership.Guest | None = None) -> list[Prepared]:
+    """Check, create and lock the images, all or none, and record that they are `job`'s, for `guest`.
 
     Raises `Refused` naming every fault, or `DestinationWriteError` where creating fails; what was created until then
     is removed again.
@@ -80,7 +80,7 @@ def prepare(images: Sequence[Image], job: str | None = None) -> list[Prepared]:
     prepared: list[Prepared] = []
     try:
         for image in images:
-            prepared.append(_prepare(image, job))
+            prepared.append(_prepare(image, job, guest))
     except BaseException:
         for each in prepared:
             give_up(each, untouched=True)
@@ -118,12 +118,12 @@ def discard(images: Sequence[Created]) -> tuple[list[str], list[str]]:
     return removed, left
 
 
-def mark(images: Sequence[str], job: str, state: str) -> None:
+def mark(images: Sequence[str], job: str, state: str, guest: ownership.Guest | None = None) -> None:
     """Bring ownership records of `job` to `state` (see `protocol.Mark`). Raises `Refused`."""
     for path in images:
         try:
             if state == "complete":
-                ownership.complete(path, job)
+                ownership.complete(path, job, guest)
             else:
                 ownership.withdraw(path, job)
         except (OSError, ownership.Damaged) as error:
@@ -302,10 +302,10 @@ def _free(image: Image) -> int | None:
     return None
 
 
-def _prepare(image: Image, job: str | None) -> Prepared:
+def _prepare(image: Image, job: str | None, guest: ownership.Guest | None) -> Prepared:
     """The record comes first: no crash leaves an incomplete image that nothing tells of."""
     if job is not None:
-        _announce(image, job)
+        _announce(image, job, guest)
     try:
         return replace(_create(image) if _is_to_be_made(image) else _adopt(image), job=job)
     except BaseException:
@@ -314,9 +314,9 @@ def _prepare(image: Image, job: str | None) -> Prepared:
         raise
 
 
-def _announce(image: Image, job: str) -> None:
+def _announce(image: Image, job: str, guest: ownership.Guest | None) -> None:
     try:
-        ownership.announce(image.path, job, image.disk, image.origin)
+        ownership.announce(image.path, job, image.disk, image.origin, guest)
     except OSError as error:
         what = f"the ownership record of {image.path} cannot be written: {error.strerror}"
         raise errors.DestinationWriteError(what, disk=image.disk, offset=None, errno=error.errno or 0) from error

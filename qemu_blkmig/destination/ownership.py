@@ -8,7 +8,7 @@ The record of `/d/vm.qcow2` is `/d/.vm.qcow2.blkmig`; links are followed first. 
 directory (`places.state_directory`), under `devices/`. Which side has a guest is decided by the job's record alone
 (`job/settle.py`); these files follow it, so a crash between the two is mended when the job is settled.
 
-The standard library only, and little of it: libvirt's hook reads these files and must start within 50 ms.
+libvirt's hook reads these files, too: what it needs for that is in `hooks/qemu.py`, which imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -16,28 +16,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
+from qemu_blkmig.hooks import qemu as hook
+from qemu_blkmig.hooks.qemu import Damaged as Damaged
 from qemu_blkmig.places import state_directory
-
-VERSION = 1
-STATES = ("incoming", "complete", "moved")
-
-
-class Damaged(ValueError):
-    """A record that cannot be understood; the text names it."""
 
 
 class Ownership(NamedTuple):
     """What a record says.
 
     `peer`: where the image comes from (incoming, complete) or went to (moved), as the user knows it. `when`: UTC,
-    ISO 8601. `before`: while incoming, what had been recorded of an image that was there already.
+    ISO 8601. `before`: while incoming, what had been recorded of an image that was there already. `domain`, `uuid`:
+    libvirt's name and UUID of the guest, where it is one of libvirt's.
     """
 
     state: str
@@ -47,68 +41,63 @@ class Ownership(NamedTuple):
     peer: str
     when: str
     before: Mapping[str, Any] | None = None
+    domain: str | None = None
+    uuid: str | None = None
 
     def tell(self) -> str:
         """In words, what this means for whoever wants to use the image."""
-        match self.state:
-            case "incoming":
-                return f"{self.image} is incomplete: job {self.job} was filling it from {self.peer} ({self.when})"
-            case "moved":
-                return f"{self.image} is old: job {self.job} moved its guest away to {self.peer} ({self.when})"
-        return f"{self.image} was filled completely by job {self.job} from {self.peer} ({self.when})"
+        return hook.tell(self._asdict())
+
+
+class Guest(NamedTuple):
+    """libvirt's name and UUID of a guest."""
+
+    domain: str
+    uuid: str
 
 
 def path_of(image: str) -> Path:
     """Where the record of an image file or block device is, or would be."""
-    real = Path(os.path.realpath(image))
-    with contextlib.suppress(OSError):
-        if stat.S_ISBLK(real.stat().st_mode):
-            return _path_of_device(image, real)
-    return real.with_name(f".{real.name}.blkmig")
+    return Path(hook.record_path(image, str(state_directory())))
 
 
 def read(image: str) -> Ownership | None:
     """What is recorded of an image; None: nothing is. Raises `Damaged`, `OSError`."""
-    place = path_of(image)
-    try:
-        told = json.loads(place.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise Damaged(f"the ownership record {place} cannot be read: {error}") from error
-    return _understood(told, place)
+    told = hook.read_record(str(path_of(image)))
+    return Ownership(**told) if told is not None else None
 
 
-def announce(image: str, job: str, disk: str, peer: str) -> None:
-    """Record that `job` is about to fill the image with `disk`. Raises `OSError`."""
+def announce(image: str, job: str, disk: str, peer: str, guest: Guest | None = None) -> None:
+    """Record that `job` is about to fill the image with `disk`, of `guest`. Raises `OSError`."""
     before = None
     with contextlib.suppress(Damaged):
         there = read(image)
         if there is not None:
             before = there.before if there.state == "incoming" and there.job == job else _dump(there)
-    _write(Ownership("incoming", job, disk, image, peer, _now(), before))
+    _write(_of(Ownership("incoming", job, disk, image, peer, _now(), before), guest))
 
 
-def complete(image: str, job: str) -> bool:
-    """Record that the image holds all and is the guest's; False: it was not `job` that filled it last.
+def complete(image: str, job: str, guest: Guest | None = None) -> bool:
+    """Record that the image holds all and is the guest's, `guest`'s where that is known.
 
+    False: it was not `job` that filled it last.
     Safe to repeat. Raises `Damaged`, `OSError`.
     """
     there = read(image)
     if there is None or there.job != job or there.state == "moved":
         return False
     if there.state == "incoming":
-        _write(there._replace(state="complete", when=_now(), before=None))
+        _write(_of(there._replace(state="complete", when=_now(), before=None), guest))
     return True
 
 
-def move(image: str, job: str, disk: str, peer: str) -> None:
-    """Record that the guest of the image was migrated away. Safe to repeat. Raises `OSError`."""
+def move(image: str, job: str, disk: str, peer: str, guest: Guest | None = None) -> None:
+    """Record that the guest of the image, `guest`, was migrated away. Safe to repeat. Raises `OSError`."""
     with contextlib.suppress(Damaged):
         there = read(image)
         if there is not None and (there.state, there.job) == ("moved", job):
             return
-    _write(Ownership("moved", job, disk, image, peer, _now()))
+    _write(_of(Ownership("moved", job, disk, image, peer, _now()), guest))
 
 
 def withdraw(image: str, job: str | None = None) -> None:
@@ -121,7 +110,7 @@ def withdraw(image: str, job: str | None = None) -> None:
         if there is None or there.state != "incoming" or job not in (None, there.job):
             return
         if there.before is not None:
-            _write(_understood(there.before, path_of(image)))
+            _write(Ownership(**hook.understood(there.before, str(path_of(image)))))
         else:
             remove(image)
 
@@ -134,16 +123,6 @@ def remove(image: str) -> None:
     except FileNotFoundError:
         return
     _sync(place.parent)
-
-
-def _path_of_device(image: str, real: Path) -> Path:
-    """A device has many names, and links to it come and go: one record, whichever name it was written under."""
-    devices = _devices()
-    with contextlib.suppress(OSError, ValueError):
-        for place in sorted(devices.glob("*.blkmig")):
-            if os.path.realpath(json.loads(place.read_bytes()).get("image", "")) == str(real):
-                return place
-    return devices / f"{quote(image, safe='')}.blkmig"
 
 
 def _devices() -> Path:
@@ -177,21 +156,13 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _of(record: Ownership, guest: Guest | None) -> Ownership:
+    return record if guest is None else record._replace(domain=guest.domain, uuid=guest.uuid)
+
+
 def _dump(record: Ownership) -> dict[str, Any]:
-    told = {"version": VERSION, **record._asdict()}
-    if record.before is None:
-        del told["before"]
-    return told
-
-
-def _understood(told: Any, place: Path) -> Ownership:
-    if not isinstance(told, dict) or told.get("version") != VERSION or told.get("state") not in STATES:
-        raise Damaged(f"the ownership record {place} is of a form that is not known here")
-    words: dict[str, Any] = {name: told.get(name) for name in Ownership._fields if name != "before"}
-    if not all(isinstance(word, str) for word in words.values()):
-        raise Damaged(f"the ownership record {place} lacks something")
-    before = told.get("before")
-    return Ownership(**words, before=before if isinstance(before, dict) else None)
+    told = {"version": hook.RECORD_VERSION, **record._asdict()}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _now() -> str:

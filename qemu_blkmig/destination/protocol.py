@@ -89,11 +89,22 @@ class Inspect(Message, frozen=True, tag="inspect"):
     images: list[Image]
 
 
+class Domain(Message, frozen=True):
+    """libvirt's name and UUID of the guest."""
+
+    name: str
+    uuid: str
+
+
 class Prepare(Message, frozen=True, tag="prepare"):
-    """Check, lock and create the images; all or none. With a `job` its ownership records say so from now on."""
+    """Check, lock and create the images; all or none. With a `job` its ownership records say so from now on.
+
+    `domain`: named in them.
+    """
 
     images: list[Image]
     job: str | None = None
+    domain: Domain | None = None
 
 
 class Open(Message, frozen=True, tag="open"):
@@ -159,12 +170,24 @@ class Mark(Message, frozen=True, tag="mark"):
     """Bring the ownership records of `job`'s images (paths) to `state`.
 
     complete: the guest is theirs. untouched: nothing was written to them, what was recorded before holds again.
-    Records of others are left alone.
+    Records of others are left alone. `domain`: named in those that are written.
     """
 
     job: str
     images: list[str]
     state: Literal["complete", "untouched"]
+    domain: Domain | None = None
+
+
+class Expect(Message, frozen=True, tag="expect"):
+    """Tell libvirt's hook there that `domain` is to come, with these paths of its disks (by target), from `peer`.
+
+    It holds until the agent ends, or the domain has ended there; to be said anew before another attempt.
+    """
+
+    domain: Domain
+    disks: dict[str, str]
+    peer: str = ""
 
 
 class Digests(Message, frozen=True, tag="digests"):
@@ -311,6 +334,7 @@ Operation = (
     | EndProcess
     | Held
     | Files
+    | Expect
 )
 
 

@@ -24,9 +24,11 @@ from qemu_blkmig.destination import files, images, launching, locks, protocol, q
 from qemu_blkmig.destination.bases import Bases
 from qemu_blkmig.destination.confine import Confinement
 from qemu_blkmig.destination.digests import digests
+from qemu_blkmig.destination.expecting import Expecting
 from qemu_blkmig.destination.hashtable import HashTable, table_path
 from qemu_blkmig.destination.launching import Launcher
 from qemu_blkmig.destination.mover import DiskMover, Settings, write_error
+from qemu_blkmig.destination.ownership import Guest
 from qemu_blkmig.destination.writers import NbdWriter, RawWriter, Writer
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.control import Cancelled, Control, Tally
@@ -115,6 +117,8 @@ class Service:
     def __init__(self, tell: Tell, roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> None:
         self._tell = tell
         self._launcher = Launcher(None)
+        self._job: str | None = None
+        self._expecting = Expecting()
         self._runtime: str | None = None
         self._bounds = Confinement(
             roots, allow_launch=allow_launch, ours=self._is_ours, processes=lambda: self._launcher.launched()
@@ -141,6 +145,7 @@ class Service:
             if disk.control is not None:
                 disk.control.cancel()
         await asyncio.gather(*(self._end(disk, remove=remove) for disk in disks))
+        self._expecting.end()
         if self._runtime is not None:
             await asyncio.to_thread(shutil.rmtree, self._runtime, ignore_errors=True)
 
@@ -162,7 +167,7 @@ class Service:
             case protocol.Discard():
                 return protocol.DiscardReply(*await asyncio.to_thread(images.discard, op.images))
             case protocol.Mark():
-                await asyncio.to_thread(images.mark, op.images, op.job, op.state)
+                await asyncio.to_thread(images.mark, op.images, op.job, op.state, _guest(op.domain))
                 return protocol.Done()
             case protocol.Bandwidth():
                 return self._limit(op.rate)
@@ -210,6 +215,9 @@ class Service:
             case protocol.EndProcess():
                 gone = await asyncio.to_thread(op.process.kill, _KILL_SECONDS, group=op.group)
                 return protocol.AliveReply(not gone)
+            case protocol.Expect():
+                await asyncio.to_thread(self._expecting.expect, op, self._job)
+                return protocol.Done()
             case protocol.Held():
                 return protocol.HeldReply([path for path in op.paths if not _in_use(path)])
             case protocol.Files():
@@ -223,6 +231,7 @@ class Service:
             raise errors.Refused(mismatch(socket.gethostname(), (op.version, op.protocol), (ours, protocol.PROTOCOL)))
         if op.job is not None and not _JOB.fullmatch(op.job):
             raise errors.Refused(f"{op.job!r} is no name of a job")
+        self._job = op.job
         if self._runtime is None and op.job is not None:
             self._launcher = Launcher(op.job)
             self._runtime = tempfile.mkdtemp(prefix=launching.private_prefix(op.job, "agent"))
@@ -246,7 +255,7 @@ class Service:
                 raise errors.Refused("is prepared already", disk=image.disk)
         if len({image.disk for image in op.images}) < len(op.images):
             raise errors.Refused("a disk was named twice")
-        prepared = await asyncio.to_thread(images.prepare, op.images, op.job)
+        prepared = await asyncio.to_thread(images.prepare, op.images, op.job, _guest(op.domain))
         twice = [each.image.disk for each in prepared if each.image.disk in self._disks]
         if self._ended or twice:
             for each in prepared:
@@ -434,6 +443,10 @@ class Service:
         if disk.mover is None:
             raise errors.Refused("is not open", disk=name)
         return disk, disk.mover
+
+
+def _guest(domain: protocol.Domain | None) -> Guest | None:
+    return None if domain is None else Guest(domain.name, domain.uuid)
 
 
 def failure(error: Exception) -> protocol.Failure:

@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, MigrationError, Refused, Undecided
+from qemu_blkmig.hooks.expected import happenings
 from qemu_blkmig.job.control import Cancel, Change, ControlClient, Done, Ended, Look, SwitchOver
 from qemu_blkmig.job.history import past_journal, past_journals
 from qemu_blkmig.job.record import Record, left_behind, read_record
-from qemu_blkmig.job.status import Status, at_rest, past
+from qemu_blkmig.job.status import ELSEWHERE, Status, at_rest, past
 from qemu_blkmig.places import state_directory
 
 SETTLING = 90.0
@@ -55,10 +56,19 @@ def is_alive(name: str) -> bool:
 
 
 async def stand(name: str) -> Status:
-    """How a job stands, alive or over. Raises `Refused` if there is none."""
-    if (record := find(name)) is None:
-        return _past(name)
-    return await _stand(record)
+    """How a job stands, alive or over; or what is known of another host's. Raises `Refused` if there is none."""
+    noted = [each.tell() for each in happenings(name)]
+    try:
+        record = find(name)
+    except Refused:
+        if not noted:
+            raise
+        status = Status(
+            job=name, state=ELSEWHERE, next=f"run on the host that it was started on: qemu-blkmig status {name}"
+        )
+    else:
+        status = _past(name) if record is None else await _stand(record)
+    return msgspec.structs.replace(status, libvirt=noted)
 
 
 async def listed(*, with_past: bool) -> list[Status]:

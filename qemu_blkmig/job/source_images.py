@@ -18,11 +18,21 @@ OVERRIDE = "--ignore-ownership overrides"
 
 
 class SourceImage(msgspec.Struct, frozen=True):
-    """The image of `disk` at the source, by absolute path, and `to`: where it goes, in words."""
+    """The image of `disk` at the source, by absolute path, and `to`: where it goes, in words.
+
+    `domain`, `uuid`: libvirt's name and UUID of the guest, for the ownership record.
+    """
 
     disk: str
     path: str
     to: str
+    domain: str | None = None
+    uuid: str | None = None
+
+    @property
+    def guest(self) -> ownership.Guest | None:
+        """For the ownership record."""
+        return None if self.domain is None else ownership.Guest(self.domain, self.uuid or "")
 
 
 def absolute(name: str, process: int | None) -> str:
@@ -82,7 +92,7 @@ def leave_behind(images: Sequence[SourceImage], job: str, afterwards: Afterwards
             if afterwards is not Afterwards.KEEP:
                 told += _put_away(image, job, afterwards)
             if os.path.lexists(image.path) or afterwards is Afterwards.KEEP:
-                ownership.move(image.path, job, image.disk, image.to)
+                ownership.move(image.path, job, image.disk, image.to, image.guest)
         except OSError as error:
             told.append(
                 f"nothing beside {image.path} tells that its guest has moved to {image.to} ({error}): "
@@ -104,7 +114,7 @@ def _put_away(image: SourceImage, job: str, afterwards: Afterwards) -> list[str]
                 if os.path.lexists(new):
                     return [f"{path} was kept: {new} is there already"]
                 # The record first: no crash leaves the renamed image without one.
-                ownership.move(new, job, image.disk, image.to)
+                ownership.move(new, job, image.disk, image.to, image.guest)
                 os.rename(path, new)  # noqa: PTH104 - a string like the rest
         ownership.remove(path)
     except OSError as error:

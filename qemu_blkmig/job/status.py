@@ -17,6 +17,8 @@ from qemu_blkmig.job.telling import Telling
 
 RUNNING, BUSY, LEFT, FINISHED = "running", "busy", "left behind", "finished"
 """States of a job. BUSY: its processes live, but do not answer (its watchdog settles it, or it hangs)."""
+ELSEWHERE = "another host's"
+"""The state of a job of which only libvirt's hook knows here: its domain came here, or left."""
 
 
 class DiskStatus(msgspec.Struct, frozen=True):
@@ -38,6 +40,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field=
 
     `percent`: of the bulk pass. `predicted_downtime`: of the disks' last round now, to be held against `downtime`,
     the limit. `guest`: who has the guest. `next`: what may be done. `outcome`: how it ended.
+    `libvirt`: what libvirt did here with its domain, as the hook noted it.
     """
 
     job: str
@@ -59,6 +62,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field=
     next: str | None = None
     note: str | None = None
     outcome: Outcome | None = None
+    libvirt: list[str] = []
 
 
 def live(record: Record, telling: Telling, steering: Steering) -> Status:
