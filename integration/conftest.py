@@ -10,6 +10,7 @@ import pytest
 
 from integration.lab import Lab, laboratory
 from integration.luck import Bench
+from integration.virthosts import VirtHosts, two_virt_hosts
 from qemu_blkmig.demo.guest import Kernel, build_initramfs, find_kernel
 
 
@@ -45,3 +46,10 @@ def bench(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[Bench]:
     """A guest that is shared by the tests of one file, as long as they leave it running."""
     with laboratory(kernel, initramfs) as laid_out:
         yield Bench(laid_out)
+
+
+@pytest.fixture(scope="module")
+def virt() -> Iterator[VirtHosts]:
+    """hosta and hostb with a libvirt each, shared by the tests of one file."""
+    with two_virt_hosts() as hosts:
+        yield hosts

@@ -26,6 +26,7 @@ import time
 TYPE_CHECKING = False
 """As typing's, which takes 12 ms to import."""
 if TYPE_CHECKING:
+    import re
     from collections.abc import Iterable, Mapping
     from typing import Any, NoReturn
 
@@ -116,7 +117,11 @@ class Domain:
         if self._path[3:] == ["backingStore"] and self._path[:3] == ["domain", "devices", "disk"]:
             at = self._parser.CurrentByteIndex
             begin, _ = self.disks[-1].backing or (at, at)
-            self.disks[-1].backing = (begin, self._xml.index(b">", at) + 1)
+            # Of an empty element (<a/>) expat tells the end, of others the begin of the end tag.
+            end = (
+                self._xml.index(b">", at) + 1 if self._xml.startswith(b"</", at) else _start_tag(self._xml, begin).end()
+            )
+            self.disks[-1].backing = (begin, end)
         if self._path:
             self._path.pop()
 
@@ -317,14 +322,21 @@ def _moved_to(xml: bytes, at: int, attribute: str, value: str) -> tuple[int, int
     """The start tag at `at` with `attribute` in place of all that tells a place."""
     import re
 
-    found = re.compile(_TAG).match(xml, at)
-    if found is None:
-        raise Damaged("a start tag of the domain's XML cannot be read")
+    found = _start_tag(xml, at)
     value = value.replace("&", "&amp;").replace("<", "&lt;").replace("'", "&apos;")
     tag = re.sub(_PLACE, b"", found[0])
     name_end = re.match(rb"<[^\s/>]+", tag)
     end = name_end.end() if name_end else 0
     return found.start(), found.end(), tag[:end] + f" {attribute}='{value}'".encode() + tag[end:]
+
+
+def _start_tag(xml: bytes, at: int) -> re.Match[bytes]:
+    import re
+
+    found = re.compile(_TAG).match(xml, at)
+    if found is None:
+        raise Damaged("a start tag of the domain's XML cannot be read")
+    return found
 
 
 def _is_block(path: str) -> bool:

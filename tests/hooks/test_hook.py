@@ -132,6 +132,14 @@ def test_the_expected_domain_gets_its_job_s_sources_and_nothing_else_changes(hos
     host.passes("migrate", xml)
 
 
+@pytest.mark.parametrize("chain", [b"<backingStore/>", b"<backingStore></backingStore>", b"<backingStore />"])
+def test_the_end_of_a_chain_goes_and_takes_nothing_along(host: Host, chain: bytes) -> None:
+    held = expected(host, vda="/new/a")
+    xml = host.xml("/old/a")
+    assert host.call("migrate", xml.replace(b"<target", chain + b"<target")).stdout == xml.replace(b"/old/a", b"/new/a")
+    held.close()
+
+
 def test_a_volume_becomes_a_file(host: Host) -> None:
     held = expected(host, vda="/new/a")
     xml = host.xml("/old").replace(b"type='file' device", b'type="volume" device')
