@@ -149,7 +149,7 @@ def test_each_operation_is_harmless_or_checked(root: Path) -> None:
     checked = {
         protocol.Inspect, protocol.Prepare, protocol.Discard, protocol.Mark, protocol.Held, protocol.Files,
         protocol.Open, protocol.Identify, protocol.Launch, protocol.FindProgram, protocol.Alive, protocol.EndProcess,
-        protocol.BaseDigest, protocol.BaseDigests,
+        protocol.BaseDigest, protocol.BaseDigests, protocol.Expect,
     }  # fmt: skip
     assert {*HARMLESS} | checked == set(get_args(protocol.Operation))
 
