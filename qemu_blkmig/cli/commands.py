@@ -230,11 +230,12 @@ def _add_receive(commands: Commands) -> None:
         commands,
         "receive",
         "the agent beside the destination's storage (the other commands start it)",
-        "[--root DIR... [--allow-launch]]",
+        "[--root DIR... [--allow-launch] [--allow-connect]]",
         """
   A line of ~/.ssh/authorized_keys on the destination host, whose key can do nothing but bring images below /srv/vm:
     command="qemu-blkmig receive --root /srv/vm",restrict,port-forwarding ssh-ed25519 AAAA... admin@source
-  With --allow-launch whoever has the key may run any program there, as `migrate --launch` does.
+  With --allow-launch whoever has the key may run any program there, as `migrate --launch` does. `--data tls://` works
+  from the address that the ssh connection comes from, with --allow-connect from any that is named.
 """,
     )
     parser.add_argument(
@@ -246,11 +247,15 @@ def _add_receive(commands: Commands) -> None:
     parser.add_argument(
         "--allow-launch", action="store_true", help="with --root: let the destination's QEMU be launched all the same"
     )
+    parser.add_argument(
+        "--allow-connect", action="store_true", help="with --root: let --data name any host, not just the ssh client's"
+    )
     parser.set_defaults(run=_receive)
 
 
 def _receive(arguments: argparse.Namespace) -> int:
     from qemu_blkmig.destination import agent
+    from qemu_blkmig.destination.confine import Bounds, ssh_client
 
     for root in arguments.root or ():
         if not Path(root).is_absolute() or not Path(root).is_dir():
@@ -262,4 +267,5 @@ def _receive(arguments: argparse.Namespace) -> int:
                 "receive speaks to a program, over pipes on its stdin and stdout",
                 advice="there is no need to start it: migrate and copy do",
             )
-    agent.main(arguments.root, allow_launch=arguments.allow_launch)
+    bounds = Bounds(arguments.root, arguments.allow_launch, arguments.allow_connect, ssh_client())
+    agent.main(bounds)

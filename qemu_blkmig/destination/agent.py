@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from typing import NoReturn
 
 import msgspec
 
 from qemu_blkmig.destination import protocol
+from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds
 from qemu_blkmig.destination.service import Service
 
 EXIT_LEFT = 1
@@ -40,19 +40,11 @@ class _Identified(msgspec.Struct):
 class Agent:
     """Answers requests from `reader` on `writer` until bye, end of file, garbage or `stop`."""
 
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        roots: Sequence[str] | None = None,
-        *,
-        allow_launch: bool = False,
-    ) -> None:
-        """`roots`, `allow_launch`: see `confine.Confinement`."""
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, bounds: Bounds) -> None:
         self._reader = reader
         self._writer = writer
         self._writing = asyncio.Lock()
-        self._service = Service(self._send, roots, allow_launch=allow_launch)
+        self._service = Service(self._send, bounds)
         self._decoder = msgspec.json.Decoder(protocol.Request)
         self._encoder = msgspec.json.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,23 +129,23 @@ class Agent:
             self.stop(EXIT_LEFT)
 
 
-async def serve(roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> int:
+async def serve(bounds: Bounds = NO_BOUNDS) -> int:
     """Serve the coordinator on stdin and stdout; the exit status in the end. See `Agent`."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=protocol.LINE_LIMIT)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(0, "rb", buffering=0))
     transport, flow = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, _protocol_only_stdout())
-    agent = Agent(reader, asyncio.StreamWriter(transport, flow, None, loop), roots, allow_launch=allow_launch)
+    agent = Agent(reader, asyncio.StreamWriter(transport, flow, None, loop), bounds)
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, agent.stop, 128 + number)
     return await agent.serve()
 
 
-def run(roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> int:
+def run(bounds: Bounds = NO_BOUNDS) -> int:
     """Be the agent (see `Agent`); the exit status. What belongs to a terminal (Ctrl-C) is the coordinator's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="agent: %(levelname)s: %(message)s")
-    return asyncio.run(serve(roots, allow_launch=allow_launch))
+    return asyncio.run(serve(bounds))
 
 
 def _protocol_only_stdout() -> object:
@@ -163,9 +155,9 @@ def _protocol_only_stdout() -> object:
     return os.fdopen(mine, "wb", buffering=0)
 
 
-def main(roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> NoReturn:
+def main(bounds: Bounds = NO_BOUNDS) -> NoReturn:
     """Be the agent (see `Agent`) and exit, even if a thread hangs in its storage."""
-    status = run(roots, allow_launch=allow_launch)
+    status = run(bounds)
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(status)

@@ -1,17 +1,20 @@
-"""What an agent may be asked for, where an administrator has bounds (`receive --root DIR... [--allow-launch]`).
+"""What an agent may be asked for, where an administrator has bounds (`receive --root DIR...`).
 
 Whoever holds the key of a forced command may say anything in the protocol: no path of any message, and no file that an
-image's own header names, leads out of the roots, whatever links and `..` it is made of.
+image's own header names, leads out of the roots, whatever links and `..` it is made of; no program is launched, and no
+connection made but to whom the connection came from.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import shlex
 import stat
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +35,38 @@ _LAYERS = 200
 """Most layers of a backing chain that are looked into."""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What an administrator allows: the files below `roots` (None: no bounds at all), and two things beside.
+
+    `launch`: programs may be launched. `connect`: TCP connections may be made to anywhere, and not just to `client`,
+    the address that the agent's own ssh connection came from.
+    """
+
+    roots: Sequence[str] | None = None
+    launch: bool = False
+    connect: bool = False
+    client: str | None = None
+
+
+NO_BOUNDS = Bounds()
+
+
+def ssh_client() -> str | None:
+    """The address that this process's ssh connection came from, as sshd tells it (SSH_CONNECTION, ssh(1))."""
+    return os.environ.get("SSH_CONNECTION", "").partition(" ")[0] or None
+
+
 class Confinement:
-    """Bounds to what `roots` hold (None: no bounds), and whether programs may be launched.
+    """Holds an agent to its `bounds`.
 
     `ours`: whether a path is the agent's own (its sockets); `processes`: those that its job launched.
     """
 
-    def __init__(
-        self,
-        roots: Sequence[str] | None,
-        *,
-        allow_launch: bool,
-        ours: Callable[[str], bool],
-        processes: Callable[[], set[ProcessId]],
-    ) -> None:
+    def __init__(self, bounds: Bounds, *, ours: Callable[[str], bool], processes: Callable[[], set[ProcessId]]) -> None:
+        roots = bounds.roots
         self._roots = None if roots is None else [Path(os.path.realpath(root)) for root in roots]
-        self._allow_launch = allow_launch
+        self._bounds = bounds
         self._ours = ours
         self._processes = processes
         self._identified: set[ProcessId] = set()
@@ -89,7 +108,7 @@ class Confinement:
             case protocol.Identify():
                 self._check_socket(op.socket)
             case protocol.Launch() | protocol.FindProgram():
-                if not self._allow_launch:
+                if not self._bounds.launch:
                     raise Refused(
                         "this agent launches no programs (`receive --root` without --allow-launch)",
                         advice="start the destination's QEMU there, with -incoming defer and its QMP socket within the "
@@ -118,10 +137,25 @@ class Confinement:
         match source:
             case UnixAddress(path=path):
                 self._check_socket(path)
-            case TcpAddress(tls=X509(directory=directory)):
-                self._check_path(directory)
             case TcpAddress(tls=None):
                 raise Refused("this agent reads over TCP with TLS only", advice="use --data tls://, or leave it out")
+            case TcpAddress(host=host, tls=tls):
+                if isinstance(tls, X509):
+                    self._check_path(tls.directory)
+                self._check_peer(host)
+
+    def _check_peer(self, host: str) -> None:
+        """A name may mean another address by the time it is connected to: only an address is compared."""
+        client = self._bounds.client
+        known = _address(client) if client is not None else None
+        if self._bounds.connect or (known is not None and _address(host) == known):
+            return
+        raise Refused(
+            f"this agent does not connect to {host}: over TCP it reads only from the address that its ssh connection "
+            f"came from, {client or 'which sshd did not tell'} (`receive --root` without --allow-connect)",
+            advice="write that address, if it is the source host's, in --data tls://ADDRESS; leave --data out; or have "
+            "--allow-connect added to the agent's command",
+        )
 
     def _within(self, path: str) -> bool:
         if "\0" in path:
@@ -175,6 +209,15 @@ class Confinement:
                 raise Refused(f"the header of an image does not say the format of its backing file {path}")
             image_format = info["backing-filename-format"]
         raise Refused(f"more than {_LAYERS} layers: {path}")
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for what is no address. An IPv4 address that is written as IPv6, as a socket for both does, is IPv4."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _info(path: str, image_format: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ import qemu_blkmig
 from qemu_blkmig import errors
 from qemu_blkmig.destination import files, images, launching, locks, protocol, qemu_nbd
 from qemu_blkmig.destination.bases import Bases
-from qemu_blkmig.destination.confine import Confinement
+from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds, Confinement
 from qemu_blkmig.destination.digests import digests
 from qemu_blkmig.destination.expecting import Expecting
 from qemu_blkmig.destination.hashtable import HashTable, table_path
@@ -109,20 +109,15 @@ class _Disk:
 
 
 class Service:
-    """The agent's disks, and the QEMU beside them. `tell` is where progress goes.
+    """The agent's disks, and the QEMU beside them. `tell` is where progress goes."""
 
-    `roots`, `allow_launch`: see `Confinement`.
-    """
-
-    def __init__(self, tell: Tell, roots: Sequence[str] | None = None, *, allow_launch: bool = False) -> None:
+    def __init__(self, tell: Tell, bounds: Bounds = NO_BOUNDS) -> None:
         self._tell = tell
         self._launcher = Launcher(None)
         self._job: str | None = None
         self._expecting = Expecting()
         self._runtime: str | None = None
-        self._bounds = Confinement(
-            roots, allow_launch=allow_launch, ours=self._is_ours, processes=lambda: self._launcher.launched()
-        )
+        self._bounds = Confinement(bounds, ours=self._is_ours, processes=lambda: self._launcher.launched())
         self._throttle = Throttle()
         self._disks: dict[str, _Disk] = {}
         self._bases = Bases()

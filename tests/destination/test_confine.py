@@ -11,10 +11,10 @@ from typing import get_args
 import pytest
 
 from qemu_blkmig.destination import protocol
-from qemu_blkmig.destination.confine import HARMLESS
+from qemu_blkmig.destination.confine import HARMLESS, Bounds
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.service import Service
-from qemu_blkmig.nbd.address import X509, TcpAddress, UnixAddress
+from qemu_blkmig.nbd.address import X509, Psk, TcpAddress, UnixAddress
 
 MIB = 1 << 20
 
@@ -39,7 +39,7 @@ async def tell(_: object) -> None:
 @pytest.fixture
 async def service(root: Path) -> AsyncIterator[Service]:
     """The operations of an agent confined to `root`."""
-    made = Service(tell, [str(root)])
+    made = Service(tell, Bounds([str(root)]))
     await made.perform(protocol.Hello("0", protocol.PROTOCOL, "cafe"))
     yield made
     await made.end(remove=True)
@@ -132,17 +132,61 @@ async def test_nothing_is_launched_and_nobody_is_ended(service: Service, root: P
 
 
 async def test_what_was_launched_with_permission_may_be_ended(root: Path) -> None:
-    service = Service(tell, [str(root)], allow_launch=True)
+    service = Service(tell, Bounds([str(root)], launch=True))
     await service.perform(protocol.Hello("0", protocol.PROTOCOL, "cafe"))
     await refused(service, protocol.Launch("true", "/"))
     launched = await service.perform(protocol.Launch("sleep 60; true", str(root)))
     assert isinstance(launched, protocol.Launched)
-    later = Service(tell, [str(root)], allow_launch=True)
+    later = Service(tell, Bounds([str(root)], launch=True))
     await later.perform(protocol.Hello("0", protocol.PROTOCOL, "cafe"))
     assert await later.perform(protocol.EndProcess(launched.process, group=True)) == protocol.AliveReply(alive=False)
     await later.perform(protocol.Bye())
     await service.end(remove=True)
     assert not list(root.parent.glob("blkmig-*"))
+
+
+CLIENT = "198.51.100.7"
+
+
+async def connecting(root: Path, host: str, **bounds: object) -> protocol.Outcome:
+    """What an agent answers that is to read from `host`, and has the ssh client's address."""
+    service = Service(tell, Bounds([str(root)], **bounds))  # type: ignore[arg-type]
+    await service.perform(protocol.Hello("0", protocol.PROTOCOL, "cafe"))
+    psk = Psk("user", "00" * 32)
+    outcome = await service.perform(protocol.Open("d", TcpAddress(host, 1, psk), "export", 1, 1, 4096, 4096))
+    await service.end(remove=True)
+    return outcome
+
+
+@pytest.mark.parametrize("host", ["198.51.100.8", "127.0.0.1", "localhost", "::1", "198.51.100.7.", "", "0"])
+@pytest.mark.parametrize("client", [CLIENT, None, "UNKNOWN"])
+async def test_a_confined_agent_is_no_way_to_connect_anywhere(root: Path, host: str, client: str | None) -> None:
+    outcome = await connecting(root, host, client=client)
+    assert isinstance(outcome, protocol.Failure) and outcome.kind == "refused"
+    assert f"does not connect to {host}" in outcome.what
+    assert "--allow-connect" in outcome.what
+
+
+@pytest.mark.parametrize(
+    ("host", "bounds"),
+    [
+        (CLIENT, {"client": CLIENT}),
+        (f"::ffff:{CLIENT}", {"client": CLIENT}),
+        ("2001:db8:0::1", {"client": "2001:db8::1"}),
+        ("fe80::1%eth0", {"client": "fe80::1%eth0"}),
+        ("localhost", {"connect": True}),
+    ],
+)
+async def test_whom_it_was_called_by_it_may_read_from(root: Path, host: str, bounds: dict[str, object]) -> None:
+    outcome = await connecting(root, host, **bounds)
+    assert isinstance(outcome, protocol.Failure)
+    # The bounds let it pass: it goes on to look for the disk.
+    assert "connect" not in outcome.what and outcome.disk == "d"
+
+
+async def test_without_encryption_it_reads_from_nobody(root: Path) -> None:
+    service = Service(tell, Bounds([str(root)], connect=True, client=CLIENT))
+    await refused(service, protocol.Open("d", TcpAddress(CLIENT, 1), "e", 1, 1, 4096, 4096), "with TLS only")
 
 
 def test_each_operation_is_harmless_or_checked(root: Path) -> None:
@@ -155,6 +199,6 @@ def test_each_operation_is_harmless_or_checked(root: Path) -> None:
 
 
 async def test_the_name_of_a_job_is_no_path(root: Path) -> None:
-    service = Service(tell, [str(root)])
+    service = Service(tell, Bounds([str(root)]))
     for name in ("../x", "*", "", "a/b", "x" * 100):
         await refused(service, protocol.Hello("0", protocol.PROTOCOL, name), "no name of a job")
