@@ -30,10 +30,12 @@ _PAGE = 4096
 _BLOCK = 1 << 16
 """States that are looked at in one go."""
 
-_NONE, _DATA, _ZERO, _GOOD_DATA, _GOOD_ZERO, _AMISS = range(6)
+_NONE, _DATA, _ZERO, _GOOD_DATA, _GOOD_ZERO, _AMISS_DATA, _AMISS_ZERO = range(7)
+_UNPROVEN = (_DATA, _ZERO, _AMISS_DATA, _AMISS_ZERO)
 _IS_UNREAD = bytes(1 if state in (_DATA, _ZERO) else 0 for state in range(256))
-_IS_UNPROVEN = bytes(1 if state in (_DATA, _ZERO, _AMISS) else 0 for state in range(256))
-_UNPROVE = bytes({_GOOD_DATA: _DATA, _GOOD_ZERO: _ZERO}.get(state, state) for state in range(256))
+_IS_UNPROVEN = bytes(1 if state in _UNPROVEN else 0 for state in range(256))
+_UNREAD_AGAIN = {_GOOD_DATA: _DATA, _GOOD_ZERO: _ZERO, _AMISS_DATA: _DATA, _AMISS_ZERO: _ZERO}
+_UNPROVE = bytes(_UNREAD_AGAIN.get(state, state) for state in range(256))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class HashTable:
 
     def amiss(self, extent: Extent) -> None:
         """The extent, of one `Run`, was read back otherwise: it stays unproven until it is written again."""
-        self._judge(extent, {_DATA: _AMISS, _ZERO: _AMISS})
+        self._judge(extent, {_DATA: _AMISS_DATA, _ZERO: _AMISS_ZERO})
 
     def sync(self) -> None:
         """Make the table stable, if it is to outlive the agent."""
@@ -231,6 +233,11 @@ def table_path(image: str) -> Path:
         return path.with_name(f".{path.name}.blkmig-hashes")
     state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
     return state_directory() / f"{quote(image, safe='')}.blkmig-hashes"
+
+
+def forget(image: str) -> None:
+    """Remove the table that was kept of an image, if any: the work on it has come to its end. Raises `OSError`."""
+    table_path(image).unlink(missing_ok=True)
 
 
 def _nameless(path: Path) -> tuple[int, bool]:

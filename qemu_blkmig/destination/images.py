@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_blkmig import errors
-from qemu_blkmig.destination import locks, ownership
+from qemu_blkmig.destination import hashtable, locks, ownership
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Space
 
@@ -104,18 +104,23 @@ def discard(images: Sequence[Created]) -> tuple[list[str], list[str]]:
     for image in images:
         try:
             if not os.path.lexists(image.path):
-                ownership.withdraw(image.path)
+                _forget(image.path)
                 continue
             reason = _reason_to_keep(image)
             if reason is None:
                 Path(image.path).unlink()
                 removed.append(image.path)
-                ownership.withdraw(image.path)
+                _forget(image.path)
                 continue
         except OSError as error:
             reason = str(error)
         left.append(f"{image.path}: {reason}")
     return removed, left
+
+
+def _forget(path: str) -> None:
+    ownership.withdraw(path)
+    hashtable.forget(path)
 
 
 def mark(images: Sequence[str], job: str, state: str, guest: ownership.Guest | None = None) -> None:
@@ -126,6 +131,7 @@ def mark(images: Sequence[str], job: str, state: str, guest: ownership.Guest | N
                 ownership.complete(path, job, guest)
             else:
                 ownership.withdraw(path, job)
+            hashtable.forget(path)
         except (OSError, ownership.Damaged) as error:
             raise errors.Refused(f"the ownership record of {path} cannot be written: {error}") from error
 

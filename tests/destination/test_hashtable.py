@@ -112,6 +112,20 @@ def test_a_kept_table_is_taken_up_again_and_trusts_nothing_that_was_read_back(tm
         HashTable.reopen(path, size, UNIT, "xxh3-128")
 
 
+def test_what_was_amiss_when_the_work_was_left_is_read_back_again(tmp_path: Path) -> None:
+    table = made(tmp_path)
+    table.keep()
+    table.wrote(0, memoryview(os.urandom(UNIT)))
+    table.zeroed(4 * UNIT, UNIT)
+    for run in table.unread(MIB):
+        table.amiss(run.extent)
+    assert read_back(table) == [] and table.left == 2 * UNIT
+    table.close()
+    again = HashTable.reopen(tmp_path / ".image.blkmig-hashes", 16 * UNIT + 512, UNIT, "xxh3-128")
+    assert read_back(again) == [(0, UNIT, True), (4 * UNIT, UNIT, False)] and again.left == 0
+    again.remove()
+
+
 def test_the_table_of_a_huge_disk_is_as_large_as_what_was_written(tmp_path: Path) -> None:
     size = 16 * TIB
     table = made(tmp_path, size)

@@ -12,6 +12,7 @@ import pytest
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import images, ownership
+from qemu_blkmig.destination.hashtable import table_path
 from qemu_blkmig.destination.protocol import Image
 
 MIB = 1 << 20
@@ -111,12 +112,22 @@ def test_a_prepared_image_is_incoming_and_its_record_goes_with_it(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_discarding_an_image_removes_its_record(tmp_path: Path) -> None:
+def test_discarding_an_image_removes_its_record_and_the_hashes_that_were_kept(tmp_path: Path) -> None:
     [prepared] = images.prepare([new(tmp_path / "a")], "1")
     os.close(prepared.descriptor)
+    table_path(prepared.image.path).touch()
     assert prepared.created is not None
     images.discard([prepared.created])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["complete", "untouched"])
+def test_hashes_that_were_kept_go_when_the_job_is_over(tmp_path: Path, end: str) -> None:
+    [prepared] = images.prepare([new(tmp_path / "a")], "1")
+    os.close(prepared.descriptor)
+    table_path(prepared.image.path).touch()
+    images.mark([prepared.image.path], "1", end)
+    assert not table_path(prepared.image.path).exists()
 
 
 @pytest.mark.parametrize(("untouched", "then"), [(True, ("complete", "0")), (False, ("incoming", "1"))])
