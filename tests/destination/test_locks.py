@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +31,12 @@ def qemu_io(image: Path, command: str) -> subprocess.CompletedProcess[str]:
 
 @contextlib.contextmanager
 def written_by_qemu(directory: Path, *options: str) -> Iterator[None]:
-    """A qemu-nbd that has the image open."""
+    """A qemu-nbd that has the image open: it listens before, but greets nobody until then."""
     listening = directory / "sock"
     with running(["qemu-nbd", "-t", "-f", "raw", "-k", str(listening), *options, str(directory / "image")], listening):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(listening))
+            assert client.recv(1)
         yield
 
 
