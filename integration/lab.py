@@ -391,6 +391,12 @@ class Lab:
         self.guests.append(guest)
         return guest
 
+    def restart(self, guest: Guest) -> Guest:
+        """Boot a guest whose QEMU has ended, with the same disks and sockets."""
+        with (guest.directory / "stderr").open("ab") as errors:
+            guest.process = subprocess.Popen(guest.arguments(), stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+        return guest
+
     def destination(self, guest: Guest, directory: Path | None = None) -> Guest:
         """The guest that a migration of `guest` to `directory` (`target`) launches; it is ended with the test."""
         launched = guest.destination(directory or self.target)

@@ -38,6 +38,7 @@ class Attempt:
         hold: str | None = None,
         block: bool = False,
         launch: bool = True,
+        verb: str = "migrate",
     ) -> None:
         self.lab = lab
         self.source = source
@@ -50,7 +51,7 @@ class Attempt:
         if hold is not None:
             held = ("integration.held", hold, "block" if block else "hold", str(self._go))
             command = [*lab.entering, sys.executable, "-m", *held]
-        command += ["migrate", f"qmp:{source.qmp}", lab.place, "--progress=json"]
+        command += [verb, f"qmp:{source.qmp}", lab.place, "--progress=json"]
         if launch:
             command += ["--launch", source.launch_command(lab.target)]
         self.process = subprocess.Popen(
@@ -92,6 +93,10 @@ class Attempt:
         """Wait until the phase begins."""
         stages = PHASES[PHASES.index(name) :]
         self._wait(lambda: any(event.get("stage") in stages for event in self._events()), f"phase {name}")
+
+    def wait_event(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> None:
+        """Wait until it tells such an event."""
+        self._wait(lambda: any(wanted(event) for event in self._events()), what)
 
     def wait_copying(self) -> None:
         """Wait until the bulk pass has begun to copy."""
@@ -152,6 +157,24 @@ class Attempt:
         assert_writes_soundly(self.source)
         assert_nothing_left(self.lab, self.source)
         assert not list(self.lab.target.iterdir()), "images were left at the destination"
+
+    def assert_given_up(self, *, suspended: bool) -> None:
+        """Assert that the guest is at the source as ever, and the job gone, or suspended, and then given up, too."""
+        if suspended:
+            self.assert_suspended()
+        else:
+            self.assert_source_has_it()
+
+    def assert_suspended(self) -> None:
+        """Assert that the guest runs on at the source, soundly, and the job waits to be resumed; then give it up."""
+        assert not self.destination.running(), "the destination QEMU is still there"
+        assert "blkmig ack" not in self.destination.console(), "the guest ran at the destination"
+        assert_writes_soundly(self.source)
+        job = self.job()
+        assert "suspended" in command("jobs", lab=self.lab).stdout
+        assert list(self.lab.target.iterdir()), "nothing was kept"
+        command("cleanup", job, lab=self.lab).succeeded()
+        self.assert_source_has_it()
 
     def assert_destination_has_it(self) -> None:
         """Assert that the source QEMU is gone, and the guest runs soundly at the destination; end it."""

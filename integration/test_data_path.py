@@ -30,7 +30,7 @@ def test_a_guest_moves_to_another_host_with_its_data_past_ssh_unless_that_is_cut
     far.lab.network.hosts.run("iptables", "-A", "INPUT", "-i", "net0", *reset)  # type: ignore[attr-defined]
     attempt.go_on()
     attempt.outcome().failed(1, f"tls://{ADDRESSES['hosta']}:{PORT}", now="the guest runs at the source")
-    attempt.assert_source_has_it()
+    attempt.assert_suspended()
     attempt = far.attempt("--output", "json", "--data", "tls://", "--on-stall", "pause", kind="qcow2")
     assert attempt.outcome().succeeded().result["guest"] == "the guest runs at the destination"
     attempt.assert_destination_has_it()

@@ -21,7 +21,7 @@ def test_a_signal_before_the_handover_cancels(bench: Bench, signum: signal.Signa
     attempt = bench.attempt_at(moment)
     attempt.signal(signum)
     attempt.outcome().failed(128 + signum, "interrupted", now="the guest runs at the source")
-    attempt.assert_source_has_it()
+    attempt.assert_given_up(suspended=signum == signal.SIGHUP)
 
 
 @pytest.mark.parametrize("moment", ["closed", "undecided", "continued", "completed", "started"])

@@ -15,6 +15,8 @@ from qemu_blkmig.destination.locks import lock_as_writer
 PREPARATION = ["planned", "launched", "connected"]
 LIVE = ["bulk", "converged", "moving RAM"]
 PAUSED = ["paused", "last round over"]
+KEPT = [*LIVE, *PAUSED, "closed"]
+"""What fails then can be resumed."""
 
 
 @pytest.mark.parametrize("moment", [*PREPARATION, *LIVE, *PAUSED, "closed", "undecided"])
@@ -22,7 +24,7 @@ def test_a_coordinator_killed_before_the_handover_leaves_the_guest_at_the_source
     attempt = bench.attempt_at(moment)
     attempt.signal(signal.SIGKILL)
     assert "the guest runs at the source" in attempt.outcome().stderr
-    attempt.assert_source_has_it()
+    attempt.assert_given_up(suspended=moment in KEPT)
 
 
 @pytest.mark.parametrize("moment", ["continued", "completed", "started", "decided"])
@@ -42,7 +44,7 @@ def test_a_coordinator_that_hangs_while_it_may_pause_the_guest_is_ended(bench: B
     outcome = attempt.outcome()
     assert outcome.code == -signal.SIGKILL
     assert "the guest runs at the source" in outcome.stderr
-    attempt.assert_source_has_it()
+    attempt.assert_given_up(suspended=moment in KEPT)
 
 
 @pytest.mark.parametrize("moment", [*LIVE, "paused"])
@@ -69,7 +71,7 @@ def test_a_killed_agent_leaves_the_guest_at_the_source(bench: Bench, moment: str
     attempt.outcome().failed(
         1, "the agent at the destination is gone (killed by SIGKILL)", now="the guest runs at the source"
     )
-    attempt.assert_source_has_it()
+    attempt.assert_given_up(suspended=moment in KEPT)
 
 
 def test_an_agent_that_hangs_in_the_last_round_does_not_keep_the_guest_paused(bench: Bench) -> None:
@@ -78,7 +80,7 @@ def test_an_agent_that_hangs_in_the_last_round_does_not_keep_the_guest_paused(be
     attempt.go_on()
     wait_until(lambda: attempt.source.status() == "running", "the guest", 40)
     attempt.outcome().failed(1, "the last pass did not end within 10 s", now="the guest runs at the source")
-    attempt.assert_source_has_it()
+    attempt.assert_suspended()
 
 
 @pytest.mark.parametrize("moment", ["bulk", "paused"])
@@ -87,7 +89,7 @@ def test_a_killed_nbd_server_at_the_destination_leaves_the_guest_at_the_source(b
     kill(attempt.child("qemu-nbd"))
     attempt.go_on()
     attempt.outcome().failed(1, "the destination cannot be", now="the guest runs at the source")
-    attempt.assert_source_has_it()
+    attempt.assert_suspended()
 
 
 @pytest.mark.parametrize("moment", [*LIVE, *PAUSED, "undecided", "continued", "completed"])
@@ -96,7 +98,7 @@ def test_a_destination_killed_before_it_runs_the_guest_leaves_it_at_the_source(b
     attempt.destination.kill()
     attempt.go_on()
     attempt.outcome().failed(1, "destination QEMU", now="the guest runs at the source")
-    attempt.assert_source_has_it()
+    attempt.assert_given_up(suspended=moment in KEPT)
 
 
 def test_a_destination_that_cannot_lock_its_image_leaves_the_guest_at_the_source(bench: Bench) -> None:
@@ -166,9 +168,9 @@ def test_a_source_whose_qmp_socket_was_unlinked_gets_its_guest_back(bench: Bench
         kill(attempt.agent())
         attempt.go_on()
         attempt.outcome().failed(1, "agent", now="the guest runs at the source")
-        attempt.assert_source_has_it()
     finally:
         (attempt.source.directory / "unlinked").rename(attempt.source.qmp)
+    attempt.assert_suspended()
 
 
 def _kill_both(attempt: Attempt) -> str:

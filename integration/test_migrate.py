@@ -33,6 +33,7 @@ from integration.tool import (
     assert_runs_on,
     assert_writes_soundly,
     finish,
+    give_up,
     migrate,
     run,
     start,
@@ -191,6 +192,7 @@ def test_a_guest_that_writes_faster_than_its_disk_is_copied_is_left_or_paused_fo
     outcome, _ = migrate(lab, guest, *stall)
     outcome.failed(1, "after 3 rounds", "--downtime", now="the guest runs at the source")
     assert "  next: " in outcome.stderr and "--on-stall" in outcome.stderr
+    give_up(lab)
     assert not list(lab.target.iterdir())
     assert_runs_on(lab, guest)
     lab.guests.pop()

@@ -96,6 +96,12 @@ def migrate(lab: Lab, guest: Guest, *options: object) -> tuple[Outcome, Guest]:
     return run("migrate", guest, lab.target, *command, *options), launched
 
 
+def give_up(lab: Lab) -> None:
+    """Clean up the one job that was suspended."""
+    (job,) = (path.parent.name for path in lab.state.glob("*/record.json"))
+    finish(start([*COMMAND, "cleanup", job])).succeeded()
+
+
 def assert_writes_soundly(guest: Guest, *, more: int = 50) -> None:
     """Assert that the guest runs and writes, and that no record is lost or torn; it runs on afterwards."""
     assert guest.status() == "running"

@@ -29,6 +29,10 @@ class BlkmigError(Exception):
     """What happened (`what`), to which disk (`disk`), how things stand now (`state`), what to do next (`advice`)."""
 
     exit_code = 1
+    mendable = False
+    """Whether what happened can pass, or be mended, so that the job is to be resumed rather than given up."""
+    suspended: str | None = None
+    """The job that can be resumed, where there is one."""
 
     def __init__(
         self, what: str, *, disk: str | None = None, state: str | None = None, advice: str | None = None
@@ -49,6 +53,8 @@ class RequestError(BlkmigError):
 
 class ConnectionLost(BlkmigError):
     """The peer is gone; what became of the requests under way cannot be known."""
+
+    mendable = True
 
 
 class StreamError(BlkmigError):
@@ -74,6 +80,8 @@ class GuestStateError(MigrationError):
 class Stalled(MigrationError):
     """The last round does not come to fit the downtime limit."""
 
+    mendable = True
+
 
 class SourceReadError(MigrationError):
     """The source cannot be read at `offset` (bytes)."""
@@ -86,6 +94,8 @@ class SourceReadError(MigrationError):
 class DestinationWriteError(MigrationError):
     """The destination cannot be written at `offset` (bytes; None where it is no matter of place); `errno` tells why."""
 
+    mendable = True
+
     def __init__(self, what: str, *, disk: str, offset: int | None, errno: int) -> None:
         super().__init__(what, disk=disk)
         self.offset = offset
@@ -94,6 +104,8 @@ class DestinationWriteError(MigrationError):
 
 class DestinationFailed(MigrationError):
     """The destination's QEMU or the agent beside its storage failed."""
+
+    mendable = True
 
 
 class HostSilent(DestinationFailed):
@@ -135,3 +147,4 @@ class Interrupted(BlkmigError):
         super().__init__(f"interrupted by {signal.Signals(signum).name}", state=state, advice=advice)
         self.signum = signum
         self.exit_code = 128 + signum
+        self.mendable = signum == signal.SIGHUP

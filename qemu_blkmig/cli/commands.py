@@ -11,11 +11,10 @@ import os
 import stat
 from pathlib import Path
 
-from qemu_blkmig.cli import hook_commands, job_commands, options, show, stream_commands
+from qemu_blkmig.cli import hook_commands, job_commands, options, resume_command, show, stream_commands
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import UsageError
-from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.moment import Moment, parse_moment
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall, Target
 from qemu_blkmig.job.source_images import Afterwards
@@ -29,6 +28,7 @@ def add_all(commands: Commands) -> None:
     _add_check(commands)
     _add_migrate(commands)
     _add_copy(commands)
+    resume_command.add(commands)
     job_commands.add_all(commands)
     _add_receive(commands)
     stream_commands.add_all(commands)
@@ -90,6 +90,7 @@ def _add_migrate(commands: Commands) -> None:
     )
     options.add_transfer(parser)
     options.add_data_path(parser)
+    resume_command.add_retry(parser)
     options.add_output(parser)
     parser.set_defaults(run=_migrate)
 
@@ -107,9 +108,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         source_images=Afterwards(arguments.source_images),
         **options.common(arguments),
     )
-    with progress(arguments.progress) as reporter:
-        result = asyncio.run(migrate(wanted, reporter, Interrupts(reporter.note), RealClock()))
-    return options.print_outcome(result, arguments.output, show.result)
+    return resume_command.run(lambda *shown: migrate(wanted, *shown), arguments)
 
 
 def _add_copy(commands: Commands) -> None:
@@ -137,6 +136,7 @@ def _add_copy(commands: Commands) -> None:
                              "(default: 10)")  # fmt: skip
     options.add_transfer(parser)
     options.add_data_path(parser)
+    resume_command.add_retry(parser)
     options.add_output(parser)
     parser.set_defaults(run=_copy)
 
@@ -154,9 +154,7 @@ def _copy(arguments: argparse.Namespace) -> int:
         freeze_limit=arguments.freeze_limit,
         **options.common(arguments),
     )
-    with progress(arguments.progress) as reporter:
-        result = asyncio.run(copy(wanted, reporter, Interrupts(reporter.note), RealClock()))
-    return options.print_outcome(result, arguments.output, show.result)
+    return resume_command.run(lambda *shown: copy(wanted, *shown), arguments)
 
 
 def _add_check(commands: Commands) -> None:

@@ -9,7 +9,7 @@ from qemu_blkmig.units import show_bytes, show_seconds
 if TYPE_CHECKING:
     from qemu_blkmig.demo.run import DemoResult
     from qemu_blkmig.job.check import CheckResult
-    from qemu_blkmig.job.result import Result
+    from qemu_blkmig.job.result import DiskResult, Result
 
 VERIFIED = {
     "none": "not verified (--verify none)",
@@ -24,7 +24,7 @@ def result(outcome: Result) -> str:
     for disk in outcome.disks:
         lines.append(f"  disk {disk.name}: {disk.source} -> {disk.destination} ({disk.format})")
         lines.append(
-            f"    {show_bytes(disk.virtual_size)} virtual, {show_bytes(disk.allocated)} allocated; "
+            f"    {show_bytes(disk.virtual_size)} virtual, {show_bytes(disk.allocated)} allocated; {_resumed(disk)}"
             f"copied {show_bytes(disk.copied)}, zeroed {show_bytes(disk.zeroed)}, skipped {show_bytes(disk.skipped)}, "
             f"{disk.rounds} dirty rounds"
         )
@@ -70,3 +70,7 @@ def demo(outcome: DemoResult) -> str:
     if outcome.kept is not None:
         lines.append(f"       everything is in {outcome.kept}")
     return "\n".join(lines)
+
+
+def _resumed(disk: DiskResult) -> str:
+    return f"{show_bytes(disk.resumed)} were there already; " if disk.resumed else ""

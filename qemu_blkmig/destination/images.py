@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc
 
 _PREALLOCATION = {"raw": ("off", "falloc", "full"), "qcow2": ("off", "metadata", "falloc", "full")}
 _QEMU_IMG_TIMEOUT = 60.0
+_CHECK_TIMEOUT = 1800.0
+_PREDECESSOR = 30.0
+"""Seconds in which an agent that was lost must have let go of an image."""
 
 _ZEROES = bytes(1 << 20)
 
@@ -48,7 +52,14 @@ class Prepared:
     @property
     def reads_as_zero(self) -> bool:
         """Whether every byte that we have not written is zero."""
-        return self.image.backing is None and (self.image.known_zero or self.created is not None)
+        vouched = self.image.known_zero and self.image.identity is None
+        return self.image.backing is None and (vouched or self.created is not None)
+
+    @property
+    def identity(self) -> Created:
+        """Which file it is."""
+        status = os.fstat(self.descriptor)
+        return Created(self.image.path, status.st_dev, status.st_ino)
 
 
 def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
@@ -86,6 +97,14 @@ def prepare(images: Sequence[Image], job: str | None = None, guest: ownership.Gu
             give_up(each, untouched=True)
         raise
     return prepared
+
+
+def wait_for_predecessor(path: str) -> None:
+    """Wait until no agent holds the image: one that has lost its coordinator drains its writes before it lets go."""
+    deadline = time.monotonic() + _PREDECESSOR
+    with contextlib.suppress(OSError):
+        while locks.in_use_by_job(path) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def give_up(prepared: Prepared, *, untouched: bool = False) -> None:
@@ -221,7 +240,7 @@ def _faults(image: Image) -> Iterator[str]:
 
 
 def _is_to_be_made(image: Image) -> bool:
-    return image.create and not os.path.lexists(image.path)
+    return image.create and image.identity is None and not os.path.lexists(image.path)
 
 
 def _faults_to_create(image: Image) -> Iterator[str]:
@@ -254,6 +273,9 @@ def _faults_of_backing(image: Image, directory: Path) -> Iterator[str]:
 
 
 def _faults_as_it_is(image: Image) -> Iterator[str]:
+    if image.identity is not None and not _is_still(image.identity):
+        yield f"{image.path} is not the file that was being filled: it was replaced, or removed"
+        return
     descriptor = _open_for_writing(image.path)
     try:
         kind = os.fstat(descriptor).st_mode
@@ -267,7 +289,7 @@ def _faults_as_it_is(image: Image) -> Iterator[str]:
         yield f"{image.path} holds {size} bytes, the disk has {image.size}{_told_otherwise(image)}"
     if image.backing is not None and not _stands_on(image, image.backing):
         yield f"{image.path} is there already, but not upon the backing file {image.backing.path}"
-    elif image.backing is not None and not image.compared and _holds_data(image):
+    elif image.backing is not None and not (image.compared or image.identity) and _holds_data(image):
         yield (
             f"{image.path} is there already and holds data of its own, which would stay wherever the source's overlay "
             "has none; it must be a new overlay"
@@ -310,6 +332,8 @@ def _free(image: Image) -> int | None:
 
 def _prepare(image: Image, job: str | None, guest: ownership.Guest | None) -> Prepared:
     """The record comes first: no crash leaves an incomplete image that nothing tells of."""
+    if image.identity is not None:
+        return _take_up(image)
     if job is not None:
         _announce(image, job, guest)
     try:
@@ -346,6 +370,38 @@ def _adopt(image: Image) -> Prepared:
         os.close(descriptor)
         raise
     return Prepared(image, descriptor, None)
+
+
+def _take_up(image: Image) -> Prepared:
+    """Go on with an image that another agent has begun to fill; its ownership record is there already."""
+    prepared = _adopt(image)
+    try:
+        if prepared.identity != image.identity:
+            raise errors.Refused(f"{image.path} was replaced just now", disk=image.disk)
+        _mend(image)
+    except BaseException:
+        os.close(prepared.descriptor)
+        raise
+    return prepared
+
+
+def _mend(image: Image) -> None:
+    """What a killed qemu-nbd may leave is clusters that nothing refers to; anything else is damage. Raises `Refused`.
+
+    `qemu-img check` ends with 2 for damage, 3 for leaks that stay, 63 where the format has no checks (its man page).
+    """
+    if image.format == "raw":
+        return
+    command = ["qemu-img", "check", "-q", "-f", image.format, *(["-r", "leaks"] if image.format == "qcow2" else [])]
+    try:
+        done = subprocess.run(
+            [*command, image.path], capture_output=True, text=True, timeout=_CHECK_TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise errors.Refused(f"qemu-img check: {error}", disk=image.disk) from error
+    if done.returncode not in (0, 3, 63):
+        what = f"{image.path} is damaged: {(done.stderr or done.stdout).strip()[-1000:]}"
+        raise errors.Refused(what, disk=image.disk)
 
 
 def _create(image: Image) -> Prepared:
@@ -443,6 +499,10 @@ def _write_zeroes(descriptor: int, size: int) -> None:
 
 
 def _chain_info(path: str, image_format: str) -> list[dict[str, Any]]:
+    # Opening a pipe, qemu-img would wait for somebody to open its other end.
+    mode = Path(path).stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise errors.Refused(f"{path} is neither a file nor a block device")
     told = _qemu_img(
         "info", "--force-share", "--backing-chain", "--output=json", "-f", image_format, os.path.realpath(path)
     )

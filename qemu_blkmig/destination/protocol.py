@@ -59,7 +59,8 @@ class Image(Message, frozen=True):
     `known_zero`: the user vouches that the existing image reads as zeroes (a created one always does).
     `origin`: where the disk comes from, in words, for the ownership record. `compared`: what the existing image holds
     will be compared with the source's, so it may hold anything. `preallocation`: of an image that is created, in
-    qemu-img's words; zeroes that are written later keep what was allocated.
+    qemu-img's words; zeroes that are written later keep what was allocated. `identity`: it is taken up again where
+    another agent left it, and must be this very file; one who still holds it is waited for.
     """
 
     disk: str
@@ -73,6 +74,7 @@ class Image(Message, frozen=True):
     origin: str = ""
     compared: bool = False
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
+    identity: Created | None = None
 
 
 class Hello(Message, frozen=True, tag="hello", forbid_unknown_fields=False):
@@ -155,6 +157,10 @@ class Close(Message, frozen=True, tag="close"):
     """End the disk's writer: flushed, NBD server exited, lock dropped."""
 
     disk: str
+
+
+class Keep(Message, frozen=True, tag="keep"):
+    """From now on images stay, whatever becomes of the coordinator or the agent; only `Discard` removes them."""
 
 
 class Discard(Message, frozen=True, tag="discard"):
@@ -323,6 +329,7 @@ Operation = (
     | Verify
     | BaseDigest
     | BaseDigests
+    | Keep
     | Bye
     | Ping
     | Launch
@@ -378,7 +385,10 @@ class InspectReply(Message, frozen=True, tag="inspect"):
 
 
 class PrepareReply(Message, frozen=True, tag="prepare"):
+    """`created`: the images that were made; `identities`: all of them, for `Image.identity`."""
+
     created: list[Created]
+    identities: list[Created] = []
 
 
 class CopyReply(Message, frozen=True, tag="copy"):

@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +122,7 @@ class Service:
         self._disks: dict[str, _Disk] = {}
         self._bases = Bases()
         self._ended = False
+        self._kept = False
 
     async def perform(self, op: protocol.Operation) -> protocol.Outcome:
         """Carry out one operation; every failure is an answer."""
@@ -135,6 +136,7 @@ class Service:
         if `remove`."""
         self._ended = True
         self._bases.cancel(None)
+        remove = remove and not self._kept
         disks, self._disks = list(self._disks.values()), {}
         for disk in disks:
             if disk.control is not None:
@@ -154,11 +156,15 @@ class Service:
             case protocol.Ping():
                 return protocol.Done()
             case protocol.Inspect():
+                await self._wait_for_predecessor(op.images)
                 problems, free = await asyncio.to_thread(images.inspect, op.images)
                 there = [image.path for image in op.images if image.create and os.path.lexists(image.path)]
                 return protocol.InspectReply(problems, free, there, await asyncio.to_thread(images.incomplete, there))
             case protocol.Prepare():
                 return await self._prepare(op)
+            case protocol.Keep():
+                self._kept = True
+                return protocol.Done()
             case protocol.Discard():
                 return protocol.DiscardReply(*await asyncio.to_thread(images.discard, op.images))
             case protocol.Mark():
@@ -244,6 +250,13 @@ class Service:
         self._throttle.limit(rate)
         return protocol.Done()
 
+    async def _wait_for_predecessor(self, wanted: Sequence[protocol.Image]) -> None:
+        """An image that is to be taken up again may still be held by an agent before us; our own are not waited for."""
+        ours = {os.path.realpath(disk.prepared.image.path) for disk in self._disks.values()}
+        for image in wanted:
+            if image.identity is not None and os.path.realpath(image.path) not in ours:
+                await asyncio.to_thread(images.wait_for_predecessor, image.path)
+
     async def _prepare(self, op: protocol.Prepare) -> protocol.PrepareReply:
         for image in op.images:
             if image.disk in self._disks:
@@ -259,7 +272,8 @@ class Service:
                 "is prepared already" if twice else "the agent is ending", disk=next(iter(twice), None)
             )
         self._disks.update((each.image.disk, _Disk(each)) for each in prepared)
-        return protocol.PrepareReply([each.created for each in prepared if each.created is not None])
+        created = [each.created for each in prepared if each.created is not None]
+        return protocol.PrepareReply(created, [each.identity for each in prepared])
 
     async def _open(self, op: protocol.Open) -> protocol.Done:
         disk = self._disk(op.disk)
@@ -415,7 +429,7 @@ class Service:
                 connection.close()
             with contextlib.suppress(errors.DestinationFailed):
                 await disk.server.stop()
-        if disk.table is not None:
+        if disk.table is not None and not self._kept:
             with contextlib.suppress(OSError):
                 disk.table.remove()
         if remove:

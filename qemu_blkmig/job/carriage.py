@@ -6,11 +6,13 @@ Shared by `migrate` and `copy`; owns nothing of the guest's run state.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.protocol import (
     Close,
     CloseReply,
+    Keep,
     Open,
     Prepare,
     PrepareReply,
@@ -56,7 +58,10 @@ class Carriage:
         transfer: Transfer,
         reporter: Reporter,
         verify: Verify,
+        on_stable: Callable[[str, int], None],
     ) -> None:
+        """`on_stable`: told by disk how many bytes of the bulk pass are flushed."""
+        self._on_stable = on_stable
         self._job = job
         self._plan = plan
         self._host = host
@@ -77,8 +82,14 @@ class Carriage:
         record.moving = self._plan.source_images(host_name(record.target_place))
         self._job.save()
         reply = await self._agent.expect(Prepare(images, record.job), PrepareReply)
-        self._job.record.created = reply.created
+        record.created += [created for created in reply.created if created not in record.created]
+        record.identities = reply.identities
         self._job.save()
+
+    async def keep(self) -> bool:
+        """From now on the images stay, whatever becomes of us or of the agent."""
+        await self._agent.request(Keep())
+        return True
 
     async def open(self, source: Address, exports: dict[str, str]) -> None:
         """Connect the mover to the source's exports (by disk name), reached from here at `source`."""
@@ -112,6 +123,7 @@ class Carriage:
             Tuning(chunk_size=self._transfer.chunk_size, range_size=128 << 20),
             self._reporter.figures,
             self._comparison if self._compares else None,
+            self._on_stable,
         )  # fmt: skip
 
     def verification(self, engine: BlockMigration, clock: Clock) -> Verification:
@@ -169,6 +181,8 @@ class Carriage:
                     zeroed=own.zeroed,
                     skipped=own.skipped,
                     rounds=own.rounds,
+                    copied_dirty=own.copied_dirty,
+                    resumed=own.resumed,
                 )
             )
         return results

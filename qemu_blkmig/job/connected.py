@@ -7,6 +7,7 @@ from typing import Protocol
 
 from qemu_blkmig.engine.migration import BlockMigration
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
+from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, SaveOptions
@@ -28,6 +29,9 @@ class Carrying(Protocol):
 
     async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
         """The engine over the disks."""
+
+    async def keep(self) -> bool:
+        """From now on what was brought over stays, whatever becomes of us; False: it cannot."""
 
     async def compare(self) -> None:
         """Compare both sides."""
@@ -73,3 +77,32 @@ async def connect(
     engine = await carriage.engine(log, guest, clock)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
     return Connected(guest, carriage, guard, engine, carriage.verification(engine, clock))
+
+
+async def begin(life: Lifecycle, connected: Connected) -> None:
+    """Start to record what the guest writes, or go on with what was recorded while the job was suspended.
+
+    From now on a failure that can be mended suspends the job. Raises `Refused` when the recording is not there.
+    """
+    record = life.job.record
+    if record.recording and not life.job.starts_over:
+        await _go_on(life, connected)
+    else:
+        await life.forget_stable()
+        await connected.engine.setup()
+        record.recording = await connected.carriage.keep()
+        life.job.save()
+
+
+async def _go_on(life: Lifecycle, connected: Connected) -> None:
+    await connected.carriage.keep()
+    try:
+        await connected.engine.resume(life.stable())
+    except Refused as error:
+        error.advice = compare_instead(life.job.record.job)
+        raise
+
+
+def compare_instead(job: str) -> str:
+    """What is to be done where the recording is lost."""
+    return f"qemu-blkmig resume {job} --compare reads both sides and copies only what differs"

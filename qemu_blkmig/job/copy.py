@@ -10,14 +10,15 @@ from pathlib import Path
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import BlkmigError, MigrationError, Stalled
+from qemu_blkmig.errors import BlkmigError, Stalled
 from qemu_blkmig.job.carriage import Carriage
-from qemu_blkmig.job.connected import Carrying, connect
+from qemu_blkmig.job.connected import Carrying, begin, connect
 from qemu_blkmig.job.imagefile import ImageSource
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import CopyOptions, SaveOptions, Verify
 from qemu_blkmig.job.plan import Plan, Planner
+from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.sharing import Sharing
@@ -44,19 +45,40 @@ OpenWay = Callable[[Lifecycle], Awaitable[Way]]
 """Called once the source, if it is a guest, is connected."""
 
 
-async def copy(options: CopyOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
-    """Copy disks. Raises a `BlkmigError` that tells the state of things; the guest runs on whatever happens."""
+async def copy(
+    options: CopyOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock, suspended: Job | None = None
+) -> Result:
+    """Copy disks, or go on with the suspended job.
+
+    Raises a `BlkmigError` that tells the state of things; the guest runs on whatever happens.
+    """
 
     async def to_images(life: Lifecycle) -> Way:
         agent = await life.start_agent(options.target.place)
-        planner = Planner(agent, options.selection, Path(options.target.place.directory), life.reporter.note)
+        planner = Planner(
+            agent,
+            options.selection,
+            Path(options.target.place.directory),
+            life.reporter.note,
+            life.job.record.identities,
+        )
         return Way(
             planner,
-            lambda plan: Carriage(life.job, plan, life.host, agent, options.transfer, life.reporter, options.verify),
+            lambda plan: Carriage(
+                life.job,
+                plan,
+                life.host,
+                agent,
+                options.transfer,
+                life.reporter,
+                options.verify,
+                life.journal.stable,
+            ),
         )
 
     steering = Steering(options.downtime, options.transfer.bandwidth)
-    async with Lifecycle(reporter, interrupts, steering) as life:
+    async with Lifecycle(reporter, interrupts, steering, suspended) as life:
+        life.job.record.copy = options
         if options.image is not None:
             return await life.conduct(copy_image(life, options, to_images, clock))
         return await life.conduct(GuestCopy(life, options, to_images, clock).whole())
@@ -135,7 +157,7 @@ class GuestCopy:
         sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
         async with sharing:
             with self._watch.phase("bulk"):
-                await self._engine.setup()
+                await begin(self._life, self._connected)
                 await self._engine.bulk()
             sharing.bulk_over()
             async with self._verification.in_background():
@@ -160,9 +182,9 @@ class GuestCopy:
         self._job.record.was_running = not await self._guest.is_paused()
         self._carriage = way.carriage(self._plan)
         await self._carriage.prepare()
-        connected = await connect(life, self._plan, self._carriage, self._guest, options, self._clock)
-        self._guard, self._engine = connected.guard, connected.engine
-        self._verification = connected.verification
+        self._connected = await connect(life, self._plan, self._carriage, self._guest, options, self._clock)
+        self._guard, self._engine = self._connected.guard, self._connected.engine
+        self._verification = self._connected.verification
 
     async def _converge(self) -> None:
         policy = Policy(downtime=self._life.steering.downtime, max_rounds=self._options.max_rounds)
@@ -212,9 +234,7 @@ class GuestCopy:
                 async with asyncio.timeout(limit):
                     await self._engine.complete()
             except TimeoutError:
-                raise MigrationError(
-                    f"the last round did not end within {limit:.0f} s; the guest was given back"
-                ) from None
+                raise Stalled(f"the last round did not end within {limit:.0f} s; the guest was given back") from None
         if self._options.verify is Verify.FULL:
             with self._watch.phase("verify"):
                 await self._carriage.compare()

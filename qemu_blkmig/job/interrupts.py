@@ -17,13 +17,15 @@ class Interrupts:
     """Turns signals into the cancellation of one task.
 
     In `deferred` (the handover) a signal is only remembered: what has begun there must be brought to an end, which
-    takes moments. A second signal outside of it ends this process at once, and the watchdog settles the job.
+    takes moments. A second signal outside of it ends this process at once (after `on_insisted`), and the watchdog
+    settles the job.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._deferring = False
         self._task: asyncio.Task[object] | None = None
+        self.on_insisted: Callable[[], None] = lambda: None
         self.received: signal.Signals | None = None
 
     @contextlib.contextmanager
@@ -77,4 +79,5 @@ class Interrupts:
                 "interrupted again: ending at once; the watchdog gives the guest back and tidies up, which takes "
                 "moments (`qemu-blkmig jobs` lists the job until it has)"
             )
+            self.on_insisted()
             os._exit(128 + signum)

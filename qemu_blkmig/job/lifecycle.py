@@ -56,7 +56,11 @@ MOMENT = 0.5
 class Lifecycle:
     """The job's parts, made in order. `conduct` runs the work and brings everything to rest after it."""
 
-    def __init__(self, reporter: Reporter, interrupts: Interrupts, steering: Steering) -> None:
+    def __init__(
+        self, reporter: Reporter, interrupts: Interrupts, steering: Steering, suspended: Job | None = None
+    ) -> None:
+        """`suspended`: a job to be gone on with, in place of a new one."""
+        self._suspended = suspended
         self._display = reporter
         self.steering = steering
         self._interrupts = interrupts
@@ -76,20 +80,26 @@ class Lifecycle:
     async def __aenter__(self) -> Lifecycle:
         self._signals.enter_context(self._interrupts.watching())
         try:
-            self.job = Job.create()
+            if self._suspended is None:
+                self.job = Job.create()
+            else:
+                self.job = self._suspended
+                self.job.wake()
+            self._interrupts.on_insisted = self._give_up
             try:
                 self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
             except BaseException:
-                self.job.remove()
+                self._give_back()
                 raise
-            self.journal = Journal.create(self.job.directory, self._warner())
+            begin = Journal.create if self._suspended is None else Journal.open
+            self.journal = begin(self.job.directory, self._warner())
             self.reporter = Telling(self._display, self.journal)
             try:
                 await self._listen()
             except BaseException:
                 await asyncio.to_thread(self.journal.close)
                 await self.watchdog.dismiss()
-                self.job.remove()
+                self._give_back()
                 raise
         except BaseException as error:
             self._signals.close()
@@ -114,6 +124,20 @@ class Lifecycle:
                 self.job.release()
         finally:
             self._signals.close()
+
+    def _give_back(self) -> None:
+        """The job never came to life: a suspended one goes back to rest."""
+        if self._suspended is None:
+            self.job.remove()
+        else:
+            self.job.rest()
+            self.job.release()
+
+    def _give_up(self) -> None:
+        """Whatever settles the job does not suspend it."""
+        self.job.record.recording = False
+        with contextlib.suppress(OSError):
+            self.job.save()
 
     def _warner(self) -> Callable[[str], None]:
         """What the journal's thread may call to tell the user something."""
@@ -155,6 +179,23 @@ class Lifecycle:
                 for disk in plan.disks
             ]
         )
+
+    def stable(self) -> dict[str, int]:
+        """What of the bulk pass is known to be flushed, by disk; if the journal cannot be read, nothing is."""
+        try:
+            return self.journal.stable_by_disk()
+        except Refused as error:
+            self.reporter.note(f"{error}: all is copied anew")
+            return {}
+
+    async def forget_stable(self) -> None:
+        """The disks are copied anew: what the journal says of an earlier pass holds no more. Raises `Refused`."""
+        if self._suspended is None:
+            return
+        for disk in self.stable():
+            self.journal.stable(disk, 0)
+        if not await self.journal.written():
+            raise Refused("the journal cannot be written, and it tells of an earlier pass over the disks")
 
     @property
     def source(self) -> Monitor:
@@ -300,10 +341,12 @@ class Lifecycle:
         await self._control.end(Ended(0, result.outcome, result.guest))
         return result
 
-    async def settle(self) -> Settlement:
+    async def settle(self, *, suspend: bool = False) -> Settlement:
         """Bring both sides to rest, by what the record says."""
         target = self.target.monitor if self.target is not None else None
-        return await settle(self.job, self._source, target, self._release_images, self._host, self._agent)
+        return await settle(
+            self.job, self._source, target, self._release_images, self._host, self._agent, suspend=suspend
+        )
 
     async def _conclude(self, result: Result) -> None:
         if self._guard is not None:
@@ -365,12 +408,17 @@ class Lifecycle:
             failure.state = failure.state or "nothing was touched"
             await self._forget(failure.exit_code, str(failure), failure.state)
             return failure
-        settlement = await self.settle()
+        suspend = failure.mendable or (self._suspended is not None and isinstance(failure, Refused))
+        if suspend:
+            await self.journal.written()
+        else:
+            self._give_up()
+        settlement = await self.settle(suspend=suspend)
         # An agent that goes on would keep our end waiting for it.
         await self._release_images()
         await self._let_go()
         failure = _told(failure, settlement, self.job)
-        if settlement.decided:
+        if settlement.decided and not settlement.suspended:
             await self._forget(failure.exit_code, str(failure), failure.state)
         self._part(settlement)
         return failure
@@ -416,6 +464,13 @@ class Lifecycle:
 
 
 def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError:
+    if settlement.decided and settlement.suspended:
+        name = job.record.job
+        failure.suspended = name
+        failure.state = "; ".join(settlement.facts)
+        go_on = f"qemu-blkmig resume {name} goes on where it was; qemu-blkmig cleanup {name} removes what is left"
+        failure.advice = f"{failure.advice}: {go_on}" if failure.advice else go_on
+        return failure
     if settlement.decided:
         failure.state = "; ".join(settlement.facts)
         failure.advice = failure.advice or (

@@ -13,13 +13,14 @@ from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused, Stalled
 from qemu_blkmig.job.carriage import Carriage
-from qemu_blkmig.job.connected import connect
+from qemu_blkmig.job.connected import begin, connect
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.moment import reached
 from qemu_blkmig.job.options import MigrateOptions, OnStall
 from qemu_blkmig.job.plan import Plan, Planner, verify_launched
+from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import STANDBY, Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.sharing import Sharing
@@ -30,10 +31,16 @@ from qemu_blkmig.qmp.ram import unfit_capabilities
 from qemu_blkmig.units import show_seconds
 
 
-async def migrate(options: MigrateOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
-    """Migrate a guest. Raises a `BlkmigError` that tells the state of things; nothing of ours is left then."""
+async def migrate(
+    options: MigrateOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock, suspended: Job | None = None
+) -> Result:
+    """Migrate a guest, or go on with the suspended job.
+
+    Raises a `BlkmigError` that tells the state of things; nothing of ours is left then, unless the job is suspended.
+    """
     steering = Steering(options.downtime, options.transfer.bandwidth)
-    async with Lifecycle(reporter, interrupts, steering) as life:
+    async with Lifecycle(reporter, interrupts, steering, suspended) as life:
+        life.job.record.migrate = options
         run = _Run(life, options, interrupts, clock)
         return await life.conduct(run.whole())
 
@@ -61,7 +68,7 @@ class _Run:
         sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
         async with sharing:
             with self._watch.phase("bulk"):
-                await self._engine.setup()
+                await begin(self._life, self._connected)
                 await self._engine.bulk()
             sharing.bulk_over()
             over = Switchover(
@@ -111,7 +118,13 @@ class _Run:
         agent = await life.start_agent(options.target.place)
         if options.target.qmp is not None:
             await life.attach_target(options.target.qmp)
-        planner = Planner(agent, options.selection, Path(options.target.place.directory), self._reporter.note)
+        planner = Planner(
+            agent,
+            options.selection,
+            Path(options.target.place.directory),
+            self._reporter.note,
+            self._job.record.identities,
+        )
         self._plan: Plan = await planner.plan(
             source, life.target, self._job.record.prefix, with_ram=not options.pause_only
         )
@@ -127,7 +140,14 @@ class _Run:
         guest = QemuGuest(source)
         self._job.record.was_running = not await guest.is_paused()
         self._carriage = Carriage(
-            self._job, self._plan, life.host, agent, options.transfer, self._reporter, options.verify
+            self._job,
+            self._plan,
+            life.host,
+            agent,
+            options.transfer,
+            self._reporter,
+            options.verify,
+            life.journal.stable,
         )
         await self._carriage.prepare()
         if options.target.launch is not None:

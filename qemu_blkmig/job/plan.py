@@ -8,9 +8,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
+
 from qemu_blkmig.destination.files import FileId, boot_id, file_id, file_id_for, opened_by
 from qemu_blkmig.destination.protocol import Backing as SharedBase
-from qemu_blkmig.destination.protocol import Files, FilesReply, Image, Inspect, InspectReply
+from qemu_blkmig.destination.protocol import Created, Files, FilesReply, Image, Inspect, InspectReply
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.base_proof import Proof
 from qemu_blkmig.job.bases import Base, bases_of, like, path_there
@@ -66,11 +68,13 @@ class Planner:
         selection: Selection,
         directory: Path | None,
         tell: Callable[[str], None] = lambda _: None,
+        begun: Sequence[Created] = (),
     ) -> None:
         """Without an agent and a directory there are no images: the disks go into a stream.
 
-        `tell`: where it is told what takes long.
+        `tell`: where it is told what takes long. `begun`: the images of a job that is resumed, and no others.
         """
+        self._begun = {created.path: created for created in begun}
         self._agent = agent
         self._selection = selection
         self._directory = directory
@@ -112,6 +116,8 @@ class Planner:
         return await self._checked((disk,), (), images)
 
     async def _checked(self, disks: tuple[Disk, ...], skipped: tuple[Skipped, ...], images: dict[str, Image]) -> Plan:
+        if self._begun:
+            images = {name: self._as_begun(image) for name, image in images.items()}
         for disk in disks:
             self._check_disk(disk)
         if images:
@@ -119,6 +125,12 @@ class Planner:
             await self._prove_bases(disks, images)
         private = {name: base.above for name, base in self._bases.items()}
         return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings), self._process, private)
+
+    def _as_begun(self, image: Image) -> Image:
+        identity = self._begun.get(image.path)
+        if identity is None:
+            self._problems.append(f"disk {image.disk}: {image.path} is not among the images that the job had begun")
+        return msgspec.structs.replace(image, identity=identity)
 
     async def _check_source(self, source: Monitor, with_ram: bool) -> None:
         features = await probe(source)
@@ -364,8 +376,9 @@ class Planner:
         reply = await self._agent.expect(Inspect(list(images.values())), InspectReply)
         self._problems += [f"disk {p.disk}: {p.what}" if p.disk else p.what for p in reply.problems]
         fate = "only what differs is sent" if self._selection.compare else "it is overwritten"
-        self._warnings += [f"{path} is there already: {fate}" for path in reply.there]
-        self._warnings += [f"{words}; that job cannot go on with it after this" for words in reply.incomplete]
+        if not self._begun:
+            self._warnings += [f"{path} is there already: {fate}" for path in reply.there]
+            self._warnings += [f"{words}; that job cannot go on with it after this" for words in reply.incomplete]
         if self._selection.compare:
             self._warnings += [
                 f"disk {name}: {image.path} is not there yet: nothing to compare with, it is copied whole"

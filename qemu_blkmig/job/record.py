@@ -22,6 +22,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.history import archive
+from qemu_blkmig.job.options import CopyOptions, MigrateOptions
 from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.source_images import Afterwards, SourceImage
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
@@ -48,6 +49,9 @@ class Record(msgspec.Struct):
     `unfenced`: it has the guest's state, or may have; the guest is the source's, and it is still to be ended.
     `moving`: the source's own images. `source_images`: what becomes of them.
     `marked`: the ownership records at the destination say that it has the guest.
+    `identities`: the files that `images` are. `migrate`, `copy`: what was asked for, so that it can be resumed.
+    `recording`: our bitmaps record on the source what the destination, which holds a part, has not got.
+    `suspended`: the guest is at rest at the source, and the job can be resumed.
     """
 
     job: str
@@ -74,6 +78,20 @@ class Record(msgspec.Struct):
     source_images: Afterwards = Afterwards.KEEP
     marked: bool = False
     settler: ProcessId | None = None
+    identities: list[Created] = []
+    migrate: MigrateOptions | None = None
+    copy: CopyOptions | None = None
+    recording: bool = False
+    suspended: bool = False
+
+    def rest(self, *, target_ended: bool) -> None:
+        """Forget what is gone now that the job is suspended: all that was made but images and bitmaps."""
+        if self.target_launched and target_ended:
+            self.target_qmp = self.target_process = None
+            self.target_launched = False
+        self.run_state_taken = self.migrating = self.nbd_server = False
+        self.frozen_by = self.settler = None
+        self.suspended = True
 
     @property
     def prefix(self) -> str:
@@ -88,6 +106,8 @@ class Job:
         self.directory = directory
         self.record = record
         self.lock = lock
+        self.starts_over = False
+        """What was recorded is of no use any more: both sides are compared."""
 
     @classmethod
     def create(cls) -> Job:
@@ -133,9 +153,25 @@ class Job:
                 f"the record of job {name} cannot be read: {error}", advice=f"look at {directory / 'record.json'}"
             ) from error
 
+    def wake(self) -> None:
+        """Go on with a suspended job. Raises `Refused`."""
+        self.record.suspended = False
+        try:
+            self.save()
+        except OSError as error:
+            raise Refused(f"job {self.record.job} cannot be resumed: {error.strerror or error}") from error
+
+    def rest(self, *, target_ended: bool = True) -> None:
+        """Suspend the job: its record says so, and its sockets are gone. Raises `OSError`."""
+        self.record.rest(target_ended=target_ended)
+        self.save()
+        shutil.rmtree(self.record.runtime, ignore_errors=True)
+
     @property
     def runtime(self) -> Path:
-        """The private directory for sockets."""
+        """The private directory for sockets; made anew where the job was suspended, or this host has been restarted."""
+        if not Path(self.record.runtime).is_dir():
+            self.record.runtime = tempfile.mkdtemp(prefix=f"blkmig-{self.record.job}-")
         return Path(self.record.runtime)
 
     def save(self, *, synced: bool = True) -> None:
@@ -170,6 +206,8 @@ class Job:
 
     def release(self) -> None:
         """Let go of the lock and leave the record."""
+        if self.record.suspended:
+            shutil.rmtree(self.record.runtime, ignore_errors=True)
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1

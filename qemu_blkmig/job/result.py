@@ -10,7 +10,11 @@ from qemu_blkmig.units import show_seconds
 
 
 class DiskResult(msgspec.Struct, frozen=True):
-    """One disk; sizes in bytes. `copied`, `zeroed`, `skipped`: all passes together; `rounds`: dirty rounds."""
+    """One disk; sizes in bytes. `copied`, `zeroed`, `skipped`: all passes together; `rounds`: dirty rounds.
+
+    `copied_dirty`: the part of `copied` that the rounds had. `resumed`: what had been brought over, by the first pass,
+    before the job was resumed.
+    """
 
     name: str
     source: str
@@ -22,6 +26,8 @@ class DiskResult(msgspec.Struct, frozen=True):
     zeroed: int
     skipped: int
     rounds: int
+    copied_dirty: int = 0
+    resumed: int = 0
 
 
 class Downtime(msgspec.Struct, frozen=True):

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from qemu_blkmig.destination.protocol import Discard, DiscardReply, Done, Mark
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError, Undecided
 from qemu_blkmig.job.activation import activate
+from qemu_blkmig.job.chronicle import Chronicle
+from qemu_blkmig.job.journal import FILE
 from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable, until
 from qemu_blkmig.job.place import Ssh
 from qemu_blkmig.job.record import Job, Owner
@@ -26,7 +28,7 @@ from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import MIGRATED, UNDER_WAY, migration_status
 from qemu_blkmig.qmp.monitor import Monitor, NoAnswer
 from qemu_blkmig.qmp.ram import cancel_migration
-from qemu_blkmig.qmp.removal import remove_all
+from qemu_blkmig.qmp.removal import remove_all, remove_server
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 
@@ -55,7 +57,7 @@ class Settlement:
 
     `ended`: the destination has the guest, but its QEMU has ended since. `left_there`: the guest is at rest, but at a
     destination host that cannot be reached something is left to be tidied up. `unreachable`: what to do about it when
-    that host keeps the decision to itself.
+    that host keeps the decision to itself. `suspended`: images and bitmaps were kept, so that the job can be resumed.
     """
 
     owner: Owner
@@ -63,6 +65,7 @@ class Settlement:
     ended: bool = False
     left_there: bool = False
     unreachable: str | None = None
+    suspended: bool = False
     facts: list[str] = field(default_factory=list)
 
 
@@ -90,13 +93,15 @@ async def settle(
     release_images: Callable[[], Awaitable[None]] | None = None,
     host: Host | None = None,
     agent: AgentClient | None = None,
+    *,
+    suspend: bool = False,
 ) -> Settlement:
     """Settle the job. `source` and `destination` are live monitors, where the caller has them; they are closed.
 
     `host` and `agent` are the caller's ways to the destination host, and stay; without them it is reached anew.
 
     `release_images` ends what of the caller's still has the destination's images open, before they are removed; the
-    guest does not wait for it.
+    guest does not wait for it. `suspend`: keep images and bitmaps, where they are of use, for the job to be resumed.
 
     Saves every decision in the job's record before it acts upon it. Does not raise for what it meets: what could not
     be settled is told in the settlement, with `decided` False, and the record stays for another try.
@@ -106,7 +111,7 @@ async def settle(
     here = Peer("source QEMU", Here(), record.source_qmp, record.source_process, source)
     there = Peer("destination QEMU", beyond, record.target_qmp, record.target_process, destination)
     before = record.owner
-    settlement = Settlement(before)
+    settlement = Settlement(before, suspended=suspend and record.recording and before is Owner.SOURCE)
     try:
         for attempt in range(ATTEMPTS):
             settlement.facts.clear()
@@ -115,7 +120,7 @@ async def settle(
                 if release_images is not None:
                     beyond.leave_agent()
                     await release_images()
-                if record.owner is Owner.SOURCE:
+                if record.owner is Owner.SOURCE and not settlement.suspended:
                     await _discard(job, beyond, settlement)
                     _tell_overwritten(job, settlement)
                 elif record.owner is Owner.DESTINATION:
@@ -142,6 +147,8 @@ async def settle(
         settlement.owner = record.owner
         if record.source_qmp is not None:
             _tell_why(before, settlement)
+        if settlement.suspended:
+            _rest(job, settlement)
         if settlement.owner is Owner.UNDECIDED:
             settlement.decided = False
         for peer in (here, there):
@@ -159,6 +166,29 @@ def _by_hand(job: Job, host: str) -> str:
         f"guest runs there no more, give it back to the source: echo '{words}' | socat - "
         f"UNIX-CONNECT:{job.record.source_qmp}; then run: {cleanup}"
     )
+
+
+def _rest(job: Job, settlement: Settlement) -> None:
+    """Suspend the job, if the source is at rest; what could not be tidied up at the destination is left for later."""
+    if not (settlement.decided or settlement.left_there):
+        settlement.suspended = False
+        return
+    try:
+        job.rest(target_ended=settlement.decided)
+    except OSError as error:
+        log.warning("the record of job %s cannot be written: %s", job.record.job, error)
+    settlement.decided, settlement.left_there = True, False
+    settlement.facts.append(f"what was copied is kept at the destination, {kept(job)}")
+
+
+def kept(job: Job) -> str:
+    """How much of a suspended job's disks need not be copied again, in words."""
+    try:
+        journal = Chronicle(job.directory / FILE)
+        stable, total = journal.stable_by_disk(), sum(disk.size for disk in journal.agreed())
+    except Refused:
+        return "0 % of it known to be safe"
+    return f"{sum(stable.values()) * 100 // max(1, total)} % of the disks known to be safe"
 
 
 async def _settle(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement) -> None:
@@ -308,6 +338,7 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
     source = await here.monitor()
     if source is None:
         settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote")
+        settlement.suspended = False
     else:
         if record.migrating and await _migration_status(source) in UNDER_WAY:
             await cancel_migration(source)
@@ -334,8 +365,12 @@ async def _end_destination(job: Job, there: Peer, settlement: Settlement) -> Non
 
 
 async def _clean(job: Job, source: Monitor, settlement: Settlement) -> None:
+    record = job.record
     try:
-        await remove_all(source, prefix=job.record.prefix, nbd_server_is_ours=job.record.nbd_server)
+        if settlement.suspended:
+            await remove_server(source, prefix=record.prefix, nbd_server_is_ours=record.nbd_server)
+        else:
+            await remove_all(source, prefix=record.prefix, nbd_server_is_ours=record.nbd_server)
     except RequestError as error:
         settlement.decided = False
         settlement.facts.append(f"something of ours is left in the source QEMU: {error}")

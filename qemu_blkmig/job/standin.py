@@ -44,15 +44,18 @@ def stand_in(directory: Path, lock: int, *, told: bool) -> None:
     if not settlement.decided and not settlement.left_there:
         _fall_silent()
         settlement = _persist(job, settlement)
-    if settlement.decided:
+    if settlement.decided and not settlement.suspended:
         note_end(directory, 1, "its coordinator ended unexpectedly; settled by its watchdog", settlement.facts)
         job.remove()
 
 
 def _settle_first(job: Job) -> Settlement:
-    settlement = asyncio.run(settle(job))
+    settlement = asyncio.run(settle(job, suspend=True))
     _say(f"the coordinator of job {job.record.job} ended unexpectedly: {'; '.join(settlement.facts)}")
-    if not settlement.decided:
+    name = job.record.job
+    if settlement.suspended:
+        _say(f"qemu-blkmig resume {name} goes on where it was; qemu-blkmig cleanup {name} removes what is left")
+    elif not settlement.decided:
         _say(f"look at both sides, then run: qemu-blkmig cleanup {job.record.job}")
     return settlement
 
@@ -87,7 +90,7 @@ def _persist(job: Job, settlement: Settlement) -> Settlement:
             break
         pause = min(LONGEST_PAUSE, 2 * pause)
         source_lives = job.record.source_process is not None and job.record.source_process.alive
-        settlement = asyncio.run(settle(job))
+        settlement = asyncio.run(settle(job, suspend=True))
     return settlement
 
 

@@ -15,7 +15,7 @@ from qemu_blkmig.job.reporting import STANDBY
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.telling import Telling
 
-RUNNING, BUSY, LEFT, FINISHED = "running", "busy", "left behind", "finished"
+RUNNING, BUSY, LEFT, SUSPENDED, FINISHED = "running", "busy", "left behind", "suspended", "finished"
 """States of a job. BUSY: its processes live, but do not answer (its watchdog settles it, or it hangs)."""
 ELSEWHERE = "another host's"
 """The state of a job of which only libvirt's hook knows here: its domain came here, or left."""
@@ -96,12 +96,15 @@ def at_rest(record: Record, directory: Path, *, busy: bool) -> Status:
     """The status of a job that this process can only read of, in `directory`; `busy`: its processes live."""
     job = record.job
     if busy:
-        advice = "its processes are at work, or hang; ask again in a minute"
+        state, advice = BUSY, "its processes are at work, or hang; ask again in a minute"
+    elif record.suspended:
+        state = SUSPENDED
+        advice = f"qemu-blkmig resume {job} goes on where it was, qemu-blkmig cleanup {job} gives it up"
     else:
-        advice = f"qemu-blkmig cleanup {job} brings it to rest and removes what it made"
+        state, advice = LEFT, f"qemu-blkmig cleanup {job} brings it to rest and removes what it made"
     status = Status(
         job=job,
-        state=BUSY if busy else LEFT,
+        state=state,
         source=_source(record),
         destination=_destination(record),
         guest=_guest(record, alive=busy),

@@ -63,6 +63,10 @@ class StreamCarriage:
                     disk=disk.name,
                 )
 
+    async def keep(self) -> bool:
+        """A stream that broke off cannot be gone on with."""
+        return False
+
     async def open(self, source: Address, exports: dict[str, str]) -> None:
         """Connect to the source's exports (by disk name), then to where the stream goes; its header is sent."""
         total = sum(disk.size for disk in self._plan.disks)

@@ -289,7 +289,7 @@ class Switchover:
             async with asyncio.timeout(limit):
                 await self._engine.complete()
         except TimeoutError:
-            raise MigrationError(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None
+            raise Stalled(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None
 
     async def _verify(self) -> None:
         if self._options.verify is Verify.FULL:

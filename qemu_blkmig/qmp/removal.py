@@ -19,11 +19,17 @@ async def remove_all(monitor: Monitor, *, prefix: str, nbd_server_is_ours: bool)
     The NBD server, which has no name, is stopped if the caller knows that it is ours, and unless others have exports
     on it. Idempotent. Raises `RequestError` when something could not be removed, and what `Monitor.execute` raises.
     """
+    removed = await remove_server(monitor, prefix=prefix, nbd_server_is_ours=nbd_server_is_ours)
+    return removed + await remove_bitmaps(monitor, prefix)
+
+
+async def remove_server(monitor: Monitor, *, prefix: str, nbd_server_is_ours: bool) -> list[str]:
+    """As `remove_all`, but bitmaps stay, and go on recording."""
     removed = await remove_exports(monitor, prefix)
     if nbd_server_is_ours and await stop_unused_server(monitor):
         removed.append("the NBD server")
     removed += [f"the object {name}" for name in await remove_objects(monitor, prefix)]
-    return removed + await remove_bitmaps(monitor, prefix)
+    return removed
 
 
 async def remove_exports(monitor: Monitor, prefix: str) -> list[str]:

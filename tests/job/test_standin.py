@@ -22,7 +22,7 @@ from pathlib import Path
 from qemu_blkmig.job import standin
 from qemu_blkmig.job.record import Owner
 
-async def settle(job):
+async def settle(job, suspend):
     return standin.Settlement(Owner.SOURCE, decided=(job.directory / "mended").exists(), facts=["tried"])
 
 standin.settle = settle

@@ -1,0 +1,214 @@
+"""A migration that was interrupted goes on where it was: what is certain is not copied again, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.lab import Format, Guest, Lab, assert_records_sound, wait_until
+from integration.luck import Attempt, Bench, command, kill
+from integration.tool import assert_nothing_left
+from qemu_blkmig.demo.guest import Orders
+
+MIB = 1 << 20
+
+
+@contextlib.contextmanager
+def file_system(place: Path, size: int) -> Iterator[None]:
+    """A file system of `size` bytes at `place`."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def writing_guest(lab: Lab, size: int, format: Format = "raw") -> Guest:
+    """A guest with a disk full of data, to a part of which it writes all the time."""
+    disk = lab.disk("disk", size, format, data=[(0, size)])
+    guest = lab.boot([disk], Orders(rate=100, span=2 * MIB))
+    guest.wait_for_writing()
+    return guest
+
+
+def resumed(attempt: Attempt, *options: object) -> dict[str, Any]:
+    """Resume the attempt's job, which comes to its end now; the result."""
+    outcome = command("resume", attempt.job(), "--output", "json", *map(str, options))
+    return outcome.succeeded().result
+
+
+def wait_share(attempt: Attempt, percent: int) -> None:
+    """Wait until so much of the bulk pass has arrived."""
+    attempt._wait(
+        lambda: any(e.get("percent", 0) >= percent for e in attempt._events()), f"{percent} % of the bulk pass"
+    )
+
+
+def assert_suspended(attempt: Attempt) -> None:
+    """Assert that the guest runs on at the source, that the job is listed, and the images are still there."""
+    wait_until(lambda: attempt.source.status() == "running", "the guest", 20)
+    assert "suspended" in command("jobs").stdout
+    assert list(attempt.lab.target.iterdir())
+
+
+def test_a_coordinator_killed_late_in_the_bulk_pass_has_little_to_send_again(lab: Lab) -> None:
+    size = 64 * MIB
+    attempt = Attempt(lab, writing_guest(lab, size), "--bandwidth", "16M")
+    wait_share(attempt, 90)
+    attempt.signal(signal.SIGKILL)
+    assert f"qemu-blkmig resume {attempt.job()}" in attempt.outcome().stderr
+    assert_suspended(attempt)
+    (disk,) = resumed(attempt, "--bandwidth", "1000")["disks"]
+    again = size * 90 // 100 - disk["resumed"]
+    assert again < size * 5 // 100, disk
+    assert disk["copied"] - disk["copied_dirty"] <= size - disk["resumed"], disk
+    attempt.assert_destination_has_it()
+
+
+@pytest.mark.parametrize("moment", ["converged", "moving RAM", "paused", "last round over"])
+def test_a_coordinator_killed_later_has_only_what_is_dirty_to_send(bench: Bench, moment: str) -> None:
+    attempt = bench.attempt_at(moment)
+    attempt.signal(signal.SIGKILL)
+    attempt.outcome()
+    assert_suspended(attempt)
+    (disk,) = resumed(attempt)["disks"]
+    assert disk["resumed"] == disk["virtual_size"]
+    assert disk["copied"] == disk["copied_dirty"]
+    attempt.assert_destination_has_it()
+
+
+def test_when_all_our_processes_were_killed_resume_brings_the_guest_back_and_goes_on(bench: Bench) -> None:
+    attempt = bench.attempt_at("paused")
+    attempt.signal(signal.SIGSTOP)
+    kill(attempt.watchdog())
+    attempt.signal(signal.SIGKILL)
+    attempt.outcome()
+    assert resumed(attempt)["disks"][0]["resumed"]
+    attempt.assert_destination_has_it()
+
+
+@pytest.mark.parametrize(("moment", "kind"), [("bulk", "qcow2"), ("paused", "raw")])
+def test_a_killed_agent_suspends_the_job_and_it_goes_on(bench: Bench, moment: str, kind: str) -> None:
+    attempt = bench.attempt_at(moment, kind=kind)
+    kill(attempt.agent())
+    attempt.go_on()
+    attempt.outcome().failed(1, "agent", f"qemu-blkmig resume {attempt.job()}", now="the guest runs at the source")
+    assert_suspended(attempt)
+    resumed(attempt, "--bandwidth", "1000")
+    attempt.assert_destination_has_it()
+
+
+def test_a_killed_nbd_server_leaves_an_image_that_can_be_gone_on_with(bench: Bench) -> None:
+    attempt = bench.attempt_at("bulk", kind="qcow2")
+    kill(attempt.child("qemu-nbd"))
+    attempt.outcome().failed(1, "the destination cannot be", now="the guest runs at the source")
+    assert_suspended(attempt)
+    resumed(attempt, "--bandwidth", "1000")
+    attempt.assert_destination_has_it()
+
+
+def test_a_destination_that_was_full_and_is_made_larger_goes_on(lab: Lab) -> None:
+    guest = writing_guest(lab, 16 * MIB)
+    with file_system(lab.target, 10 * MIB):
+        attempt = Attempt(lab, guest)
+        attempt.outcome().failed(1, "No space left on device", now="the guest runs at the source")
+        subprocess.run(["mount", "-o", f"remount,size={40 * MIB}", lab.target], check=True)
+        (disk,) = resumed(attempt)["disks"]
+        assert disk["resumed"] >= 4 * MIB
+        attempt.assert_destination_has_it()
+
+
+def test_a_hangup_suspends_and_an_interrupt_gives_up(bench: Bench) -> None:
+    attempt = bench.attempt_at("bulk")
+    attempt.signal(signal.SIGHUP)
+    attempt.outcome().failed(129, "SIGHUP", f"qemu-blkmig resume {attempt.job()}", now="the guest runs at the source")
+    assert_suspended(attempt)
+    job = attempt.job()
+    command("cleanup", job).succeeded()
+    attempt.assert_source_has_it()
+
+
+def test_two_coordinators_for_one_job_are_one_too_many(bench: Bench) -> None:
+    attempt = bench.attempt_at("bulk")
+    command("resume", attempt.job()).failed(3, "still being worked on")
+    attempt.signal(signal.SIGINT)
+    attempt.outcome().failed(130)
+    attempt.assert_source_has_it()
+
+
+def test_an_image_that_was_replaced_meanwhile_is_refused(bench: Bench) -> None:
+    attempt = bench.attempt_at("bulk")
+    attempt.signal(signal.SIGHUP)
+    attempt.outcome()
+    image = attempt.destination.disks[0].path
+    aside = image.with_name("aside")
+    image.rename(aside)
+    image.write_bytes(bytes(attempt.source.disks[0].size))
+    command("resume", attempt.job()).failed(3, "is not the file that was being filled")
+    aside.replace(image)
+    resumed(attempt, "--bandwidth", "1000")
+    attempt.assert_destination_has_it()
+
+
+def test_a_source_that_was_restarted_is_told_and_compared(lab: Lab) -> None:
+    guest = writing_guest(lab, 16 * MIB)
+    attempt = Attempt(lab, guest, "--bandwidth", "2M")
+    wait_share(attempt, 50)
+    attempt.signal(signal.SIGHUP)
+    attempt.outcome().failed(129)
+    guest.kill()
+    again = lab.restart(guest)
+    again.wait_for_writing()
+    told = command("resume", attempt.job()).failed(3, "was restarted", f"qemu-blkmig resume {attempt.job()} --compare")
+    assert "the guest is at the source" in told.stderr
+    resumed(attempt, "--compare", "--bandwidth", "1000", "--on-stall", "pause", "--max-rounds", "2")
+    attempt.assert_destination_has_it()
+
+
+def test_retry_goes_on_by_itself(bench: Bench) -> None:
+    attempt = bench.attempt("--bandwidth", "8M", "--granularity", "4k", "--retry", "2", "--on-stall", "wait")
+    wait_share(attempt, 50)
+    kill(attempt.agent())
+    attempt.outcome().succeeded()
+    assert "trying again in 1 s (1 of 2)" in attempt.said
+    attempt.assert_destination_has_it()
+
+
+def test_a_copy_that_was_interrupted_goes_on(bench: Bench) -> None:
+    guest = bench.guest()
+    attempt = Attempt(bench.lab, guest, "--bandwidth", "4M", verb="copy", launch=False)
+    wait_share(attempt, 50)
+    attempt.signal(signal.SIGKILL)
+    attempt.outcome()
+    (disk,) = resumed(attempt, "--bandwidth", "1000")["disks"]
+    assert disk["resumed"] >= 7 * MIB
+    guest.pause()
+    copied = replace(guest.disks[0], path=bench.lab.target / guest.disks[0].path.name)
+    assert_records_sound(copied)
+    guest.resume()
+    assert_nothing_left(bench.lab, guest)
+
+
+def test_nothing_relies_on_a_journal_that_cannot_be_written(bench: Bench) -> None:
+    with file_system(bench.lab.state, 512 << 10):
+        attempt = bench.attempt("--bandwidth", "4M")
+        wait_share(attempt, 20)
+        (bench.lab.state / "ballast").write_bytes(bytes(64 << 10))
+        with contextlib.suppress(OSError), (bench.lab.state / "ballast").open("ab") as ballast:
+            while True:
+                ballast.write(bytes(4096))
+                ballast.flush()
+        wait_share(attempt, 80)
+        kill(attempt.agent())
+        outcome = attempt.outcome()
+        assert outcome.code in (1, 4), outcome
+        (bench.lab.state / "ballast").unlink()
+        resumed(attempt, "--bandwidth", "1000")
+        attempt.assert_destination_has_it()

@@ -1,0 +1,102 @@
+"""`resume`, and the `--retry` of the commands that can be resumed."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from qemu_blkmig.cli import options, show
+from qemu_blkmig.cli.clock import RealClock
+from qemu_blkmig.cli.options import Commands
+from qemu_blkmig.errors import UsageError
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.options import OnStall
+from qemu_blkmig.observe.progress import progress
+from qemu_blkmig.units import parse_rate
+
+if TYPE_CHECKING:
+    from qemu_blkmig.job.reporting import Reporter
+    from qemu_blkmig.job.result import Result
+
+    Work = Callable[[Reporter, Interrupts, RealClock], Awaitable[Result]]
+
+
+def add(commands: Commands) -> None:
+    """Add `resume` to the parser."""
+    parser = options.command(
+        commands,
+        "resume",
+        "go on with a migration or copy that was suspended",
+        "JOB [options]",
+        """
+  qemu-blkmig jobs
+  qemu-blkmig resume 1a2b3c4d
+  The source QEMU was restarted meanwhile, so nobody knows what the guest has written since:
+    qemu-blkmig resume 1a2b3c4d --compare
+  What is not given is as it was asked for at first.
+""",
+    )
+    parser.add_argument("job", metavar="JOB", help="as `qemu-blkmig jobs` lists it")
+    parser.add_argument(
+        "--compare", action="store_true", help="read both sides and copy what differs, whatever was recorded"
+    )
+    parser.add_argument("--bandwidth", type=options.argument(parse_rate), metavar="RATE", help="as of migrate")
+    parser.add_argument("--downtime", type=options.argument(options.count), metavar="MS", help="as of migrate")
+    parser.add_argument("--max-rounds", type=options.argument(options.count), metavar="N", help="as of migrate")
+    parser.add_argument("--on-stall", choices=[choice.value for choice in OnStall], help="as of migrate")
+    add_retry(parser)
+    options.add_output(parser)
+    parser.set_defaults(run=_resume)
+
+
+def add_retry(parser: argparse.ArgumentParser) -> None:
+    """Add `--retry`."""
+    parser.add_argument(
+        "--retry",
+        type=options.argument(options.count),
+        default=0,
+        metavar="N",
+        help="when it is suspended, by a failure that may pass, resume it up to N times, after 1, 2, 4 .. 30 s "
+        "(default: 0)",
+    )
+
+
+def run(work: Work, arguments: argparse.Namespace) -> int:
+    """Do the work, and resume it as often as `--retry` says; show the result."""
+    from qemu_blkmig.job.resume import Changes, persist, resume
+
+    if arguments.retry < 0:
+        raise UsageError("--retry must not be negative")
+    clock = RealClock()
+    with progress(arguments.progress) as reporter:
+
+        def interrupts() -> Interrupts:
+            return Interrupts(reporter.note)
+
+        result = asyncio.run(
+            persist(
+                lambda: work(reporter, interrupts(), clock),
+                lambda job: resume(job, Changes(), reporter, interrupts(), clock),
+                arguments.retry,
+                reporter,
+                clock,
+            )
+        )
+    return options.print_outcome(result, arguments.output, show.result)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.job.resume import Changes, resume
+
+    changes = Changes(
+        bandwidth=arguments.bandwidth,
+        downtime=None if arguments.downtime is None else arguments.downtime / 1000,
+        max_rounds=arguments.max_rounds,
+        on_stall=None if arguments.on_stall is None else OnStall(arguments.on_stall),
+        compare=arguments.compare,
+    )
+    return run(
+        lambda reporter, interrupts, clock: resume(arguments.job, changes, reporter, interrupts, clock), arguments
+    )

@@ -1,0 +1,160 @@
+"""`resume`: a job that was suspended goes on where it was; `--retry` does so by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.engine.ports import Clock
+from qemu_blkmig.errors import BlkmigError, DestinationFailed, Interrupted, Refused
+from qemu_blkmig.job.connected import compare_instead
+from qemu_blkmig.job.copy import copy
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.migrate import migrate
+from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
+from qemu_blkmig.job.record import Job
+from qemu_blkmig.job.reporting import Reporter
+from qemu_blkmig.job.result import Result
+from qemu_blkmig.job.settle import settle, unsettled
+from qemu_blkmig.qmp.removal import remove_bitmaps
+from qemu_blkmig.qmp.socket import SocketMonitor
+
+WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Seconds before each attempt of `--retry`; the last one for all that follow."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is to be other than it was asked for at first; None: as it was. `compare`: the recording may be lost."""
+
+    bandwidth: int | None = None
+    downtime: float | None = None
+    max_rounds: int | None = None
+    on_stall: OnStall | None = None
+    compare: bool = False
+
+
+async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
+    """Go on with the job `name`. Raises as `migrate` and `copy` do; `Refused` where it cannot be gone on with."""
+    job = Job.load(name)
+    try:
+        options = job.record.migrate or job.record.copy
+        if options is None or not (job.record.recording or job.record.suspended):
+            raise Refused(
+                f"job {name} cannot be resumed: nothing was copied yet, or it cannot be told what",
+                advice=f"run: qemu-blkmig cleanup {name}",
+            )
+        await _come_to_rest(job)
+        options = _changed(options, changes)
+        if changes.compare:
+            await _forget_recording(job)
+            options = replace(options, selection=replace(options.selection, compare=True, target_is_zero=False))
+        else:
+            await _check_same_qemu(job)
+    except BaseException:
+        job.release()
+        raise
+    if isinstance(options, MigrateOptions):
+        return await migrate(options, reporter, interrupts, clock, job)
+    return await copy(options, reporter, interrupts, clock, job)
+
+
+async def persist(
+    first: Callable[[], Awaitable[Result]],
+    again: Callable[[str], Awaitable[Result]],
+    retries: int,
+    reporter: Reporter,
+    clock: Clock,
+) -> Result:
+    """Run `first`, and up to `retries` times `again` with the job's name while the job comes to be suspended."""
+    suspended: str | None = None
+    for number in itertools.count():
+        try:
+            return await (first() if suspended is None else again(suspended))
+        except BlkmigError as error:
+            suspended = error.suspended
+            if suspended is None or number >= retries or isinstance(error, Interrupted):
+                raise
+            seconds = WAITS[min(number, len(WAITS) - 1)]
+            reporter.note(f"{error}; trying again in {seconds:g} s ({number + 1} of {retries})")
+            await _wait(clock, seconds, error)
+    raise AssertionError("counting has ended")
+
+
+async def _wait(clock: Clock, seconds: float, error: BlkmigError) -> None:
+    try:
+        await clock.sleep(seconds)
+    except asyncio.CancelledError:
+        raise error from None
+
+
+async def _come_to_rest(job: Job) -> None:
+    """A job whose processes were all killed is brought to rest first, and what a lost host was left with is ended.
+
+    Raises what tells that it cannot be.
+    """
+    if job.record.suspended and not job.record.target_launched:
+        return
+    name = job.record.job
+    settlement = await settle(job, suspend=True)
+    if not settlement.decided:
+        raise unsettled(f"job {name} could not be brought to rest", settlement, name)
+    if job.record.target_launched:
+        failure = DestinationFailed("what an earlier attempt left at the destination cannot be tidied up yet")
+        failure.state, failure.suspended = "; ".join(settlement.facts), name
+        raise failure
+    if not settlement.suspended:
+        job.remove()
+        raise Refused(
+            f"job {name} cannot be resumed, it has come to its end",
+            state="; ".join(settlement.facts),
+            advice="start anew, if the guest is still to be moved",
+        )
+
+
+async def _check_same_qemu(job: Job) -> None:
+    """Bitmaps live in the QEMU that has recorded; the socket of that may be another's by now."""
+    if job.record.source_qmp is None:
+        return
+    monitor = await SocketMonitor.connect(job.record.source_qmp, who="source QEMU")
+    try:
+        process = ProcessId.of(monitor.peer_pid) if monitor.peer_pid else None
+    finally:
+        await monitor.close()
+    if process != job.record.source_process:
+        name = job.record.job
+        raise Refused(
+            "the source QEMU was restarted: what the guest has written since is not known any more",
+            state="the guest is at the source; what was copied is at the destination",
+            advice=f"{compare_instead(name)}; qemu-blkmig cleanup {name} removes what is left",
+        )
+
+
+async def _forget_recording(job: Job) -> None:
+    """Both sides are compared, and recorded anew: bitmaps that are left would only be in the way."""
+    job.starts_over = True
+    if job.record.source_qmp is None:
+        return
+    monitor = await SocketMonitor.connect(job.record.source_qmp, who="source QEMU")
+    try:
+        await remove_bitmaps(monitor, f"{job.record.prefix}-")
+    finally:
+        await monitor.close()
+
+
+def _changed(options: MigrateOptions | CopyOptions, changes: Changes) -> MigrateOptions | CopyOptions:
+    transfer = options.transfer
+    if changes.bandwidth is not None:
+        transfer = replace(transfer, bandwidth=changes.bandwidth)
+    options = replace(
+        options,
+        transfer=transfer,
+        downtime=options.downtime if changes.downtime is None else changes.downtime,
+        max_rounds=options.max_rounds if changes.max_rounds is None else changes.max_rounds,
+    )
+    if changes.on_stall is not None and isinstance(options, MigrateOptions):
+        options = replace(options, on_stall=changes.on_stall)
+    return options
