@@ -500,7 +500,10 @@ def _write_zeroes(descriptor: int, size: int) -> None:
 
 def _chain_info(path: str, image_format: str) -> list[dict[str, Any]]:
     # Opening a pipe, qemu-img would wait for somebody to open its other end.
-    mode = Path(path).stat().st_mode
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        raise errors.Refused(f"{path} cannot be read: {error.strerror}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise errors.Refused(f"{path} is neither a file nor a block device")
     told = _qemu_img(
