@@ -17,7 +17,7 @@ from qemu_blkmig.job import others
 from qemu_blkmig.job.control import Change
 from qemu_blkmig.job.history import note_end
 from qemu_blkmig.job.record import Job
-from qemu_blkmig.job.settle import settle, unsettled
+from qemu_blkmig.job.settle import DESTINATION_IS_OFF, settle, unsettled
 from qemu_blkmig.job.standin import ask_to_leave
 from qemu_blkmig.job.status import RUNNING
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
@@ -186,10 +186,16 @@ def _add_cleanup(commands: Commands) -> None:
   qemu-blkmig jobs
   qemu-blkmig cleanup 1a2b3c4d
   Who has the guest is found out, never guessed. Exit code 4: not settled, the job stays listed; try again once
-  what is told was mended.
+  what is told was mended. Where the destination host cannot be reached and was told to start the guest, only you can
+  know: --destination-is-off gives the guest back to the source.
 """,
     )
     _add_job(parser)
+    parser.add_argument(
+        DESTINATION_IS_OFF,
+        action="store_true",
+        help="you have seen to it that the guest does not run there; it counts only if that host cannot be reached",
+    )
     options.add_form(parser)
     parser.set_defaults(run=_cleanup)
 
@@ -199,7 +205,7 @@ def _cleanup(arguments: argparse.Namespace) -> int:
     job = Job.load(arguments.job)
     name = job.record.job
     try:
-        settlement = asyncio.run(settle(job))
+        settlement = asyncio.run(settle(job, destination_is_off=arguments.destination_is_off))
     except KeyboardInterrupt:
         raise Interrupted(
             signal.SIGINT, state=f"job {name} is not settled yet", advice=f"run again: qemu-blkmig cleanup {name}"

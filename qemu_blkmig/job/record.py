@@ -45,6 +45,7 @@ class Record(msgspec.Struct):
     `created`: those of them that we made. `filling`: something may have been written to
     them. `frozen_by`: the guest agent's socket while file systems are frozen.
     `target_place`: where the images are; None until that is known.
+    `taken_back`: a handover was undone, or is about to be.
     `started_there`: the destination was told to run the guest, or is about to be: it may have written there.
     `unfenced`: it has the guest's state, or may have; the guest is the source's, and it is still to be ended.
     `moving`: the source's own images. `source_images`: what becomes of them.
@@ -71,6 +72,7 @@ class Record(msgspec.Struct):
     created: list[Created] = []
     filling: bool = False
     frozen_by: str | None = None
+    taken_back: bool = False
     started_there: bool = False
     unfenced: bool = False
     target_place: Place | None = None

@@ -22,7 +22,7 @@ from qemu_blkmig.job.chronicle import Chronicle
 from qemu_blkmig.job.journal import FILE
 from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable, until
 from qemu_blkmig.job.place import Ssh
-from qemu_blkmig.job.record import Job, Owner
+from qemu_blkmig.job.record import Job, Owner, Record
 from qemu_blkmig.job.source_images import Afterwards, leave_behind
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import MIGRATED, UNDER_WAY, migration_status
@@ -46,6 +46,9 @@ REACHABLE = 5.0
 """Seconds in which an agent must be there on a host that was not heard of before, while the guest stands still."""
 THAW = 10.0
 """Seconds in which a guest agent must thaw."""
+
+DESTINATION_IS_OFF = "--destination-is-off"
+"""The option of `cleanup` by which a person answers for what nobody here can know."""
 
 NOT_STARTED = ("inmigrate", "paused", "prelaunch", "postmigrate")
 """Run states of a destination in which a guest that was never started can be."""
@@ -95,10 +98,14 @@ async def settle(
     agent: AgentClient | None = None,
     *,
     suspend: bool = False,
+    destination_is_off: bool = False,
 ) -> Settlement:
     """Settle the job. `source` and `destination` are live monitors, where the caller has them; they are closed.
 
     `host` and `agent` are the caller's ways to the destination host, and stay; without them it is reached anew.
+
+    `destination_is_off`: a person says so, and that no guest runs there any more. It counts only where that host cannot
+    be reached: then the guest is the source's, and what is left there is to be ended when it can be.
 
     `release_images` ends what of the caller's still has the destination's images open, before they are removed; the
     guest does not wait for it. `suspend`: keep images and bitmaps, where they are of use, for the job to be resumed.
@@ -116,7 +123,7 @@ async def settle(
         for attempt in range(ATTEMPTS):
             settlement.facts.clear()
             try:
-                await _settle(job, here, there, beyond, settlement)
+                await _settle(job, here, there, beyond, settlement, destination_is_off)
                 if release_images is not None:
                     beyond.leave_agent()
                     await release_images()
@@ -146,7 +153,7 @@ async def settle(
     finally:
         settlement.owner = record.owner
         if record.source_qmp is not None:
-            _tell_why(before, settlement)
+            _tell_why(record, before, settlement)
         if settlement.suspended:
             _rest(job, settlement)
         if settlement.owner is Owner.UNDECIDED:
@@ -160,11 +167,9 @@ async def settle(
 def _by_hand(job: Job, host: str) -> str:
     """Who was told to start the guest cannot be asked: the two ways out, to be typed."""
     cleanup = f"qemu-blkmig cleanup {job.record.job}"
-    words = '{"execute":"qmp_capabilities"}{"execute":"cont"}'
     return (
         f"when {host} can be reached again, run: {cleanup} (it looks who has the guest); only if {host} is off and the "
-        f"guest runs there no more, give it back to the source: echo '{words}' | socat - "
-        f"UNIX-CONNECT:{job.record.source_qmp}; then run: {cleanup}"
+        f"guest runs there no more, give it back to the source: {cleanup} {DESTINATION_IS_OFF}"
     )
 
 
@@ -191,9 +196,10 @@ def kept(job: Job) -> str:
     return f"{sum(stable.values()) * 100 // max(1, total)} % of the disks known to be safe"
 
 
-async def _settle(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement) -> None:
+async def _settle(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement, is_off: bool) -> None:
     if job.record.owner is Owner.UNDECIDED:
-        job.record.owner = await _decide(job, here, there, beyond, settlement)
+        job.record.owner = await _decide(job, here, there, beyond, settlement, is_off)
+        job.record.taken_back = job.record.owner is Owner.SOURCE
         _save(job)
     if job.record.owner is Owner.SOURCE:
         await _return_to_source(job, here, there, settlement)
@@ -209,7 +215,7 @@ def _save(job: Job, *, synced: bool = True) -> None:
         log.warning("the record of job %s cannot be written: %s", job.record.job, error)
 
 
-async def _decide(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement) -> Owner:
+async def _decide(job: Job, here: Peer, there: Peer, beyond: There, settlement: Settlement, is_off: bool) -> Owner:
     """After the handover: did the destination take the guest? Leaves a destination that did not take it fenced."""
     source = await here.monitor()
     record = job.record
@@ -232,8 +238,8 @@ async def _decide(job: Job, here: Peer, there: Peer, beyond: There, settlement: 
         if await there.fence():
             return Owner.SOURCE
     except HostUnreachable:
-        # Nobody but a person, who was told how, starts the guest here after the destination was told to start it.
-        if source is None or (record.started_there and not (await source.execute("query-status"))["running"]):
+        # After the destination was told to start the guest nobody but a person, who was told how, has it start here.
+        if source is None or not (is_off or not record.started_there or await _runs(source)):
             raise
         # Never told to start the guest, it waits paused, until somebody who can reach it ends it.
         record.unfenced = True
@@ -261,7 +267,7 @@ async def _decide_after_lost_start(source: Monitor | None, settlement: Settlemen
     """The destination was told to run the guest and is gone: only a person can know whether it did."""
     if source is None:
         return Owner.DESTINATION
-    if (await source.execute("query-status"))["running"]:
+    if await _runs(source):
         return Owner.SOURCE
     settlement.facts.append(
         "the destination QEMU ended in the moment when the guest was started there, which may have written to its "
@@ -461,16 +467,16 @@ async def _mark_untouched(beyond: There, job: str, images: list[str], settlement
         settlement.facts.append(str(error))
 
 
-def _tell_why(before: Owner, settlement: Settlement) -> None:
+def _tell_why(record: Record, before: Owner, settlement: Settlement) -> None:
     """Why the guest is whose it is, after something failed."""
-    match before, settlement.owner:
-        case Owner.SOURCE, Owner.SOURCE:
-            settlement.facts.append("this job had not handed it over")
-        case Owner.UNDECIDED, Owner.SOURCE:
-            last = "was never told to start it" if settlement.left_there else "no longer can"
-            settlement.facts.append(f"in the handover the destination did not take it, and {last}")
-        case Owner.UNDECIDED, Owner.DESTINATION:
-            settlement.facts.append("the destination took it in the handover")
+    if settlement.owner is Owner.SOURCE and record.taken_back:
+        could = "was told to start it, but is said to be off" if record.started_there else "was never told to start it"
+        last = could if settlement.left_there else "no longer can"
+        settlement.facts.append(f"in the handover the destination did not take it, and {last}")
+    elif settlement.owner is Owner.SOURCE:
+        settlement.facts.append("this job had not handed it over")
+    elif (before, settlement.owner) == (Owner.UNDECIDED, Owner.DESTINATION):
+        settlement.facts.append("the destination took it in the handover")
 
 
 def _tell_overwritten(job: Job, settlement: Settlement) -> None:
@@ -502,6 +508,10 @@ async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: S
     elif not await here.fence():
         settlement.decided = False
         settlement.facts.append("the source QEMU could not be ended; never `cont` it: that would start the guest twice")
+
+
+async def _runs(monitor: Monitor) -> bool:
+    return bool((await monitor.execute("query-status"))["running"])
 
 
 async def _migration_status(monitor: Monitor) -> str:
