@@ -119,6 +119,10 @@ async def settle(
     there = Peer("destination QEMU", beyond, record.target_qmp, record.target_process, destination)
     before = record.owner
     settlement = Settlement(before, suspended=suspend and record.recording and before is Owner.SOURCE)
+    if record.recording and not settlement.suspended:
+        # What is removed now is not there to be resumed by whoever settles next.
+        record.recording = False
+        _save(job)
     try:
         for attempt in range(ATTEMPTS):
             settlement.facts.clear()

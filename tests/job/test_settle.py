@@ -44,6 +44,18 @@ def test_the_advice_goes_by_who_has_the_guest(owner: Owner, words: str) -> None:
     assert error.advice.endswith("qemu-blkmig cleanup 1a2b")
 
 
+async def test_a_handover_that_was_undone_is_told_and_not_suspended_by_whoever_settles_again(
+    job: Job, tmp_path: Path
+) -> None:
+    job.record.source_qmp = str(tmp_path / "nobody")
+    job.record.owner, job.record.recording = Owner.UNDECIDED, True
+    for _ in range(2):
+        settlement = await settle(job, suspend=True)
+        assert (settlement.owner, settlement.decided, settlement.suspended) == (Owner.SOURCE, True, False)
+        assert settlement.facts[-1] == "in the handover the destination did not take it, and no longer can"
+    job.remove()
+
+
 def records(*images: Path) -> list[str | None]:
     """The states that the ownership records tell."""
     told = [ownership.read(str(image)) for image in images]
