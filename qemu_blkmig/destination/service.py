@@ -163,8 +163,7 @@ class Service:
             case protocol.Prepare():
                 return await self._prepare(op)
             case protocol.Keep():
-                self._kept = True
-                return protocol.Done()
+                return await self._keep()
             case protocol.Discard():
                 return protocol.DiscardReply(*await asyncio.to_thread(images.discard, op.images))
             case protocol.Mark():
@@ -274,6 +273,19 @@ class Service:
         self._disks.update((each.image.disk, _Disk(each)) for each in prepared)
         created = [each.created for each in prepared if each.created is not None]
         return protocol.PrepareReply(created, [each.identity for each in prepared])
+
+    async def _keep(self) -> protocol.Done:
+        self._kept = True
+        for disk in self._disks.values():
+            if disk.table is not None:
+                try:
+                    await disk.run(disk.table.keep)
+                except OSError as error:
+                    what = f"the hashes of what is written cannot be kept: {error.strerror}"
+                    raise errors.DestinationWriteError(
+                        what, disk=disk.name, offset=None, errno=error.errno or 0
+                    ) from error
+        return protocol.Done()
 
     async def _open(self, op: protocol.Open) -> protocol.Done:
         disk = self._disk(op.disk)
@@ -395,7 +407,8 @@ class Service:
             os.close(descriptor)
             disk.closed = True
             if disk.table is not None:
-                await disk.run(disk.table.remove)
+                # A kept one goes once the image is marked as complete: until then the job may be suspended.
+                await disk.run(disk.table.close if self._kept else disk.table.remove)
         disk.thread.shutdown(wait=False)
         self._disks.pop(op.disk, None)
         return protocol.CloseReply(allocated)
@@ -429,9 +442,9 @@ class Service:
                 connection.close()
             with contextlib.suppress(errors.DestinationFailed):
                 await disk.server.stop()
-        if disk.table is not None and not self._kept:
+        if disk.table is not None:
             with contextlib.suppress(OSError):
-                disk.table.remove()
+                (disk.table.close if self._kept else disk.table.remove)()
         if remove:
             images.give_up(disk.prepared, untouched=not disk.touched)
 
@@ -516,7 +529,10 @@ def _table(op: protocol.Open, image: protocol.Image) -> HashTable | None:
     if op.hash_unit not in _HASH_UNITS or op.hash_unit & (op.hash_unit - 1):
         raise errors.Refused(f"a hash unit of {op.hash_unit} bytes: out of bounds", disk=op.disk)
     try:
-        return HashTable(table_path(image.path), image.size, op.hash_unit, op.hash)
+        path = table_path(image.path)
+        if image.identity is not None and not image.compared:
+            return HashTable.reopen(path, image.size, op.hash_unit, op.hash)
+        return HashTable(path, image.size, op.hash_unit, op.hash)
     except OSError as error:
         what = f"the hashes of what is written cannot be stored beside {image.path}: {error.strerror}"
         raise errors.DestinationWriteError(what, disk=op.disk, offset=None, errno=error.errno or 0) from error
