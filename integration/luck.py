@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from integration.lab import Disk, Format, Guest, Hardware, Lab, LabError, wait_until
+from integration.lab import Disk, Format, Guest, Hardware, Lab, LabError, leftovers_in_qemu, wait_until
 from integration.tool import COMMAND, Outcome, assert_nothing_left, assert_writes_soundly
 from qemu_blkmig.demo.guest import Orders
 
@@ -219,7 +219,8 @@ class Bench:
 
     def _is_well(self, guest: Guest) -> bool:
         with contextlib.suppress(LabError):
-            return guest.running() and guest.status() == "running" and not self.lab.processes()
+            settled = not self.lab.processes() and not list(self.lab.state.glob("*/record.json"))
+            return guest.running() and guest.status() == "running" and settled and not leftovers_in_qemu(guest)
         return False
 
     def _tidy(self) -> None:
