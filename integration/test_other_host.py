@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from integration.far import FarLab, far_laboratory
+from integration.hosts import ADDRESSES, PORT
 from integration.lab import Disk, Guest, compare_images
 from integration.tool import COMMAND, Outcome, finish, start
 from qemu_blkmig.demo.guest import Kernel
@@ -50,6 +52,18 @@ def copy(lab: FarLab, source: Disk | Guest, *options: object) -> Outcome:
     return finish(start([*lab.entering, *COMMAND, "copy", named, lab.place, *map(str, options)]))
 
 
+@contextlib.contextmanager
+def configured(lab: FarLab, more: str) -> Iterator[None]:
+    """hosta's ssh configuration has this at its end."""
+    config = lab.directory / "ssh" / "ssh_config"
+    before = config.read_text()
+    config.write_text(before + more)
+    try:
+        yield
+    finally:
+        config.write_text(before)
+
+
 def assert_nothing_there(lab: FarLab) -> None:
     """Assert that an attempt left nothing in hostb nor here."""
     lab.assert_no_leftovers()
@@ -80,17 +94,43 @@ def test_spaces_and_colons_in_the_directory_are_just_that(lab: FarLab, disk: Dis
 
 
 def test_what_the_user_s_configuration_shares_and_runs_is_left_alone(lab: FarLab, disk: Disk) -> None:
-    config = lab.directory / "ssh" / "ssh_config"
-    before = config.read_text()
     own = lab.directory / "own"
     more = f"ControlMaster auto\nControlPath {own}\nControlPersist 60\nRemoteCommand cat\nRequestTTY force\n"
-    config.write_text(before + more)
-    try:
+    with configured(lab, more):
         copy(lab, disk).succeeded()
-    finally:
-        config.write_text(before)
     assert not own.exists()
     compare_images(disk, replace(disk, path=lab.target / "disk"))
+
+
+@pytest.mark.parametrize(
+    ("way", "named"),
+    [
+        ("Host far\nHostName 127.0.0.1\nProxyJump root@hostb:{port}\n", "far"),
+        ("Host fd77::2\n", "[fd77::2]"),
+    ],
+    ids=["through a jump host", "by an address of IPv6"],
+)
+def test_ways_to_a_host_are_ssh_s_affair(lab: FarLab, disk: Disk, way: str, named: str) -> None:
+    for number, far in ((1, False), (2, True)):
+        lab.hosts.run("ip", "address", "replace", f"fd77::{number}/64", "dev", "net0", "nodad", far=far)
+    ssh = lab.directory / "ssh"
+    known = f"HostKeyAlias [{ADDRESSES['hostb']}]:{PORT}\nUserKnownHostsFile {ssh}/known_hosts\n"
+    identity = f"IdentityFile {ssh}/key\nIdentitiesOnly yes\nIdentityAgent none\n"
+    with configured(lab, way.format(port=PORT) + known + identity):
+        words = ["copy", f"image:{disk.path}", f"ssh://root@{named}:{PORT}{lab.target}"]
+        finish(start([*lab.entering, *COMMAND, *words])).succeeded()
+    compare_images(disk, replace(disk, path=lab.target / "disk"))
+    lab.assert_no_leftovers()
+
+
+def test_two_jobs_to_one_host_do_not_get_in_each_other_s_way(lab: FarLab, disk: Disk) -> None:
+    other = lab.disk("other", 16 * MIB, data=[(2 * MIB, 4 * MIB)])
+    words = [[*lab.entering, *COMMAND, "copy", f"image:{one.path}", lab.place] for one in (disk, other)]
+    for process in [start(command) for command in words]:
+        finish(process).succeeded()
+    for one in (disk, other):
+        compare_images(one, replace(one, path=lab.target / one.path.name))
+    lab.assert_no_leftovers()
 
 
 def test_a_host_that_is_another_than_known_is_refused(lab: FarLab, disk: Disk) -> None:
