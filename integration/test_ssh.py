@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from integration.far import FarLab, far_laboratory
+from integration.hosts import ADDRESSES
 from integration.lab import wait_until
 from integration.luck import Attempt, Bench, command, kill
 from integration.tool import assert_writes_soundly
@@ -83,6 +84,13 @@ def test_a_guest_moves_to_another_host(far: Bench, kind: str) -> None:
 
 KEPT = ["bulk", "converged", "moving RAM", "paused", "last round over"]
 """What fails then can be resumed."""
+
+
+def test_ram_goes_from_qemu_to_qemu_where_that_is_asked_for(far: Bench) -> None:
+    attempt = far.attempt("--ram-uri", f"tcp:{ADDRESSES['hostb']}:50124")
+    outcome = attempt.outcome().succeeded()
+    assert "crosses the network in plain text" in outcome.stderr
+    attempt.assert_destination_has_it()
 
 
 @pytest.mark.parametrize(
