@@ -73,7 +73,12 @@ async def connect(
     await life.agree(plan)
     transfer = options.transfer
     log, exports = await life.open_source(plan, transfer.granularity, options.selection.shared_base, transfer.data)
-    await carriage.open(life.exports.address, exports)
+    try:
+        await carriage.open(life.exports.address, exports)
+    except Refused as error:
+        if life.job.record.recording:
+            error.advice = error.advice or compare_instead(life.job.record.job)
+        raise
     engine = await carriage.engine(log, guest, clock)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
     return Connected(guest, carriage, guard, engine, carriage.verification(engine, clock))
