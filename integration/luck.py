@@ -51,7 +51,8 @@ class Attempt:
         if hold is not None:
             held = ("integration.held", hold, "block" if block else "hold", str(self._go))
             command = [*lab.entering, sys.executable, "-m", *held]
-        command += [verb, f"qmp:{source.qmp}", lab.place, "--progress=json"]
+        # A busy machine is no stall; of two such options the last counts.
+        command += [verb, f"qmp:{source.qmp}", lab.place, "--progress=json", "--max-rounds", "1000"]
         if launch:
             command += ["--launch", source.launch_command(lab.target)]
         self.process = subprocess.Popen(
