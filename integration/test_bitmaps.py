@@ -13,7 +13,7 @@ import pytest
 
 from integration.lab import Guest, Hardware, Lab
 from integration.test_storage import write_through
-from integration.tool import arguments, assert_nothing_left, finish, migrate, run, start
+from integration.tool import arguments, assert_nothing_left, finish, give_up, migrate, run, start
 from qemu_blkmig.demo.guest import Orders
 
 MIB = 1 << 20
@@ -105,6 +105,7 @@ def test_a_migration_that_is_given_up_gives_the_bitmaps_back(lab: Lab, tmp_path:
     lab.destination(guest)
     outcome = run("migrate", guest, lab.target, "--launch", unlike.launch_command(lab.target))
     outcome.failed(1, "destination QEMU", now="the guest runs at the source")
+    give_up(lab)
     assert bitmaps(guest)["weekly"]["recording"]
     lab.guests.pop()
     guest.wait_for_writing(more=10)

@@ -342,11 +342,14 @@ def test_an_encrypted_disk_goes_to_plain_text_only_when_that_is_allowed(lab: Lab
     compare_images(disk, replace(disk, path=lab.target / "disk"))
 
 
-def test_a_destination_that_cannot_take_the_guest_says_why(lab: Lab) -> None:
+def test_a_destination_that_cannot_take_the_guest_says_why_and_resume_takes_another(lab: Lab) -> None:
     guest = lab.boot([lab.disk("disk", 4 * MIB)])
     guest.wait_for_writing()
-    lab.destination(guest)
+    launched = lab.destination(guest)
     command = guest.launch_command(lab.target).replace("-m 160", "-m 128")
     outcome = run("migrate", guest, lab.target, "--launch", command)
     outcome.failed(1, "the destination QEMU", "Size mismatch", now="the guest runs at the source")
-    assert_runs_on(lab, guest, lab.target)
+    (job,) = (path.parent.name for path in lab.state.glob("*/record.json"))
+    finish(start([*COMMAND, "resume", job, "--launch", guest.launch_command(lab.target)])).succeeded()
+    launched.wait_for_writing(more=5)
+    assert_nothing_left(lab, launched)

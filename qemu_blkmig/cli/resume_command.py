@@ -45,6 +45,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--bandwidth", type=options.argument(parse_rate), metavar="RATE", help="as of migrate")
     parser.add_argument("--downtime", type=options.argument(options.count), metavar="MS", help="as of migrate")
     parser.add_argument("--max-rounds", type=options.argument(options.count), metavar="N", help="as of migrate")
+    parser.add_argument("--launch", metavar="CMD", help="as of migrate: another command for the destination QEMU")
     parser.add_argument("--on-stall", choices=[choice.value for choice in OnStall], help="as of migrate")
     add_retry(parser)
     options.add_output(parser)
@@ -95,6 +96,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         downtime=None if arguments.downtime is None else arguments.downtime / 1000,
         max_rounds=arguments.max_rounds,
         on_stall=None if arguments.on_stall is None else OnStall(arguments.on_stall),
+        launch=arguments.launch,
         compare=arguments.compare,
     )
     return run(

@@ -34,6 +34,7 @@ class Changes:
     downtime: float | None = None
     max_rounds: int | None = None
     on_stall: OnStall | None = None
+    launch: str | None = None
     compare: bool = False
 
 
@@ -157,4 +158,8 @@ def _changed(options: MigrateOptions | CopyOptions, changes: Changes) -> Migrate
     )
     if changes.on_stall is not None and isinstance(options, MigrateOptions):
         options = replace(options, on_stall=changes.on_stall)
+    if changes.launch is not None:
+        if options.target.launch is None:
+            raise Refused("--launch is of no use to this job: it starts no destination QEMU")
+        options = replace(options, target=replace(options.target, launch=changes.launch))
     return options
