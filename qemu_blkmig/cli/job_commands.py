@@ -165,7 +165,7 @@ def _add_cancel(commands: Commands) -> None:
     )
     _add_job(parser)
     options.add_form(parser)
-    parser.set_defaults(run=_cancel)
+    parser.set_defaults(run=_cancel, destination_is_off=False)
 
 
 def _cancel(arguments: argparse.Namespace) -> int:

@@ -86,8 +86,8 @@ class Confinement:
                 for image in op.images:
                     self._check_image(image)
             case protocol.Discard():
-                for created in op.images:
-                    self._check_path(created.path)
+                for path in (*(created.path for created in op.images), *op.given_up):
+                    self._check_path(path)
             case protocol.Held():
                 for path in op.paths:
                     self._check_path(path)

@@ -117,8 +117,14 @@ def give_up(prepared: Prepared, *, untouched: bool = False) -> None:
         os.close(prepared.descriptor)
 
 
-def discard(images: Sequence[Created]) -> tuple[list[str], list[str]]:
-    """Remove the images that still are those that were made and that nobody uses; (removed, left with the reason)."""
+def discard(images: Sequence[Created], given_up: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Remove the images that still are those that were made and that nobody uses; (removed, left with the reason).
+
+    `given_up`: see `protocol.Discard`.
+    """
+    for path in given_up:
+        with contextlib.suppress(OSError):
+            hashtable.forget(path)
     removed, left = [], []
     for image in images:
         try:

@@ -166,10 +166,12 @@ class Keep(Message, frozen=True, tag="keep"):
 class Discard(Message, frozen=True, tag="discard"):
     """Remove images that an agent created, told by the identity in `Created`; others and those in use are left.
 
-    Their ownership records go with them.
+    Their ownership records go with them. `given_up`: images, also those that are left, of which nobody will ask any
+    more whether they are as they were written: the hashes of that go.
     """
 
     images: list[Created]
+    given_up: list[str] = []
 
 
 class Mark(Message, frozen=True, tag="mark"):

@@ -445,12 +445,12 @@ async def _mark(job: Job, beyond: There, settlement: Settlement) -> None:
 async def _discard(job: Job, beyond: There, settlement: Settlement) -> None:
     record = job.record
     untouched = [path for path in record.images if not record.filling]
-    if not record.created and not untouched:
+    if not record.images:
         return
     try:
         if untouched:
             await _mark_untouched(beyond, record.job, untouched, settlement)
-        reply = await beyond.ask(Discard(record.created), DiscardReply)
+        reply = await beyond.ask(Discard(record.created, record.images), DiscardReply)
     except HostUnreachable as error:
         settlement.decided, settlement.left_there = False, True
         paths = ", ".join(created.path for created in record.created)
