@@ -68,6 +68,8 @@ class DiskMover:
         self._settings = settings
         self._untouched = bytearray(b"\1" * -(-size // _TOUCH_UNIT)) if reads_as_zero else bytearray()
         self._table = table
+        # One for all goes: libnbd's binding (1.14) holds on to a buffer that was read into, and with it to its memory.
+        self._read_back = None if table is None else ReadBack(writer, table)
         self._unit = 1 if table is None else table.unit
         self._unflushed = False
         self._lost: errors.DestinationWriteError | None = None
@@ -118,7 +120,7 @@ class DiskMover:
 
         Ends early when `interrupted`. Raises `Refused` where nothing is hashed, `DestinationWriteError`.
         """
-        if self._table is None:
+        if self._read_back is None:
             raise errors.Refused("nothing was hashed: there is nothing to verify by", disk=self._disk)
         if self._unflushed:
             try:
@@ -127,7 +129,7 @@ class DiskMover:
                 self._lost = error  # a second flush would succeed, though this one has dropped what it was to keep
                 raise
         try:
-            return ReadBack(self._writer, self._table).run(most, interrupted)
+            return self._read_back.run(most, interrupted)
         except OSError as error:
             raise write_error(self._disk, None, error.errno or 0, "read back") from error
         except errors.ConnectionLost as error:
