@@ -80,6 +80,13 @@ def _add_migrate(commands: Commands) -> None:
         "the default); pause it for as long as it takes (pause); go on trying (wait)",
     )
     convergence.add_argument(
+        "--put-off",
+        choices=["yes", "no"],
+        default="yes",
+        help="what the guest writes all the time is copied last, as far as that fits the pause (yes, the default), or "
+        "again in every round (no)",
+    )
+    convergence.add_argument(
         "--switchover",
         type=options.argument(parse_moment),
         default=Moment(),
@@ -104,6 +111,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         on_stall=OnStall(arguments.on_stall),
         pause_only=arguments.pause_only,
         switchover=arguments.switchover,
+        put_off=arguments.put_off == "yes",
         keep_source=arguments.source_after == "keep",
         source_images=Afterwards(arguments.source_images),
         **options.common(arguments),

@@ -26,15 +26,25 @@ RESOLUTION = 1e-6
 """Seconds; shorter times are not believed, so that no speed is infinite."""
 
 
+PUT_OFF = 0.35
+"""The part of the budget that what is put off may take: the rest is for what is dirtied while a round goes on."""
+IN_STEP = 0.5
+"""The part of the budget that what a round can take away may come to take before one is due, while RAM migrates."""
+MOST_IN_STEP = 0.75
+"""The same, of all that is dirty."""
+
+
 @dataclass
 class Policy:
     """`downtime`: seconds that the final round of the disks may take. `max_rounds`: None for no bound.
 
-    May be changed while the engine goes by it: it is looked at before every decision.
+    `put_off`: whether what the guest writes all the time is copied last. May be changed while the engine goes by it: it
+    is looked at before every decision.
     """
 
     downtime: float
     max_rounds: int | None
+    put_off: bool = True
 
 
 class Verdict(enum.Enum):
@@ -103,6 +113,28 @@ class Pace:
             return 0.0
         speed = self.speed
         return dirty / speed if speed else None
+
+    def dirtied_in_round(self, length: int, disks: int) -> float | None:
+        """Bytes that the guest dirties while a round of `length` bytes goes on; None if nothing tells."""
+        took = self.final_round(length, disks)
+        return None if took is None or self.dirtying.value is None else took * self.dirtying.value
+
+    def room(self, policy: Policy, disks: int) -> int:
+        """Bytes that a round may put off."""
+        left = PUT_OFF * policy.downtime - disks * self.flush.value - self.overhead.value
+        return int(max(0.0, left) * (self.speed or 0.0)) if policy.put_off else 0
+
+    def due_in_step(self, dirty: int, left_off: int, downtime: float) -> bool:
+        """Whether a round is worth it now, if `dirty` bytes are, of which it would put `left_off` off again.
+
+        Only what a round can take away counts: a flush that alone costs half the budget must not set off round upon
+        round, and neither must what is put off. A round is as long as it is big, and the guest dirties on meanwhile:
+        so a big one begins at once, and for a small one more is waited for.
+        """
+        everything, fresh = self.copying(dirty), self.copying(max(0, dirty - left_off))
+        if everything is None or fresh is None:
+            return True
+        return fresh > IN_STEP * downtime or (everything > MOST_IN_STEP * downtime and fresh > 0)
 
     def final_round(self, dirty: int, disks: int) -> float | None:
         """Seconds that a round of `dirty` bytes and a flush of each of `disks` will take; None if nothing tells."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qemu_blkmig.engine.extents import Extent, union
+from qemu_blkmig.engine.heat import Heat
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
 
 SECTOR = 512
@@ -38,10 +39,13 @@ class Device:
     has been flushed since. `resumed`: the part of that which one before us has brought over. `owed`: bytes harvested
     and neither retired nor restored. `recorded`: bytes in the recording as last seen. `amiss`: what is to be copied
     again because it was found wrong at the destination; `mending`: the part of it that the round under way has taken.
+    `put_off`: what rounds have left to later ones, and a harvested round that is kept for it still shows, `left_off`
+    bytes; `kept`: bytes that one holds in all; `putting_off`: what the round under way leaves. `heat` knows what is
+    worth that.
     The rest are counters of bytes, and of the rounds that this disk had a part in.
     """
 
-    def __init__(self, spec: DiskSpec) -> None:
+    def __init__(self, spec: DiskSpec, granule: int) -> None:
         self.name = spec.name
         self.size = spec.size
         self.unit = spec.unit
@@ -52,6 +56,11 @@ class Device:
         self.recorded = 0
         self.amiss: Sequence[Extent] = ()
         self.mending: Sequence[Extent] = ()
+        self.heat = Heat(spec.size, granule)
+        self.put_off: Sequence[Extent] = ()
+        self.putting_off: list[Extent] = []
+        self.left_off = 0
+        self.kept = 0
         self.copied = 0
         self.zeroed = 0
         self.skipped = 0
@@ -66,12 +75,16 @@ class Device:
     @property
     def to_harvest(self) -> int:
         """Bytes that a round has to bring over if it begins now, as last seen."""
-        return self.recorded + sum(extent.length for extent in self.amiss)
+        return self.recorded + _length(self.amiss) + self.left_off
 
     @property
     def dirty(self) -> int:
-        """Bytes owed beyond the bulk pass."""
-        return self.owed + sum(extent.length for extent in self.mending) + self.to_harvest
+        """Bytes owed beyond the bulk pass, at most: what was put off and has been written since counts twice."""
+        return self.owed + _length(self.mending) + self.to_harvest
+
+    def expected(self, again: float) -> int:
+        """`dirty`, if the part `again` of what was put off has been written since, as far as that much was written."""
+        return self.dirty - min(int(again * self.left_off), self.owed + self.recorded)
 
     def checked_start(self, stable: int) -> int:
         """`stable`. Raises ValueError where a bulk pass cannot be taken up."""
@@ -115,10 +128,14 @@ class Device:
         self.owed = length
         self.recorded = 0
         self.mending, self.amiss = self.amiss, ()
+        self.putting_off = []
+        self.heat.begin_round()
 
     def retired(self) -> None:
-        """What was harvested is copied and stable."""
+        """What was harvested, or put off before, is copied and stable, but for what is put off now."""
         self.rounds += bool(self.owed or self.mending)
+        self.kept = self.owed if self.putting_off else 0
+        self._put_off(self.putting_off)
         self.owed = 0
         self.mending = ()
 
@@ -134,3 +151,18 @@ class Device:
         """What was harvested is back in the recording; the sum may count bytes twice until the log is asked again."""
         self.recorded = min(self.size, self.recorded + self.owed)
         self.owed = 0
+        self.putting_off = []
+
+    def recorded_again(self) -> None:
+        """So is the round that was kept for what is put off."""
+        self.recorded = min(self.size, self.recorded + self.kept)
+        self._put_off(())
+        self.kept = 0
+
+    def _put_off(self, extents: Sequence[Extent]) -> None:
+        self.put_off, self.putting_off = extents, []
+        self.left_off = _length(extents)
+
+
+def _length(extents: Sequence[Extent]) -> int:
+    return sum(extent.length for extent in extents)

@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.convergence import Pace
 from qemu_blkmig.engine.device import Device
-from qemu_blkmig.engine.extents import Batcher, Extent, clip
+from qemu_blkmig.engine.extents import Batcher, Extent, Remainder, clip
+from qemu_blkmig.engine.forecast import Forecasts
+from qemu_blkmig.engine.heat import Sieve
 from qemu_blkmig.engine.outlast import outlast, undo
 from qemu_blkmig.engine.ports import Clock, CopyKind, DirtyLog, Round
 from qemu_blkmig.errors import MigrationError
@@ -20,6 +22,12 @@ class DirtyRounds:
     A harvested round is owed until it is retired. Whatever goes wrong before that, a cancellation included, merges
     it back into the recording. `unrestored` tells that this failed: then what is owed is known to nobody but the
     log, and the migration must not go on. `begun` counts rounds; `on_change` is called as figures change.
+
+    A round may put off what is hot (`engine.heat`): always a part of what it has harvested itself. Then it is kept,
+    not retired, until the next one has brought over, or has harvested again and put off itself, all that this one put
+    off. So there is at most one, and whoever finds it left behind merges it back like any other. `again`: the part of
+    what is put off that the guest is seen to have written anew by the next round. `forecasts`: of what is dirty when a
+    round ends.
     """
 
     def __init__(
@@ -43,8 +51,13 @@ class DirtyRounds:
         self._volume = volume
         self._on_change = on_change
         self._looked_at = clock.now()
+        self._kept: Sequence[Round] = ()
+        self._leaving: list[Round] = []
+        self._seen: Sequence[int] = ()
         self.begun = 0
         self.unrestored = False
+        self.again = 0.0
+        self.forecasts = Forecasts()
 
     async def start(self) -> None:
         """Start the recording; if that fails, or the caller is cancelled, stop it again and raise what went wrong."""
@@ -73,10 +86,12 @@ class DirtyRounds:
         self._measure_dirtying(pending)
         for device in self._devices:
             device.recorded = pending[device.name]
+        if not any(device.owed for device in self._devices):
+            self.forecasts.came(sum(pending.values()))
         self._on_change()
 
-    async def run(self) -> int:
-        """One round over all disks; returns the bytes harvested.
+    async def run(self, room: int = 0) -> int:
+        """One round over all disks, which may put off `room` bytes; returns the bytes harvested.
 
         Raises what the log and the mover raise, with a note if the round could not be restored.
         """
@@ -86,8 +101,8 @@ class DirtyRounds:
         try:
             self._take(round_)
             harvest.raise_cancellation()
-            carrying = await self._carry(round_)
-            retirement = await outlast(round_.retire())
+            carrying = await self._carry(round_, room)
+            retirement = await outlast(self._retire(round_))
             retirement.result()
         except BaseException as error:
             await self._give_back(round_, error)
@@ -100,11 +115,21 @@ class DirtyRounds:
         retirement.raise_cancellation()
         return harvested
 
+    async def _retire(self, round_: Round) -> None:
+        """All that is owed is copied and flushed, but for what is put off now, which is in `round_`."""
+        keep = any(device.putting_off for device in self._devices)
+        self._leaving = [*self._kept, *(() if keep else (round_,))]
+        while self._leaving:
+            await self._leaving[0].retire()
+            self._leaving.pop(0)
+        self._kept = (round_,) if keep else ()
+
     def _take(self, round_: Round) -> None:
         self.begun += 1
         self._measure_dirtying(round_.dirty)
         for device in self._devices:
             device.harvested(round_.dirty[device.name])
+        self.forecasts.expect(self._pace.dirtied_in_round(sum(round_.dirty.values()), len(self._devices)))
         self._on_change()
 
     def _measure_dirtying(self, dirty: Mapping[str, int]) -> None:
@@ -114,38 +139,53 @@ class DirtyRounds:
         self._pace.dirtying.add(max(0, growth), now - self._looked_at)
         self._looked_at = now
 
-    async def _carry(self, round_: Round) -> float:
-        """Copy and flush all of the round; returns the seconds that took."""
-        concerned = [device for device in self._devices if device.owed or device.mending]
+    async def _carry(self, round_: Round, room: int) -> float:
+        """Copy and flush all of the round that is not put off; returns the seconds that took."""
+        concerned = [device for device in self._devices if device.owed or device.mending or device.put_off]
+        sieve = Sieve(room, self._seen)
         seconds = 0.0
+        anew: list[float] = []
         for device in concerned:
-            seconds += await self._copy(device, round_)
+            cooled = Remainder(device.put_off)
+            seconds += await self._copy(device, round_, sieve, cooled)
+            seconds += await self._bring(device, cooled.rest())
+            seconds += await self._bring(device, device.mending)
+            if device.put_off:
+                anew.append(1 - sum(extent.length for extent in cooled.rest()) / device.left_off)
         for device in concerned:
             cost = await self._carrier.flush(device)
             self._pace.flush.add(cost)
             seconds += cost
+        self._seen = sieve.seen
+        if anew:
+            self.again = min(anew)
         return seconds
 
-    async def _copy(self, device: Device, round_: Round) -> float:
+    async def _copy(self, device: Device, round_: Round, sieve: Sieve, cooled: Remainder) -> float:
         """Copy what the round holds of `device`, with one group and one batch of its extents in memory at a time.
 
-        Then what is to be mended: also what was in the round, but that is rare and does no harm.
+        But for what `sieve` puts off. What is in the round is taken out of `cooled`.
         """
         batcher = self._batcher(device)
-        seconds = 0.0
+        seconds, held, end = 0.0, 0, 0
         async with _closing(round_.extents(device.name)) as groups:
             async for group in groups:
-                for batch in batcher.feed(clip(group, device.size)):
+                extents = list(clip(group, device.size))
+                cooled.take_out(extents)
+                for batch in batcher.feed(sieve.sift(device.heat, extents, device.putting_off)):
                     seconds += await self._carrier.copy(device, batch, CopyKind.DIRTY)
+                held += sum(extent.length for extent in extents)
+                end = extents[-1].end if extents else end
         if rest := batcher.rest():
             seconds += await self._carrier.copy(device, rest, CopyKind.DIRTY)
-        _check_whole(device, batcher)
-        return seconds + await self._mend(device)
+        _check_whole(device, held, end)
+        return seconds
 
-    async def _mend(self, device: Device) -> float:
+    async def _bring(self, device: Device, extents: Sequence[Extent]) -> float:
+        """Copy these, too, though some of them may have been in the round: that is rare and does no harm."""
         batcher = self._batcher(device)
         seconds = 0.0
-        for batch in (*batcher.feed(device.mending), batcher.rest()):
+        for batch in (*batcher.feed(extents), batcher.rest()):
             if batch:
                 seconds += await self._carrier.copy(device, batch, CopyKind.DIRTY)
         return seconds
@@ -154,7 +194,10 @@ class DirtyRounds:
         return Batcher(most=self._batch, volume=self._volume, size=device.size, unit=device.unit)
 
     async def _give_back(self, round_: Round, error: BaseException) -> None:
-        """Merge the round back into the recording; that failing is noted on `error`."""
+        """Merge the round back into the recording; that failing is noted on `error`.
+
+        With it the one that was kept, if it was being retired: what that has left of it is not known.
+        """
         for device in self._devices:
             device.unmended()
         self.unrestored = True
@@ -164,18 +207,23 @@ class DirtyRounds:
         await round_.restore()
         for device in self._devices:
             device.restored()
+        if self._leaving:
+            for kept in self._kept:
+                if kept in self._leaving:
+                    await kept.restore()
+            for device in self._devices:
+                device.recorded_again()
+            self._kept, self._leaving = (), []
         self.unrestored = False
 
 
-def _check_whole(device: Device, batcher: Batcher) -> None:
-    """Hold the extents against the bytes that the round counts: a stream cut short is no round done.
+def _check_whole(device: Device, held: int, end: int) -> None:
+    """Hold the extents, `held` bytes up to `end`, against what the round counts: a stream cut short is no round done.
 
     The count may exceed them where the last granule of the bitmap reaches beyond the disk's end.
     """
-    if batcher.fed < device.owed and batcher.end < device.size:
-        raise MigrationError(
-            f"the round holds {device.owed} dirty bytes, but extents of only {batcher.fed}", disk=device.name
-        )
+    if held < device.owed and end < device.size:
+        raise MigrationError(f"the round holds {device.owed} dirty bytes, but extents of only {held}", disk=device.name)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -54,13 +55,34 @@ def joined(extents: Iterable[Extent]) -> Iterator[Extent]:
         yield held
 
 
+class Remainder:
+    """What of some ascending, disjoint extents is not in a stream of others, which comes bit by bit, ascending too."""
+
+    def __init__(self, extents: Iterable[Extent]) -> None:
+        self._ahead = deque(extents)
+        self._left: list[Extent] = []
+
+    def take_out(self, extents: Iterable[Extent]) -> None:
+        """These are in the stream, and begin after those before them."""
+        for extent in extents:
+            while self._ahead and self._ahead[0].offset < extent.end:
+                first = self._ahead.popleft()
+                if first.offset < extent.offset:
+                    self._left.append(Extent(first.offset, min(first.end, extent.offset) - first.offset))
+                if first.end > extent.end:
+                    self._ahead.appendleft(Extent(extent.end, first.end - extent.end))
+
+    def rest(self) -> Sequence[Extent]:
+        """What is left, now that the stream has ended."""
+        return [*self._left, *self._ahead]
+
+
 class Batcher:
     """Turns a stream of ascending, disjoint extents into batches, holding no more than one of them.
 
     Extents are rounded out to `unit` bytes, of which `volume` is a multiple, within a disk of `size` bytes, and
     neighbours are joined. A batch is ascending and disjoint too, has at most `most` extents and at most `volume`
-    bytes; an extent that is longer is divided. `fed`: bytes taken in so far, before they were rounded; `end`: where
-    the last extent ended.
+    bytes; an extent that is longer is divided.
     """
 
     def __init__(self, *, most: int, volume: int, size: int, unit: int = 1) -> None:
@@ -71,8 +93,6 @@ class Batcher:
         self._covered = 0
         self._batch: list[Extent] = []
         self._held = 0
-        self.fed = 0
-        self.end = 0
 
     def feed(self, extents: Iterable[Extent]) -> Iterator[list[Extent]]:
         """Take in `extents` and give every batch that is full; iterate to the end before feeding again."""
@@ -81,8 +101,6 @@ class Batcher:
                 if self._has_no_room_for(piece):
                     yield self.rest()
                 self._add(piece)
-            self.fed += extent.length
-            self.end = extent.end
 
     def rest(self) -> list[Extent]:
         """Give the batch begun, empty if there is none, and start a new one."""

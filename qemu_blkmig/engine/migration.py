@@ -26,6 +26,7 @@ from qemu_blkmig.engine.convergence import Pace, Policy, Verdict
 from qemu_blkmig.engine.device import SECTOR, Device, DiskSpec
 from qemu_blkmig.engine.dirty import DirtyRounds
 from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.engine.forecast import Outlook, time_to_converge
 from qemu_blkmig.engine.outlast import outlast
 from qemu_blkmig.engine.ports import Clock, Comparer, DirtyLog, Guest, Mover
 from qemu_blkmig.engine.standby import Standby
@@ -40,7 +41,8 @@ PAUSE_IN_STEP = 0.05
 @dataclass(frozen=True)
 class Tuning:
     """`chunk_size`, `range_size`: bytes; `range_size` is what one copy request holds at most. `batch`: its extents.
-    `flushes`: how often the bulk pass over a disk is flushed, about; oftener on a very large one.
+    `flushes`: how often the bulk pass over a disk is flushed, about; oftener on a very large one. `granule`: bytes that
+    are dirty together, as far as anybody knows.
 
     Raises ValueError when a size is not positive, or not a multiple of the unit below it (512 bytes, a chunk).
     """
@@ -49,12 +51,15 @@ class Tuning:
     range_size: int = 128 << 20
     batch: int = 4096
     flushes: int = 64
+    granule: int = 64 << 10
 
     def __post_init__(self) -> None:
         if self.chunk_size <= 0 or self.chunk_size % SECTOR:
             raise ValueError(f"chunk size {self.chunk_size} is not a positive multiple of {SECTOR}")
         if self.range_size <= 0 or self.range_size % self.chunk_size:
             raise ValueError(f"range size {self.range_size} is not a positive multiple of {self.chunk_size}")
+        if self.granule <= 0 or self.granule % SECTOR:
+            raise ValueError(f"granule size {self.granule} is not a positive multiple of {SECTOR}")
         if self.batch <= 0 or self.flushes <= 0:
             raise ValueError(f"batch of {self.batch} extents, {self.flushes} flushes")
 
@@ -79,7 +84,8 @@ class DiskFigures:
     `copied`, `zeroed`, `skipped`: in all phases; `copied_dirty`: the part of `copied` that dirty rounds had.
     `bulk_done`: what the bulk pass has settled. `dirty`: what is owed beyond it, harvested, found amiss or, as last
     seen, recorded. `rounds`: dirty rounds in which something of this disk was brought over. `resumed`: what had been
-    brought over by the bulk pass before it was resumed, and is not counted again.
+    brought over by the bulk pass before it was resumed, and is not counted again. `put_off`: the part of `dirty` that
+    rounds have left to later ones because the guest writes it all the time.
     """
 
     name: str
@@ -92,6 +98,7 @@ class DiskFigures:
     dirty: int
     copied_dirty: int
     resumed: int = 0
+    put_off: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,9 @@ class Figures:
     in the bulk pass it never falls. `total`, `pending`: bytes; pending is what the bulk pass has not settled and what
     is dirty, each with what of it is in flight. `round`: the dirty round under way or the last one, 0 before the first.
     `speed`: payload, bytes a second. `dirty_rate`: bytes a second that the guest dirties. `predicted`: seconds that
-    the final round would take now. The last three are None until something tells them.
+    the final round would take now. `converges_in`: seconds until it is predicted to fit the downtime; None if it is
+    predicted not to, too. `confidence`: what such predictions were worth in the last rounds, from 0 to 1. The last five
+    are None until something tells them.
     """
 
     phase: Phase
@@ -114,6 +123,8 @@ class Figures:
     speed: float | None
     dirty_rate: float | None
     predicted: float | None
+    converges_in: float | None = None
+    confidence: float | None = None
 
 
 class BlockMigration:
@@ -146,7 +157,7 @@ class BlockMigration:
         self._mover = mover
         self._clock = clock
         self._on_change = on_change
-        self._devices = [Device(disk) for disk in disks]
+        self._devices = [Device(disk, tuning.granule) for disk in disks]
         self._total = sum(disk.size for disk in disks)
         self._pace = Pace()
         self._carrier = Carrier(mover, clock, self._pace, self._publish)
@@ -175,6 +186,7 @@ class BlockMigration:
         self._recording = False
         self._phase = Phase.CREATED
         self._percent = 0
+        self._policy: Policy | None = None
         self._figures = self._draw_figures()
 
     async def setup(self) -> None:
@@ -215,14 +227,16 @@ class BlockMigration:
                 self._publish()
             self._enter(Phase.DIRTY)
 
-    async def round(self) -> int:
+    async def round(self, policy: Policy | None = None) -> int:
         """Bring over what the guest has written since the last round; returns the bytes that this was.
+
+        By `policy` some of it may be put off; without one nothing is, and what was is brought over.
 
         On any error, and when cancelled, all of it is owed again. Raises MigrationError unless the bulk pass is done,
         and what the log and the mover raise; with a note, and phase FAILED, if the round could not be put back.
         """
         async with self._alone("a dirty round", Phase.DIRTY, Phase.COMPLETED):
-            return await self._round()
+            return await self._round(policy)
 
     async def refresh(self) -> Figures:
         """Ask the log what is dirty now, and return the figures that this makes. Raises what the log raises."""
@@ -236,33 +250,36 @@ class BlockMigration:
         The first verdict needs a round, for the writes that came during the bulk pass and to have measured one.
         When nothing is dirty it always fits: no further round could make it cheaper. Raises as `round` does.
         """
+        self.aim(policy)
         async with self._alone("convergence", Phase.DIRTY, Phase.COMPLETED):
             rounds = 0
             if not self._rounds.begun:
-                await self._round()
+                await self._round(policy)
                 rounds = 1
             while not self._fits(await self.refresh(), policy):
                 if policy.max_rounds is not None and rounds >= policy.max_rounds:
                     return Verdict.STALLED
-                await self._round()
+                await self._round(policy)
                 rounds += 1
             return Verdict.FITS
 
-    async def keep_in_step(self, policy: Policy) -> None:
-        """While RAM migrates: a round whenever copying what is dirty would take more than half of the budget, and
-        whenever something is amiss.
+    def aim(self, policy: Policy) -> None:
+        """What the figures tell of convergence is meant for `policy`, until rounds are run by another one."""
+        self._policy = policy
 
-        Runs until cancelled (a round under way is then owed again) or until `request_stop`. Only what a round can
-        take away counts here: a flush that alone costs half the budget must not set off round upon round. Raises as
-        `round` does.
+    async def keep_in_step(self, policy: Policy) -> None:
+        """While RAM migrates: a round whenever one is due by `Pace.due_in_step`, and whenever something is amiss.
+
+        Runs until cancelled (a round under way is then owed again) or until `request_stop`. Raises as `round` does.
         """
+        self.aim(policy)
         async with self._alone("keeping in step", Phase.DIRTY, Phase.COMPLETED):
             try:
                 while not self._stop_requested and not self._carrier.halted:
-                    figures = await self.refresh()
-                    cost = self._pace.copying(_dirty(figures))
-                    if cost is None or cost > policy.downtime / 2 or any(device.amiss for device in self._devices):
-                        await self._round()
+                    await self.refresh()
+                    due = self._pace.due_in_step(self._expected(), self._left_off(), policy.downtime)
+                    if due or any(device.amiss for device in self._devices):
+                        await self._round(policy)
                     else:
                         await self._clock.sleep(PAUSE_IN_STEP)
             finally:
@@ -289,21 +306,25 @@ class BlockMigration:
         Rounds and looks come as seldom as `engine.standby` finds they may; `until` ends a pause at once, and a round
         under way is run to its end. Raises as `round` does.
         """
+        self.aim(policy)
         async with self._alone("standing by", Phase.DIRTY, Phase.COMPLETED):
             standby = Standby(self._clock.now())
             if not self._rounds.begun:
                 # For the writes that came during the bulk pass, and to have measured a round.
-                await self._round()
+                await self._round(policy)
             while not until.is_set():
                 figures = await self.refresh()
-                if standby.due(figures.predicted, _dirty(figures), policy.downtime, self._clock.now()):
+                # What is put off is not brought over before the end: it takes its part of the downtime away.
+                fresh = self._pace.final_round(max(0, self._expected() - self._left_off()), len(self._devices))
+                downtime = policy.downtime - (self._pace.copying(self._left_off()) or 0.0)
+                if standby.due(fresh, _dirty(figures), downtime, self._clock.now()):
                     began = self._clock.now()
-                    await self._round()
+                    await self._round(policy)
                     figures, now = await self.refresh(), self._clock.now()
                     pause = standby.rest(now - began, figures.predicted, policy.downtime, now)
                 else:
                     slope = (figures.dirty_rate or 0.0) / figures.speed if figures.speed else 0.0
-                    pause = standby.pause(figures.predicted or 0.0, slope, policy.downtime)
+                    pause = standby.pause(fresh or 0.0, slope, downtime)
                 await self._sleep_until(until, pause)
 
     async def _sleep_until(self, until: asyncio.Event, seconds: float) -> None:
@@ -386,10 +407,10 @@ class BlockMigration:
         done = sum(device.stable for device in self._devices)
         return f"the phase is {self._phase.value!r}, the bulk pass has brought over {done} of {self._total} bytes"
 
-    async def _round(self) -> int:
+    async def _round(self, policy: Policy | None) -> int:
         self._enter(Phase.DIRTY)
         try:
-            return await self._rounds.run()
+            return await self._rounds.run(self._pace.room(policy, len(self._devices)) if policy else 0)
         except BaseException:
             self._enter(self._phase_after_error())
             raise
@@ -441,7 +462,31 @@ class BlockMigration:
             round=self._rounds.begun,
             speed=self._pace.speed,
             dirty_rate=self._pace.dirtying.value,
-            predicted=self._pace.final_round(dirty, len(disks)) if bulk_over else None,
+            predicted=self._pace.final_round(self._expected(), len(disks)) if bulk_over else None,
+            converges_in=self._draw_convergence(),
+            confidence=self._rounds.forecasts.confidence,
+        )
+
+    def _expected(self) -> int:
+        """Bytes that are dirty, as far as they can be told."""
+        return sum(device.expected(self._rounds.again) for device in self._devices)
+
+    def _left_off(self) -> int:
+        return sum(device.left_off for device in self._devices)
+
+    def _draw_convergence(self) -> float | None:
+        speed, dirtying = self._pace.speed, self._pace.dirtying.value
+        if self._policy is None or speed is None or dirtying is None:
+            return None
+        return time_to_converge(
+            Outlook(
+                bulk=self._total - sum(device.cursor for device in self._devices),
+                dirty=self._expected(),
+                speed=speed,
+                dirtying=dirtying,
+                overhead=len(self._devices) * self._pace.flush.value + self._pace.overhead.value,
+                downtime=self._policy.downtime,
+            )
         )
 
     def _draw_percent(self, done: int) -> int:
@@ -467,4 +512,5 @@ def _draw_disk(device: Device) -> DiskFigures:
         dirty=device.dirty,
         copied_dirty=device.copied_dirty,
         resumed=device.resumed,
+        put_off=device.left_off,
     )

@@ -57,7 +57,8 @@ class _Run:
         self._clock = clock
         self._watch = Stopwatch(clock, life.reporter)
         life.steering.may_wait = options.switchover.waits
-        self._policy = Policy(downtime=0.0, max_rounds=None if options.on_stall is OnStall.WAIT else options.max_rounds)
+        max_rounds = None if options.on_stall is OnStall.WAIT else options.max_rounds
+        self._policy = Policy(downtime=0.0, max_rounds=max_rounds, put_off=options.put_off)
 
     async def whole(self) -> Result:
         """All phases."""
@@ -67,6 +68,7 @@ class _Run:
             await self._prepare()
         sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
         async with sharing:
+            self._engine.aim(self._policy)
             with self._watch.phase("bulk"):
                 await begin(self._life, self._connected)
                 await self._engine.bulk()

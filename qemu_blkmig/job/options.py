@@ -161,7 +161,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class MigrateOptions:
-    """`qemu-blkmig migrate`; `downtime` in seconds, `max_rounds` None: no bound."""
+    """`qemu-blkmig migrate`; `downtime` in seconds, `max_rounds` None: no bound.
+
+    `put_off`: what the guest writes all the time is copied last.
+    """
 
     source: str
     target: Target
@@ -175,6 +178,7 @@ class MigrateOptions:
     keep_source: bool = False
     source_images: Afterwards = Afterwards.KEEP
     verify: Verify = Verify.WRITTEN
+    put_off: bool = True
 
     def __post_init__(self) -> None:
         if self.source_images is not Afterwards.KEEP and (self.keep_source or self.pause_only):

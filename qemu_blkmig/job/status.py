@@ -39,7 +39,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field=
     """A job at one moment: bytes, bytes a second, seconds, `since` in seconds since 1970; null: not known.
 
     `percent`: of the bulk pass. `predicted_downtime`: of the disks' last round now, to be held against `downtime`,
-    the limit. `guest`: who has the guest. `next`: what may be done. `outcome`: how it ended.
+    the limit. `converges_in`: until it is predicted to fit that; `confidence`: what such predictions were worth, from 0
+    to 1. `put_off`: the part of `pending` that is copied last, because it is written all the time. `guest`: who has the
+    guest. `next`: what may be done. `outcome`: how it ended.
     `libvirt`: what libvirt did here with its domain, as the hook noted it.
     """
 
@@ -52,6 +54,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field=
     speed: float | None = None
     dirty_rate: float | None = None
     predicted_downtime: float | None = None
+    converges_in: float | None = None
+    confidence: float | None = None
+    put_off: int = 0
     downtime: float | None = None
     bandwidth: int | None = None
     round: int = 0
@@ -80,6 +85,9 @@ def live(record: Record, telling: Telling, steering: Steering) -> Status:
         speed=telling.speed,
         dirty_rate=figures.dirty_rate if figures else None,
         predicted_downtime=figures.predicted if figures else None,
+        converges_in=figures.converges_in if figures else None,
+        confidence=figures.confidence if figures else None,
+        put_off=sum(disk.put_off for disk in figures.disks) if figures else 0,
         downtime=steering.downtime,
         bandwidth=steering.rate,
         round=figures.round if figures else 0,

@@ -89,7 +89,7 @@ class Switchover:
         self._verification = connected.verification
         self._disks = disks
         self._again = again
-        self._policy = Policy(downtime=0.0, max_rounds=None)
+        self._policy = Policy(downtime=0.0, max_rounds=None, put_off=options.put_off)
         self._ram: RamMigration | None = None
 
     async def run(self) -> Downtime | None:

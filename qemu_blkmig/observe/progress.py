@@ -86,7 +86,7 @@ class Summary:
         if self.speed is not None:
             parts.append(show_rate(self.speed))
         if self.stage != "bulk" and figures.predicted is not None:
-            parts.append(f"predicted downtime {show_seconds(figures.predicted)}")
+            parts.append(f"predicted downtime {show_seconds(figures.predicted)}{show_outlook(figures)}")
         if figures.dirty_rate is not None:
             parts.append(f"dirtied at {show_rate(figures.dirty_rate)}")
         if self.pending:
@@ -118,6 +118,14 @@ class Summary:
             return (head + tail.strip())[:width]
         filled = int(columns * done / 100)
         return f"{head}[{'=' * filled}{' ' * (columns - filled)}]{tail}"
+
+
+def show_outlook(figures: Figures) -> str:
+    """When the last round will fit, if not yet, and what is known of the worth of that."""
+    if not figures.converges_in:
+        return ""
+    sure = "" if figures.confidence is None else f", confidence {figures.confidence:.0%}"
+    return f" (fits in about {show_seconds(figures.converges_in)}{sure})"
 
 
 class Bar:
@@ -258,6 +266,9 @@ class JsonLines:
             speed=self.summary.speed,
             dirty_rate=figures.dirty_rate,
             predicted_downtime=figures.predicted,
+            converges_in=figures.converges_in,
+            confidence=figures.confidence,
+            put_off=sum(disk.put_off for disk in figures.disks),
         )
 
     def _write(self, **fields: object) -> None:

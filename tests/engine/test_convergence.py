@@ -75,7 +75,7 @@ async def test_the_dirty_rate_is_what_the_guest_writes() -> None:
 async def test_keeping_in_step_leaves_no_more_dirty_than_half_of_the_budget_and_a_pause_cost() -> None:
     link = Link(size=8 << 30, speed=100 * MIB, writer=40 * MIB)
     migration = await after_bulk(link)
-    policy = Policy(downtime=0.3, max_rounds=None)
+    policy = Policy(downtime=0.3, max_rounds=None, put_off=False)
     await migration.converge(policy)
     left: list[float] = []
     sleep = link.sleep

@@ -83,7 +83,6 @@ def test_extents_are_rounded_out_to_whole_units_and_never_beyond_the_disk(
     assert [byte for e in found for byte in range(e.offset, e.end)] == [
         byte for number in sorted(touched) for byte in range(number * unit, min(size, (number + 1) * unit))
     ]
-    assert batcher.fed == sum(extent.length for extent in extents)
 
 
 def test_a_union_is_ascending_disjoint_and_joined() -> None:

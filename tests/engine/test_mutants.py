@@ -17,7 +17,7 @@ from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.completion import Completion
 from qemu_blkmig.engine.device import Device
 from qemu_blkmig.engine.dirty import DirtyRounds
-from qemu_blkmig.engine.extents import Batcher, Extent, clip
+from qemu_blkmig.engine.extents import Batcher, Extent, Remainder, clip
 from qemu_blkmig.engine.migration import BlockMigration, Phase
 from qemu_blkmig.engine.outlast import Outlasted
 from qemu_blkmig.engine.ports import CopyKind, CopyReport, Round
@@ -319,6 +319,57 @@ def stop_recording_when_resuming_fails(patch: Patch) -> None:
     patch.setattr(DirtyRounds, "reattach", reattach)
 
 
+def forget_what_is_put_off(patch: Patch) -> None:
+    """Nobody remembers what a round has put off, though the round is kept."""
+    patch.setattr(Device, "_put_off", lambda self, extents: setattr(self, "putting_off", []))
+
+
+def retire_the_round_that_holds_what_is_put_off(patch: Patch) -> None:
+    """A round is forgotten although a part of it was put off, of which memory alone knows then."""
+
+    async def retire_all(self: DirtyRounds, round_: Round) -> None:
+        await round_.retire()
+
+    patch.setattr(DirtyRounds, "_retire", retire_all)
+
+
+def retire_the_kept_round_before_the_next_is_flushed(patch: Patch) -> None:
+    """What was put off is taken for brought over when the next round begins."""
+    carry = DirtyRounds._carry
+
+    async def retire_and_carry(self: DirtyRounds, round_: Round, room: int) -> float:
+        for kept in self._kept:
+            await kept.retire()
+        self._kept = ()
+        return await carry(self, round_, room)
+
+    patch.setattr(DirtyRounds, "_carry", retire_and_carry)
+
+
+def complete_without_what_is_put_off(patch: Patch) -> None:
+    """The switchover looks at what is recorded, or amiss."""
+    patch.setattr(Device, "to_harvest", property(lambda self: self.recorded + sum(e.length for e in self.amiss)))
+
+
+def bring_over_only_what_is_harvested(patch: Patch) -> None:
+    """What was put off and not written since is left where it is."""
+    patch.setattr(Remainder, "rest", lambda self: ())
+
+
+def leave_a_kept_round_lying_that_was_not_retired(patch: Patch) -> None:
+    """Where the retirement of a kept round fails, only the round under way is put back."""
+
+    async def restore(self: DirtyRounds, round_: Round) -> None:
+        await round_.restore()
+        for device in self._devices:
+            device.restored()
+            device.recorded_again()
+        self._kept, self._leaving = (), []
+        self.unrestored = False
+
+    patch.setattr(DirtyRounds, "_restore", restore)
+
+
 MUTANTS: Sequence[Callable[[Patch], None]] = (
     clear_bits_after_the_read,
     skip_zeroed_ranges_in_dirty_rounds,
@@ -344,6 +395,12 @@ MUTANTS: Sequence[Callable[[Patch], None]] = (
     forget_the_rounds_of_the_dead,
     record_anew_when_resumed,
     stop_recording_when_resuming_fails,
+    forget_what_is_put_off,
+    retire_the_round_that_holds_what_is_put_off,
+    retire_the_kept_round_before_the_next_is_flushed,
+    complete_without_what_is_put_off,
+    bring_over_only_what_is_harvested,
+    leave_a_kept_round_lying_that_was_not_retired,
 )
 
 

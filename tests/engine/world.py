@@ -353,9 +353,12 @@ class FakeLog:
             self.recording[index].update(sector // self.granularity for sector in sectors)
 
     def owed(self, index: int) -> set[int]:
-        granules = set(self.recording[index])
-        for round_ in self.rounds:
-            granules |= round_.granules[index]
+        return self.recorded(index).union(*(self._sectors(round_.granules[index]) for round_ in self.rounds))
+
+    def recorded(self, index: int) -> set[int]:
+        return self._sectors(self.recording[index])
+
+    def _sectors(self, granules: Iterable[int]) -> set[int]:
         return {
             sector
             for granule in granules
