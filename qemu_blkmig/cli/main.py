@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     verbose = False
     try:
-        options = _parser().parse_args(given)
+        options = parser().parse_args(given)
         verbose = options.verbose
         _set_up_logging(verbose=verbose)
         return int(options.run(options))
@@ -120,18 +120,19 @@ def _set_up_logging(*, verbose: bool) -> None:
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; manuals and completion are made from it."""
+    root = Parser(
         prog="qemu-blkmig",
         usage="%(prog)s [-v] COMMAND ...",
         description="Moves a running QEMU guest with its local disks to another QEMU, without shared storage.",
         epilog=f"`%(prog)s COMMAND --help` tells a command's options and shows examples.\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"qemu-blkmig {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show causes and what is done in detail")
-    commands.add_all(parser.add_subparsers(title="commands", prog="qemu-blkmig", required=True, metavar="COMMAND"))
-    return parser
+    root.add_argument("--version", action="version", version=f"qemu-blkmig {__version__}")
+    root.add_argument("-v", "--verbose", action="store_true", help="show causes and what is done in detail")
+    commands.add_all(root.add_subparsers(title="commands", prog="qemu-blkmig", required=True, metavar="COMMAND"))
+    return root
 
 
 if __name__ == "__main__":
