@@ -1,10 +1,12 @@
 # Every target does its own set-up; `make demo` and `make test` are all that a newcomer needs.
-.PHONY: help setup demo test matrix clean
+.PHONY: help setup demo test matrix docs deb clean
 
 help:
 	@echo "make demo    watch a running guest move to another QEMU with its disk"
 	@echo "make test    lint, quick tests, oldest dependencies, integration tests with real guests"
 	@echo "make matrix  the tests again on Debian 13 (QEMU 10), in a debootstrapped folder"
+	@echo "make docs    the manual as HTML and man pages, in build/docs"
+	@echo "make deb     a Debian package, in dist/"
 	@echo "make setup   only what these need: Debian packages, .venv"
 
 setup:
@@ -18,6 +20,12 @@ test: setup
 
 matrix: setup
 	scripts/matrix $(MATRIX_ARGS)
+
+docs: setup
+	scripts/docs
+
+deb: setup
+	scripts/deb
 
 clean:
 	rm -rf .venv .tox .matrix build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
