@@ -77,7 +77,8 @@ def _add_migrate(commands: Commands) -> None:
         choices=[choice.value for choice in OnStall],
         default="abort",
         help="if after --max-rounds the pause would still be longer than --downtime: give up, the guest stays (abort, "
-        "the default); pause it for as long as it takes (pause); go on trying (wait)",
+        "the default); pause it for as long as it takes (pause); go on trying (wait); slow its disk writes as far as "
+        "it takes, until it moves (throttle; reads are not slowed, and limits of its own come back)",
     )
     convergence.add_argument(
         "--put-off",

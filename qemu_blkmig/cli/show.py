@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qemu_blkmig.units import show_bytes, show_seconds
+from qemu_blkmig.units import show_bytes, show_rate, show_seconds
 
 if TYPE_CHECKING:
     from qemu_blkmig.demo.run import DemoResult
@@ -35,6 +35,11 @@ def result(outcome: Result) -> str:
             f"  downtime {show_seconds(outcome.downtime.total)} (disks {show_seconds(outcome.downtime.disk)}, "
             f"verification {show_seconds(outcome.downtime.verify)}, "
             f"RAM and devices {show_seconds(outcome.downtime.ram)})"
+        )
+    for slow in outcome.slowed:
+        lines.append(
+            f"  disk {slow.disk}: the guest's writes were slowed to {show_rate(slow.limit)} for "
+            f"{show_seconds(slow.seconds)}; before, it wrote {show_rate(slow.wrote)}"
         )
     if outcome.consistency is not None:
         lines.append(f"  consistency: {outcome.consistency}")

@@ -27,6 +27,7 @@ from qemu_blkmig.job.datapath import INSECURE, DataPath, open_data_path
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import Journal
+from qemu_blkmig.job.limits import give_back
 from qemu_blkmig.job.live import Live
 from qemu_blkmig.job.place import Place, host_of
 from qemu_blkmig.job.plan import Plan
@@ -387,6 +388,7 @@ class Lifecycle:
         if record.source_qmp is None:
             return
         try:
+            await give_back(self.job, self.source)
             await remove_all(self.source, prefix=record.prefix, nbd_server_is_ours=record.nbd_server)
         except (RequestError, ConnectionLost) as error:
             result.warnings.append(f"something of ours may be left in the source QEMU: {error}")

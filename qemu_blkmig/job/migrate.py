@@ -12,6 +12,7 @@ from pathlib import Path
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused, Stalled
+from qemu_blkmig.job.brake import SHARES, Brake
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import begin, connect
 from qemu_blkmig.job.guard import Guard
@@ -28,6 +29,7 @@ from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover, disks_budget
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.qmp.ram import unfit_capabilities
+from qemu_blkmig.qmp.throttle import check_can_throttle
 from qemu_blkmig.units import show_seconds
 
 
@@ -43,6 +45,10 @@ async def migrate(
         life.job.record.migrate = options
         run = _Run(life, options, interrupts, clock)
         return await life.conduct(run.whole())
+
+
+ROUNDS_OF_A_SHARE = 8
+"""Rounds in which it shows whether the guest is slowed far enough."""
 
 
 class _Run:
@@ -137,6 +143,9 @@ class _Run:
             )
         for warning in self._plan.warnings:
             self._reporter.note(warning)
+        if options.on_stall is OnStall.THROTTLE:
+            await check_can_throttle(source)
+        self._brake = Brake(life, self._plan.disks, options.transfer.granularity, self._clock)
         self._job.record.keep_source = options.keep_source
         self._job.record.source_images = options.source_images
         guest = QemuGuest(source)
@@ -174,7 +183,10 @@ class _Run:
     async def _converge(self) -> None:
         """Rounds until the last one would fit. Raises `Stalled` when it does not and the user wants no more."""
         with self._watch.phase("dirty"):
+            await self._brake.look()
             verdict = await self._engine.converge(self._policy)
+            if verdict is Verdict.STALLED and self._options.on_stall is OnStall.THROTTLE:
+                verdict = await self._converge_slowed()
         if verdict is Verdict.FITS:
             return
         figures = self._engine.figures()
@@ -183,9 +195,23 @@ class _Run:
             f"{show_seconds(figures.predicted or 0)}, more than the disks' share "
             f"({show_seconds(self._policy.downtime)}) of --downtime: the guest writes faster than its disks are copied"
         )
-        if self._options.on_stall is OnStall.ABORT:
-            raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
-        self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
+        if self._options.on_stall is OnStall.PAUSE:
+            self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
+            return
+        await self._brake.release()
+        raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall throttle, pause or wait")
+
+    async def _converge_slowed(self) -> Verdict:
+        """Rounds with the guest's writes slowed, the more the longer it takes."""
+        usual, self._policy.max_rounds = self._policy.max_rounds, ROUNDS_OF_A_SHARE
+        try:
+            for share in SHARES:
+                await self._brake.press(self._engine.figures(), share, self._policy.downtime)
+                if await self._engine.converge(self._policy) is Verdict.FITS:
+                    return Verdict.FITS
+            return Verdict.STALLED
+        finally:
+            self._policy.max_rounds = usual
 
     def _result(self, downtime: Downtime | None) -> Result:
         disks = self._carriage.results(self._engine)
@@ -206,6 +232,7 @@ class _Run:
             phases=self._watch.phases,
             downtime=downtime,
             verified=self._options.verify.value,
+            slowed=self._brake.slowed(),
             warnings=[*self._plan.warnings, *remarks(downtime, self._life.steering.downtime)],
             serving=serving.pid if serving else None,
         )

@@ -23,11 +23,12 @@ def _power_of_two(number: int) -> bool:
 
 
 class OnStall(enum.Enum):
-    """What to do when the last round does not come to fit the downtime."""
+    """What to do when the last round does not come to fit the downtime. THROTTLE: slow the guest's disk writes."""
 
     WAIT = "wait"
     PAUSE = "pause"
     ABORT = "abort"
+    THROTTLE = "throttle"
 
 
 def check_bandwidth(rate: int | None) -> None:

@@ -26,6 +26,7 @@ from qemu_blkmig.job.options import CopyOptions, MigrateOptions
 from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.source_images import Afterwards, SourceImage
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
+from qemu_blkmig.qmp.throttle import Throttled
 
 
 class Owner(enum.Enum):
@@ -53,6 +54,7 @@ class Record(msgspec.Struct):
     `identities`: the files that `images` are. `migrate`, `copy`: what was asked for, so that it can be resumed.
     `recording`: our bitmaps record on the source what the destination, which holds a part, has not got.
     `suspended`: the guest is at rest at the source, and the job can be resumed.
+    `throttled`: disks whose writes we slow, or are about to, with the limits that they had.
     """
 
     job: str
@@ -85,6 +87,7 @@ class Record(msgspec.Struct):
     copy: CopyOptions | None = None
     recording: bool = False
     suspended: bool = False
+    throttled: list[Throttled] = []
 
     def rest(self, *, target_ended: bool) -> None:
         """Forget what is gone now that the job is suspended: all that was made but images and bitmaps."""

@@ -43,6 +43,16 @@ class Downtime(msgspec.Struct, frozen=True):
     ram: float
 
 
+class Slowed(msgspec.Struct, frozen=True):
+    """A disk whose guest was slowed (`--on-stall throttle`): bytes a second that it `wrote` before, and might write in
+    the end (`limit`), and for how many `seconds`."""
+
+    disk: str
+    wrote: float
+    limit: float
+    seconds: float
+
+
 def remarks(downtime: Downtime | None, wanted: float) -> Iterator[str]:
     """What is to be said of a pause of the guest that was to last `wanted` seconds."""
     if downtime is not None and downtime.total > wanted:
@@ -70,5 +80,6 @@ class Result(msgspec.Struct, frozen=True):
     verified: str
     warnings: list[str]
     consistency: str | None = None
+    slowed: list[Slowed] = []
     serving: int | None = None
     """Process id of the QEMU that has the guest now, where it is known."""

@@ -20,6 +20,7 @@ from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, R
 from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.chronicle import Chronicle
 from qemu_blkmig.job.journal import FILE
+from qemu_blkmig.job.limits import give_back
 from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable, until
 from qemu_blkmig.job.place import Ssh
 from qemu_blkmig.job.record import Job, Owner, Record
@@ -353,6 +354,7 @@ async def _return_to_source(job: Job, here: Peer, there: Peer, settlement: Settl
         if record.migrating and await _migration_status(source) in UNDER_WAY:
             await cancel_migration(source)
         await _give_back_run_state(job, source, settlement)
+        await _give_back_limits(job, source, settlement)
         if record.frozen_by is not None:
             await _thaw(record.frozen_by, settlement)
     if source is not None:
@@ -384,6 +386,14 @@ async def _clean(job: Job, source: Monitor, settlement: Settlement) -> None:
     except RequestError as error:
         settlement.decided = False
         settlement.facts.append(f"something of ours is left in the source QEMU: {error}")
+
+
+async def _give_back_limits(job: Job, source: Monitor, settlement: Settlement) -> None:
+    try:
+        await give_back(job, source)
+    except RequestError as error:
+        settlement.decided = False
+        settlement.facts.append(f"the guest's disk writes may still be slowed by us: {error}")
 
 
 async def _give_back_run_state(job: Job, source: Monitor, settlement: Settlement) -> None:
@@ -507,6 +517,7 @@ async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: S
     if source is None:
         return
     if job.record.keep_source:
+        await _give_back_limits(job, source, settlement)
         await _clean(job, source, settlement)
         settlement.facts.append("the source QEMU was kept; `cont` there would start the guest a second time")
     elif not await here.fence():

@@ -251,7 +251,7 @@ class Switchover:
         while await ram.passes() <= options.max_rounds:
             await self._clock.sleep(RAM_POLL)
         text = f"after {options.max_rounds} passes RAM is still dirtied faster than it crosses"
-        if options.on_stall is OnStall.ABORT:
+        if options.on_stall in (OnStall.ABORT, OnStall.THROTTLE):
             raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}; the guest is paused until it has (--on-stall pause)")
         self._guard.ignore_pauses()
@@ -272,12 +272,13 @@ class Switchover:
                 f"{text}; the destination QEMU cannot wait a second time",
                 advice="start it anew and try again, with a higher --downtime or --on-stall pause",
             )
-        if attempt >= ATTEMPTS and options.on_stall is OnStall.ABORT:
+        if attempt >= ATTEMPTS and options.on_stall in (OnStall.ABORT, OnStall.THROTTLE):
             raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}: trying again")
         self._job.record.run_state_taken = self._job.record.migrating = False
         self._job.save()
-        self._life.watchdog.disarm()
+        if not self._job.record.throttled:
+            self._life.watchdog.disarm()
         await self._life.drop_target()
         self._guard = await self._again()
 

@@ -1,0 +1,24 @@
+"""Gives the guest its own disk limits back, where a job slowed it (`job.brake`); by the job's record."""
+
+from __future__ import annotations
+
+import logging
+
+from qemu_blkmig.job.record import Job
+from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.qmp.throttle import restore
+
+log = logging.getLogger(__name__)
+
+
+async def give_back(job: Job, source: Monitor) -> None:
+    """The disks get the limits again that they had before. Raises what `Monitor.execute` raises."""
+    if not job.record.throttled:
+        return
+    await restore(source, job.record.throttled)
+    job.record.throttled = []
+    try:
+        job.save()
+    except OSError as error:
+        # To give them back once more would do no harm.
+        log.warning("the record of job %s cannot be written: %s", job.record.job, error)
