@@ -33,3 +33,7 @@ def every(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     yield parser
     for command in subcommands(parser).values():
         yield from every(command)
+
+
+if __name__ == "__main__":
+    print(*programs())
