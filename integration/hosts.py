@@ -199,7 +199,7 @@ class Hosts:
         (self._etc / "sshd_config").write_text(config)
         said = len(self.log)
         command = ["/usr/sbin/sshd", "-D", "-f", str(self._etc / "sshd_config"), "-E", str(self.sshd_log)]
-        self._sshd = subprocess.Popen([*TIED, *self.enter_far, *command], env=_plain_environment())
+        self._sshd = subprocess.Popen([*TIED, *self.enter_far, *command], env=plain_environment())
         listening = f"Server listening on 0.0.0.0 port {PORT}"
         wait_until(lambda: listening in self.log[said:], "sshd", 10, lambda: self.log)
 
@@ -260,7 +260,7 @@ class Hosts:
         shell = ["sh", "-c", script.format(near=self.near, far=self.far, home=Path.home())]
         command = [*TIED, "unshare", *namespaces, "--", *shell]
         with (self.near / "boot.log").open("ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=_plain_environment())
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=plain_environment())
 
     def _wait_up(self, mark: Path, process: subprocess.Popen[bytes]) -> None:
         def up() -> bool:
@@ -316,7 +316,7 @@ TIED = ("setpriv", "--pdeathsig", "KILL", "--")
 """A process that ends with the one that started it, however that ends."""
 
 
-def _plain_environment() -> dict[str, str]:
+def plain_environment() -> dict[str, str]:
     """For the hosts' own processes, which are no leftovers of a test."""
     return {name: text for name, text in os.environ.items() if name != MARK_VARIABLE}
 

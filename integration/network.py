@@ -11,9 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from integration.hosts import ADDRESSES, PORT, REPOSITORY, Hosts
+import pytest
+
+from integration.hosts import ADDRESSES, PORT, REPOSITORY, Hosts, plain_environment
 from integration.lab import LabError, wait_until
+from qemu_blkmig.transport.ssh import COMMAND_VARIABLE
 
 RELAY_PORT = 2223
 
@@ -72,7 +76,7 @@ class Network:
     def delayed(self, seconds: float) -> Iterator[int]:
         """A port of hosta's localhost that leads to hostb's sshd, each way taking so many seconds."""
         command = [*self.hosts.enter, sys.executable, "-m", "integration.network", str(seconds)]
-        relay = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
+        relay = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, env=plain_environment())
         try:
             if relay.stdout is None or relay.stdout.readline() != b"ready\n":
                 raise LabError("the relay does not start")
@@ -80,6 +84,18 @@ class Network:
         finally:
             relay.kill()
             relay.communicate()
+
+    @contextlib.contextmanager
+    def like(self, line: Literal["plain", "delayed", "slow"]) -> Iterator[None]:
+        """Have the tool reach hostb over such a line: delayed by 20 ms each way, or slow: 40 Mbit/s."""
+        with contextlib.ExitStack() as stack:
+            if line == "delayed":
+                port = stack.enter_context(self.delayed(0.02))
+                way = f"-o HostName=127.0.0.1 -o HostKeyAlias=[{ADDRESSES['hostb']}]:{PORT} -o Port={port}"
+                stack.enter_context(pytest.MonkeyPatch.context()).setenv(COMMAND_VARIABLE, f"ssh {way}")
+            elif line == "slow":
+                self.limit(40)
+            yield
 
     def kill_connections(self) -> int:
         """SIGKILL each sshd process of hostb that serves a connection; how many there were."""
