@@ -68,9 +68,9 @@ def _shut_down(pid: int, word: str) -> bool:
     try:
         done = False
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            descriptor = ctypes.CDLL(None).syscall(PIDFD_GETFD, process, int(entry.name), 0)
-            if descriptor < 0:
+            if not str(entry.readlink()).startswith("socket:"):
                 continue
+            descriptor = ctypes.CDLL(None).syscall(PIDFD_GETFD, process, int(entry.name), 0)
             with contextlib.suppress(OSError), socket.socket(fileno=descriptor) as connection:
                 if word in str(connection.getpeername()):
                     connection.shutdown(socket.SHUT_RDWR)

@@ -200,10 +200,18 @@ class Guest:
         return False
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run a QMP command on the tests' own monitor, which stays connected."""
+        """Run a QMP command on the tests' own monitor, which stays connected while it answers."""
         if self._control is None:
             self._control = Qmp(self.monitor)
-        return self._control.execute(command, arguments)
+        try:
+            return self._control.execute(command, arguments)
+        except QmpError:
+            raise
+        except LabError:
+            # It may be another QEMU's by now.
+            self._control.close()
+            self._control = None
+            raise
 
     @property
     def control(self) -> Qmp:
