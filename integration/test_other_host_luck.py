@@ -11,6 +11,7 @@ from integration.far import FarLab, far_laboratory
 from integration.luck import SLOW, Attempt, Bench, command, kill
 from integration.tool import Outcome, assert_writes_soundly
 from qemu_blkmig.demo.guest import Kernel
+from qemu_blkmig.destination import ownership
 
 MIB = 1 << 20
 BEFORE = ["bulk", "moving RAM", "paused"]
@@ -90,6 +91,20 @@ def test_what_ends_the_connection_leaves_the_guest_at_the_source(bench: FarBench
     assert_writes_soundly(attempt.source)
     mend(bench.lab, how)
     finish_job(attempt, outcome)
+
+
+def test_a_host_that_is_out_of_reach_when_it_has_started_the_guest_is_tidied_up_later(bench: FarBench) -> None:
+    attempt = bench.attempt_at("started")
+    with bench.lab.network.resetting():
+        attempt.go_on()
+        outcome = attempt.outcome().succeeded()
+    assert f"run: qemu-blkmig cleanup {attempt.job()}" in outcome.stdout
+    cleaned = command("cleanup", attempt.job(), lab=bench.lab).succeeded()
+    assert "the guest runs at the destination" in cleaned.stdout
+    told = ownership.read(str(attempt.destination.disks[0].path))
+    assert told is not None and told.state == "complete"
+    bench.lab.network.kill_connections()
+    attempt.assert_destination_has_it()
 
 
 @pytest.mark.parametrize("who", ["agent", "coordinator"])

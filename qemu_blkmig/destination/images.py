@@ -26,6 +26,8 @@ _QEMU_IMG_TIMEOUT = 60.0
 _CHECK_TIMEOUT = 1800.0
 _PREDECESSOR = 30.0
 """Seconds in which an agent that was lost must have let go of an image."""
+_LAST_LOOK = 10.0
+"""The same, where it is only waited for to remove what it leaves; who asks waits for `job.peers.ANSWER` at most."""
 
 _ZEROES = bytes(1 << 20)
 
@@ -99,9 +101,9 @@ def prepare(images: Sequence[Image], job: str | None = None, guest: ownership.Gu
     return prepared
 
 
-def wait_for_predecessor(path: str) -> None:
+def wait_for_predecessor(path: str, seconds: float = _PREDECESSOR) -> None:
     """Wait until no agent holds the image: one that has lost its coordinator drains its writes before it lets go."""
-    deadline = time.monotonic() + _PREDECESSOR
+    deadline = time.monotonic() + seconds
     with contextlib.suppress(OSError):
         while locks.in_use_by_job(path) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -126,11 +128,13 @@ def discard(images: Sequence[Created], given_up: Sequence[str] = ()) -> tuple[li
         with contextlib.suppress(OSError):
             hashtable.forget(path)
     removed, left = [], []
+    deadline = time.monotonic() + _LAST_LOOK
     for image in images:
         try:
             if not os.path.lexists(image.path):
                 _forget(image.path)
                 continue
+            wait_for_predecessor(image.path, max(0.0, deadline - time.monotonic()))
             reason = _reason_to_keep(image)
             if reason is None:
                 Path(image.path).unlink()

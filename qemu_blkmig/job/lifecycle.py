@@ -366,10 +366,12 @@ class Lifecycle:
             await self._agent.close()
             self._agent = None
         await self._let_go()
+        name = self.job.record.job
         if settlement.decided:
             await self._forget(0, result.outcome, result.guest)
+        elif settlement.left_there:
+            result.warnings.append(f"when the destination host can be reached again, run: qemu-blkmig cleanup {name}")
         else:
-            name = self.job.record.job
             self._open = unsettled("the guest was handed over, but not everything is at rest", settlement, name)
         self._part(settlement)
 

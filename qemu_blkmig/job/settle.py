@@ -10,7 +10,6 @@ clears its autostart), so until our `cont` there the guest can run at the source
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -59,9 +58,10 @@ NOT_STARTED = ("inmigrate", "paused", "prelaunch", "postmigrate")
 class Settlement:
     """How things stand: who owns the guest, and in sentences what is so. `decided`: nothing is left to be done.
 
-    `ended`: the destination has the guest, but its QEMU has ended since. `left_there`: the guest is at rest, but at a
-    destination host that cannot be reached something is left to be tidied up. `unreachable`: what to do about it when
-    that host keeps the decision to itself. `suspended`: images and bitmaps were kept, so that the job can be resumed.
+    `ended`: the destination has the guest, but its QEMU has ended since. `left_there`: it is known who has the guest,
+    but at a destination host that cannot be reached something is left to be tidied up. `unreachable`: what to do about
+    it when that host keeps the decision to itself. `suspended`: images and bitmaps were kept, so that the job can be
+    resumed.
     """
 
     owner: Owner
@@ -448,6 +448,9 @@ async def _mark(job: Job, beyond: There, settlement: Settlement) -> None:
     try:
         await beyond.ask(Mark(record.job, record.images, "complete"), Done)
         record.marked = True
+    except HostUnreachable:
+        # That it cannot be reached was told. Until it can, hooks there keep the guest from being started again.
+        settlement.decided, settlement.left_there = False, settlement.decided or settlement.left_there
     except BlkmigError as error:
         settlement.facts.append(f"the images at the destination are complete, but their records do not say so: {error}")
 
@@ -502,9 +505,12 @@ def _tell_overwritten(job: Job, settlement: Settlement) -> None:
 
 
 async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: Settlement) -> None:
-    ended = False
-    with contextlib.suppress(HostUnreachable):
+    ended, unreachable = False, None
+    try:
         ended = await there.gone()
+    except HostUnreachable as error:
+        settlement.decided, settlement.left_there = False, True
+        unreachable = f"{error}; the records of its images, and our sockets, are still to be put in order there"
     if ended:
         settlement.ended = True
         fact = "the guest was handed over, and the destination QEMU has ended since; its disks hold what it wrote"
@@ -512,7 +518,7 @@ async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: S
         fact = "the guest runs at the destination"
     else:
         fact = "the guest is at the destination, paused"
-    settlement.facts.append(fact)
+    settlement.facts += [fact, unreachable] if unreachable else [fact]
     source = await here.monitor()
     if source is None:
         return
@@ -521,7 +527,7 @@ async def _leave_to_destination(job: Job, here: Peer, there: Peer, settlement: S
         await _clean(job, source, settlement)
         settlement.facts.append("the source QEMU was kept; `cont` there would start the guest a second time")
     elif not await here.fence():
-        settlement.decided = False
+        settlement.decided = settlement.left_there = False
         settlement.facts.append("the source QEMU could not be ended; never `cont` it: that would start the guest twice")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,33 +18,55 @@ from qemu_blkmig.job.settle import Settlement
 from qemu_blkmig.places import STATE_VARIABLE
 
 
-@pytest.mark.parametrize(("left_there", "unsettled"), [(False, True), (True, False)])
-async def test_a_source_that_cannot_be_ended_after_the_handover_is_told_and_the_job_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_there: bool, unsettled: bool
-) -> None:
+@pytest.fixture
+def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A job whose guest was handed over."""
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
-    fact = "the source QEMU could not be ended"
-
-    async def settle(*_: object, **__: object) -> Settlement:
-        return Settlement(Owner.DESTINATION, decided=False, left_there=left_there, facts=["arrived", fact])
 
     async def end(_told: object) -> None:
         """The control socket's last word."""
 
-    async def work() -> Any:
-        return SimpleNamespace(warnings=[], outcome="migrated", guest="there")
-
-    monkeypatch.setattr(lifecycle, "settle", settle)
     life: Any = Lifecycle(Any, SimpleNamespace(deferred=contextlib.nullcontext), Any)  # type: ignore[arg-type]
     life.job = Job.create()
     life.job.record.owner = Owner.DESTINATION
     life._control = SimpleNamespace(end=end)
-    try:
-        with pytest.raises(Undecided) as told:
-            await life.conduct(work())
-        assert fact in str(told.value.state)
-        assert f"qemu-blkmig cleanup {life.job.record.job}" in str(told.value.advice)
-        assert life.job.directory.exists()
-        assert life._unsettled is unsettled and life._at_rest is not unsettled
-    finally:
-        life.job.remove()
+    yield life
+    life.job.remove()
+
+
+async def migrated() -> Any:
+    return SimpleNamespace(warnings=[], outcome="migrated", guest="there")
+
+
+def settling(monkeypatch: pytest.MonkeyPatch, settlement: Settlement) -> None:
+    """Have the job settled so."""
+
+    async def settle(*_: object, **__: object) -> Settlement:
+        return settlement
+
+    monkeypatch.setattr(lifecycle, "settle", settle)
+
+
+async def test_a_source_that_cannot_be_ended_after_the_handover_is_told_and_the_job_stays(
+    life: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fact = "the source QEMU could not be ended"
+    settling(monkeypatch, Settlement(Owner.DESTINATION, decided=False, facts=["arrived", fact]))
+    with pytest.raises(Undecided) as told:
+        await life.conduct(migrated())
+    assert fact in str(told.value.state)
+    assert f"qemu-blkmig cleanup {life.job.record.job}" in str(told.value.advice)
+    assert life.job.directory.exists()
+    assert life._unsettled and not life._at_rest
+
+
+async def test_a_host_that_cannot_be_tidied_up_after_the_handover_is_no_failure_and_the_job_stays(
+    life: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fact = "hostb cannot be reached"
+    settling(monkeypatch, Settlement(Owner.DESTINATION, decided=False, left_there=True, facts=["arrived", fact]))
+    result = await life.conduct(migrated())
+    assert result.warnings[0] == fact
+    assert f"qemu-blkmig cleanup {life.job.record.job}" in result.warnings[1]
+    assert life.job.directory.exists()
+    assert life._at_rest and not life._unsettled
