@@ -1,8 +1,9 @@
 # Every target does its own set-up; `make demo` and `make test` are all that a newcomer needs.
-.PHONY: help setup demo test matrix docs deb clean
+.PHONY: help setup demo lab test matrix docs deb clean
 
 help:
 	@echo "make demo    watch a running guest move to another QEMU with its disk"
+	@echo "make lab     two hosts and guests to try things with, as root: docs/tutorial.md"
 	@echo "make test    lint, quick tests, oldest dependencies, integration tests with real guests"
 	@echo "make matrix  the tests again on Debian 13 (QEMU 10), in a debootstrapped folder"
 	@echo "make docs    the manual as HTML and man pages, in build/docs"
@@ -14,6 +15,9 @@ setup:
 
 demo: setup
 	.venv/bin/qemu-blkmig demo $(DEMO_ARGS)
+
+lab: setup
+	@.venv/bin/python -m integration.laboratory
 
 test: setup
 	.venv/bin/tox $(TOX_ARGS)

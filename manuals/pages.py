@@ -3,6 +3,8 @@
     <!-- commands: qemu-blkmig -->             a section for each command: usage, options, examples
     <!-- options: virsh-blkmigrate -->         the options of a program that has no commands, or of one command
     <!-- exit codes -->                        the exit codes
+    <!-- errors -->                            the kinds of errors
+    <!-- journal -->                           the journal's tables
 
 They are comments, so that the pages can also be read as they are. Options become the standard domain's, which can be
 referred to: {option}`qemu-blkmig migrate --launch`.
@@ -15,9 +17,12 @@ import re
 from collections.abc import Iterator
 
 from manuals.parsers import programs, subcommands
-from qemu_blkmig.cli.main import EXIT_CODES
+from qemu_blkmig import errors
+from qemu_blkmig.cli.main import EXIT_CODES, kind_of
+from qemu_blkmig.errors import BlkmigError
+from qemu_blkmig.job.journal import SCHEMA
 
-MARK = re.compile(r"^<!-- (commands|options|exit codes)(?:: (.+?))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (commands|options|exit codes|errors|journal)(?:: (.+?))? -->$", re.MULTILINE)
 
 
 def filled(text: str) -> str:
@@ -30,6 +35,12 @@ def _asked(what: str, of: str | None) -> Iterator[str]:
         for line in EXIT_CODES.splitlines()[1:]:
             code, meaning = line.split(maxsplit=1)
             yield f"`{code}`\n: {marked_up(meaning)}\n"
+        return
+    if what == "errors":
+        yield from _errors(BlkmigError)
+        return
+    if what == "journal":
+        yield from _tables()
         return
     program, _, command = (of or "").partition(" ")
     parser = programs()[program]
@@ -45,6 +56,20 @@ def _asked(what: str, of: str | None) -> Iterator[str]:
         yield from _options(each, but=parser)
         if each.epilog:
             yield f"```text\n{(each.epilog % {'prog': each.prog}).strip()}\n```\n"
+
+
+def _errors(kind: type[BlkmigError]) -> Iterator[str]:
+    for each in kind.__subclasses__():
+        if each.__module__ == errors.__name__:
+            told = (each.__doc__ or "").split("\n\n")[0]
+            yield f"`{kind_of(each)}`\n: {marked_up(' '.join(told.split()))}\n"
+            yield from _errors(each)
+
+
+def _tables() -> Iterator[str]:
+    for name, columns in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+) \((.*?)\);", SCHEMA, re.DOTALL):
+        words = [column.split()[0] for column in columns.split(",")]
+        yield f"`{name}`\n: {', '.join(f'`{word}`' for word in words)}\n"
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:

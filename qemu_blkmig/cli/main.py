@@ -93,8 +93,12 @@ def show_error(error: BlkmigError, *, verbose: bool) -> None:
 def report(error: BlkmigError) -> ErrorReport:
     """`error` as programs get it."""
     kind = next(each for each in type(error).__mro__ if each.__module__ == errors.__name__)
-    name = re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__.removesuffix("Error")).lower()
-    return ErrorReport(error.exit_code, name, error.what, error.disk, error.state, error.advice)
+    return ErrorReport(error.exit_code, kind_of(kind), error.what, error.disk, error.state, error.advice)
+
+
+def kind_of(error: type[BlkmigError]) -> str:
+    """A class of errors.py as programs know it."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", error.__name__.removesuffix("Error")).lower()
 
 
 def _print_json(error: BlkmigError) -> None:

@@ -1,0 +1,112 @@
+"""Every command that the manual shows is run, page by page, in the laboratory that it tells of (`make lab`).
+
+A page's ```console blocks are one session in hosta: lines that begin with `hosta# ` are typed, a backslash continues
+them, all others are what was seen and are not compared. `JOB` stands for the name of the one job there is. A comment
+before a block may say more:
+
+    <!-- exits: 3 -->                 its last command ends with that code
+    <!-- not run here: REASON -->     it cannot be run in the laboratory
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from integration.hosts import REPOSITORY
+from integration.laboratory import laboratory
+
+DOCS = REPOSITORY / "docs"
+PROMPT = "hosta# "
+LIMIT = 900
+_BLOCK = re.compile(r"(?:^<!-- ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+pytestmark = pytest.mark.timeout(2 * LIMIT)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: `note` is the comment before it."""
+
+    note: str
+    language: str
+    text: str
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not run."""
+        return self.note.removeprefix("not run here: ") if self.note.startswith("not run here: ") else None
+
+    @property
+    def code(self) -> int:
+        """What its last command ends with."""
+        return int(self.note.removeprefix("exits: ")) if self.note.startswith("exits: ") else 0
+
+    def commands(self) -> Iterator[str]:
+        """What is typed."""
+        lines = iter(self.text.splitlines())
+        for line in lines:
+            if line.startswith(PROMPT):
+                command = line.removeprefix(PROMPT)
+                while command.endswith("\\"):
+                    command += "\n" + next(lines)
+                yield command
+
+
+def blocks(page: Path) -> list[Block]:
+    """The page's fenced blocks in order."""
+    return [Block(note, language, text) for note, language, text in _BLOCK.findall(page.read_text())]
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if any(block.language == "console" for block in blocks(page))]
+
+
+def script(page: Path) -> str:
+    """The page's session, for bash; each command is told on stderr before it is run."""
+    lines = ["exec 2>&1"]
+    for block in blocks(page):
+        if block.language != "console" or block.reason:
+            continue
+        commands = [re.sub(r"\bJOB\b", "$(lab job)", command) for command in block.commands()]
+        for command in commands[:-1]:
+            lines += [f"cat <<'SHOWN'\n# {command}\nSHOWN", command]
+        last = commands[-1]
+        lines += [f"cat <<'SHOWN'\n# {last}\nSHOWN"]
+        lines += [last] if not block.code else [f"code=0\n{last} || code=$?\n[ $code = {block.code} ]"]
+    return "\n".join([*lines, "echo THE END"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_command_of_the_page_runs_in_the_laboratory(page: Path) -> None:
+    left_out = [block.reason for block in blocks(page) if block.language == "console" and block.reason]
+    print(*(f"not run: {reason}" for reason in left_out), sep="\n")
+    if all(block.reason for block in blocks(page) if block.language == "console"):
+        pytest.skip(f"nothing of it can be run here: {'; '.join(filter(None, left_out))}")
+    with laboratory() as lab:
+        session = [*lab.hosts.enter, "env", "-C", "/srv/vm", "bash", "-ec", script(page)]
+        done = subprocess.run(
+            session,
+            env=lab.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+        )
+    assert done.returncode == 0 and done.stdout.endswith("THE END\n"), done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_commands_stand_in_blocks_that_are_run(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "console":
+            assert list(block.commands()), f"a block without a command: {block.text}"
+        elif "man" not in page.parts:
+            typed = [
+                line for line in block.text.splitlines() if re.match(r"\s*([$#] |hosta# |qemu-blkmig |virsh)", line)
+            ]
+            assert not typed, f"in a block that is not run: {typed}"
