@@ -57,8 +57,11 @@ class Case:
         dice = random.Random(seed)
         writer: Writer = dice.choice(get_args(Writer))
         fault = dice.choice([*NEAR, *FAR] if far else [*NEAR])
-        options = [f"--granularity={dice.choice((4096, 65536, 1 << 20))}", "--on-stall=pause"]
-        options += dice.choice(([], ["--bandwidth=4M"], ["--bandwidth=4M"], ["--verify=full"], ["--connections=2"]))
+        line: Line = dice.choice(("plain", "plain", "plain", "delayed", "slow")) if far else "plain"
+        more = dice.choice(([], ["--bandwidth=4M"], ["--bandwidth=4M"], ["--verify=full"], ["--connections=2"]))
+        # On what is slow, no round of coarser pieces would ever fit the downtime.
+        slow = line == "slow" or "--bandwidth=4M" in more
+        options = [f"--granularity={4096 if slow else dice.choice((4096, 65536, 1 << 20))}", *more]
         form: Format = dice.choice(("raw", "qcow2"))
         if fault in FATAL:
             # What a killed QEMU had not yet written of a qcow2's metadata is lost, whoever migrates it.
@@ -71,12 +74,12 @@ class Case:
             moment=dice.choice((*PHASES, *MOMENTS)),
             after=dice.choice((0.0, dice.uniform(0, 0.3), dice.uniform(0, 1.5))),
             then=dice.choice(("resume", "resume", "resume", "cleanup")),
-            line=dice.choice(("plain", "plain", "plain", "delayed", "slow")) if far else "plain",
+            line=line,
             sizes=tuple(dice.randrange(1 << 13, 1 << 15) * 512 + 512 for _ in range(dice.choice((1, 1, 2)))),
             format=form,
             orders=Orders(writer=writer, rate=dice.choice((50, 200)), span=SPAN),
             hardware=Hardware(style=dice.choice(("drive", "blockdev"))),
-            options=tuple(options),
+            options=("--on-stall=pause", *options),
         )
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -32,6 +34,8 @@ REPOSITORY = Path(__file__).parent.parent
 def main() -> int:
     """Run the soak; 1 if any run failed."""
     options = _parse()
+    # So that what was started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if options.table:
         print(_table(list(_read(options.results))))
         return 0
