@@ -79,7 +79,8 @@ class Case:
             format=form,
             orders=Orders(writer=writer, rate=dice.choice((50, 200)), span=SPAN),
             hardware=Hardware(style=dice.choice(("drive", "blockdev"))),
-            options=("--on-stall=pause", *options),
+            # Neither a busy machine nor a long line is what is to be tried.
+            options=("--on-stall=pause", "--downtime=3000", *options),
         )
 
 

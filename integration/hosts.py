@@ -149,7 +149,9 @@ class Hosts:
         return done.stdout
 
     def boot(self) -> None:
-        """Start hostb with a new boot id, connect it, start its sshd."""
+        """Start hostb with a new boot id and nothing in its folder for temporary files, connect it, start its sshd."""
+        shutil.rmtree(self.far / "tmp")
+        (self.far / "tmp").mkdir()
         (self._etc / "boot_id").write_text(f"{uuid.uuid4()}\n")
         (self._etc / "up").unlink(missing_ok=True)
         kinds = ["--fork", "--pid", "--mount-proc", "--kill-child=KILL", "--net", "--mount", "--uts", "--ipc"]

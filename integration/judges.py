@@ -97,13 +97,18 @@ def assert_holds_all(lab: Lab, side: Guest, sides: Sides, *, span: int) -> None:
 
 def assert_rest_equal(source: Disk, destination: Disk, span: int) -> None:
     """Assert that two images differ nowhere but where the guest's writer puts its records (see demo.records)."""
-    total = source.size // BLOCK
-    count = min(span // BLOCK, total)
-    positions = {position * (total - 1) // (count - 1) for position in range(count)}
+    written = record_blocks(source, span)
     with raw_view(source) as one, raw_view(destination) as other:
         assert one.stat().st_size == other.stat().st_size, f"{destination.path}: {other.stat().st_size} bytes"
-        wrong = [block for block in _differing(one, other) if block not in positions]
+        wrong = [block for block in _differing(one, other) if block not in written]
     assert not wrong, f"{destination.path} differs from {source.path} in blocks {wrong[:10]}"
+
+
+def record_blocks(disk: Disk, span: int) -> set[int]:
+    """The blocks of a disk in which the guest's writer puts its records, with that span (see demo.records)."""
+    total = disk.size // BLOCK
+    count = min(span // BLOCK, total)
+    return {position * (total - 1) // (count - 1) for position in range(count)}
 
 
 def _differing(one: Path, other: Path) -> list[int]:

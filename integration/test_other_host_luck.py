@@ -9,6 +9,7 @@ import pytest
 
 from integration.far import FarLab, far_laboratory
 from integration.luck import SLOW, Attempt, Bench, command, kill
+from integration.test_resume import wait_share
 from integration.tool import Outcome, assert_writes_soundly
 from qemu_blkmig.demo.guest import Kernel
 from qemu_blkmig.destination import ownership
@@ -91,6 +92,18 @@ def test_what_ends_the_connection_leaves_the_guest_at_the_source(bench: FarBench
     assert_writes_soundly(attempt.source)
     mend(bench.lab, how)
     finish_job(attempt, outcome)
+
+
+def test_a_destination_host_that_was_rebooted_has_what_was_copied_and_is_gone_on_with(bench: FarBench) -> None:
+    attempt = bench.attempt_at("bulk")
+    wait_share(attempt, 70)
+    bench.lab.hosts.reboot()
+    attempt.outcome().failed(1, "hostb", f"qemu-blkmig resume {attempt.job()}", now="the guest runs at the source")
+    assert not list((bench.lab.hosts.far / "tmp").iterdir())
+    resumed = command("resume", attempt.job(), "--bandwidth", "1000", "--output", "json", lab=bench.lab).succeeded()
+    (disk,) = resumed.result["disks"]
+    assert disk["resumed"] >= disk["virtual_size"] // 2
+    attempt.assert_destination_has_it()
 
 
 def test_a_host_that_is_out_of_reach_when_it_has_started_the_guest_is_tidied_up_later(bench: FarBench) -> None:
