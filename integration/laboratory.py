@@ -82,7 +82,8 @@ def laboratory() -> Iterator[Laboratory]:
     """A laboratory; all that was started in it ends with it, and its folder is removed."""
     near = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
     try:
-        hosts = Hosts(near)
+        # scp needs it.
+        hosts = Hosts(near, "Subsystem sftp internal-sftp")
         try:
             made = Laboratory(hosts)
             try:

@@ -16,7 +16,7 @@ from integration.luck import Attempt, Bench, command, kill
 from integration.tool import assert_writes_soundly
 from qemu_blkmig.demo.guest import Kernel
 
-README = Path(__file__).parent.parent / "README.md"
+MANUAL = Path(__file__).parent.parent / "docs" / "howto" / "two-hosts.md"
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def lab_of(far: Bench) -> FarLab:
 
 @contextlib.contextmanager
 def forced_command(far: Bench, root: Path, more: str = "") -> Iterator[None]:
-    """hosta's key is good for nothing in hostb but what README's line for authorized_keys says, with `root`."""
-    line = next(line for line in README.read_text().splitlines() if line.startswith('    command="'))
+    """hosta's key is good for nothing in hostb but what the manual's line for authorized_keys says, with `root`."""
+    line = next(line for line in MANUAL.read_text().splitlines() if line.startswith('command="'))
     options = line.split(" ssh-ed25519 ")[0].strip().replace("/srv/vm", f"{root}{more}")
     hosts = lab_of(far).hosts
     with sshd(far, "PermitListen none"), authorized(far, options):
