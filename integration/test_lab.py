@@ -47,7 +47,15 @@ def paused(guest: Guest, *, more: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("format", "writer"), [("raw", "random"), ("qcow2", "hot"), ("qcow2", "sequential"), ("raw", "idle")]
+    ("format", "writer"),
+    [
+        ("raw", "random"),
+        ("qcow2", "hot"),
+        ("qcow2", "sequential"),
+        ("raw", "idle"),
+        ("raw", "zipf"),
+        ("raw", "log"),
+    ],
 )
 def test_records_of_a_paused_guest_are_all_on_its_disk(lab: Lab, format: Format, writer: Writer) -> None:
     disk = lab.disk("a", 16 * MIB, format, data=[(0, 3 * MIB), (9 * MIB, MIB)])

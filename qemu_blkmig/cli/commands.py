@@ -202,7 +202,7 @@ def _add_demo(commands: Commands) -> None:
     )
     parser.add_argument("--disk-size", type=options.argument(parse_size), default=parse_size("512M"), metavar="SIZE",
                         help="of the guest's disk (default: 512M)")  # fmt: skip
-    parser.add_argument("--writer", choices=["idle", "random", "hot", "sequential"], default="random",
+    parser.add_argument("--writer", choices=["idle", "random", "hot", "sequential", "zipf", "log"], default="random",
                         help="how the guest writes: now and then (idle), all over its disk (random, the default), "
                         "mostly in one place (hot), in order (sequential)")  # fmt: skip
     parser.add_argument(

@@ -15,7 +15,7 @@ from typing import Literal
 
 from qemu_blkmig.errors import Refused
 
-Writer = Literal["idle", "random", "hot", "sequential"]
+Writer = Literal["idle", "random", "hot", "sequential", "zipf", "log"]
 
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "virtio_console", "pvpanic-pci")
 _AGENT_MODULES = ("ext4",)

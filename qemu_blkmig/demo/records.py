@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 MAGIC: Final = b"BLKMIGR1"
-KINDS: Final = ("idle", "random", "hot", "sequential")
+KINDS: Final = ("idle", "random", "hot", "sequential", "zipf", "log")
 
 _HEADER: Final = struct.Struct("<8s7Q")
 _MASK: Final = (1 << 64) - 1
@@ -203,6 +203,12 @@ class _Epoch:
     def _ordinary_position(self, number: int, low: int, high: int) -> int:
         if self._kind == "sequential":
             return (number - 1 - number // 8 if self._zone < self._count else number - 1) % self._zone
+        if self._kind == "zipf":
+            bits = high % self._zone.bit_length()
+            return ((1 << bits) - 1 + low % (1 << bits)) % self._zone
+        if self._kind == "log":
+            half = self._zone // 2
+            return low % 4 % self._zone if number % 16 == 1 else half + number % (self._zone - half)
         if self._kind == "hot" and high % 10 < 9:
             return low % (self._zone // 10 or 1)
         return low % self._zone

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.device import DiskSpec
-from qemu_blkmig.engine.extents import Extent, joined
+from qemu_blkmig.engine.extents import Extent, union
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
 
+MANY = 50_000
+"""Granules of an area above which they are one run, wherever: which they are matters no more, and costs time."""
 GROUP = 4096
 """Extents that a round gives at a time."""
 
@@ -44,16 +46,24 @@ class Area:
             return int(self.written >= 1)
         return int(0.5 + self.count * (1 - (1 - 1 / self.count) ** self.written))
 
-    def harvest(self, chance: random.Random) -> set[int]:
-        """Their numbers; from now on none is dirty."""
+    def harvest(self, chance: random.Random) -> list[range]:
+        """Their numbers, in disjoint runs; from now on none is dirty."""
         number = self.number()
         if self.sequential:
-            found = {self.first + (int(self.at) + offset) % self.count for offset in range(number)}
+            found = self._run(int(self.at), number)
             self.at = (self.at + self.written) % self.count
+        elif number > MANY:
+            found = self._run(chance.randrange(self.count), number)
         else:
-            found = {self.first + granule for granule in chance.sample(range(self.count), number)}
+            found = [range(self.first + at, self.first + at + 1) for at in chance.sample(range(self.count), number)]
         self.written = 0.0
         return found
+
+    def _run(self, at: int, number: int) -> list[range]:
+        """So many from the area's number `at` on, and on from its first when it ends."""
+        beyond = max(0, at + number - self.count)
+        runs = [range(at, at + number - beyond), range(beyond)]
+        return [range(self.first + run.start, self.first + run.stop) for run in runs if run]
 
 
 @dataclass
@@ -108,8 +118,9 @@ def appender(granules: int, rate: float) -> Writer:
 class Simulation:
     """All ports in one. Bytes, bytes a second, seconds.
 
-    `sent`: payload that has crossed the link; `unique`: granules that did, each counted once; `downtime`: how long the
-    last round took with the guest paused. `flush_time`, `harvest_time`: seconds that these take.
+    `sent`: payload that has crossed the link, `sent_dirty` in rounds; `downtime`: how long the last round took with the
+    guest paused; `slowed`: the part of its writes that the guest was left, from `stalled_at` on. `flush_time`,
+    `harvest_time`: seconds that these take.
     """
 
     def __init__(
@@ -121,6 +132,7 @@ class Simulation:
         granule: int = 64 << 10,
         seed: int = 1,
         flush_time: float = 0.002,
+        counts_unique: bool = True,
     ) -> None:
         self.size = size
         self.speed = speed
@@ -134,7 +146,9 @@ class Simulation:
         self.sent_dirty = 0
         self.downtime = 0.0
         self.slowed = 1.0
-        self._restored: set[int] = set()
+        self.stalled_at = 0.0
+        self._counts_unique = counts_unique
+        self._restored: Sequence[Extent] = ()
         self._crossed: set[int] = set()
         self._chance = random.Random(seed)
 
@@ -143,12 +157,19 @@ class Simulation:
         tuning = Tuning(granule=self.granule, range_size=max(128 << 20, self.granule))
         return BlockMigration([DiskSpec("vda", self.size, 512)], self, self, self, self, tuning)
 
-    async def migrate(self, policy: Policy, *, ram: float = 0.0) -> Verdict:
-        """The whole migration, while whose `ram` seconds RAM migrates. A guest that does not converge is paused."""
+    async def migrate(self, policy: Policy, *, ram: float = 0.0, throttled_to: float | None = None) -> Verdict:
+        """The whole migration, while whose `ram` seconds RAM migrates; whether it converged by itself.
+
+        If not, the guest is slowed, if `throttled_to` says how many bytes a second it may dirty then, or just paused.
+        """
         engine = self.engine()
         await engine.setup()
         await engine.bulk()
         verdict = await engine.converge(policy)
+        if verdict is Verdict.STALLED and throttled_to is not None:
+            self.slowed = throttled_to / self.writer.rate
+            self.stalled_at = self.time
+            await engine.converge(policy)
         if ram:
             self._stop_at, self._engine = self.time + ram, engine
             await engine.keep_in_step(policy)
@@ -193,24 +214,26 @@ class Simulation:
         self._pass(0)
 
     async def stop(self) -> None:
-        self._restored.clear()
+        self._restored = ()
 
     async def verify_topology(self) -> None:
         self._pass(0)
 
     async def pending(self) -> Mapping[str, int]:
-        number = len(self._restored) + sum(area.number() for area in self.writer.areas)
-        return {"vda": min(self.size, number * self.granule)}
+        dirty = sum(area.number() for area in self.writer.areas) * self.granule
+        return {"vda": min(self.size, sum(extent.length for extent in self._restored) + dirty)}
 
     async def harvest(self) -> SimulatedRound:
         self._pass(self.harvest_time)
-        found, self._restored = self._restored, set()
-        for area in self.writer.areas:
-            found |= area.harvest(self._chance)
+        runs = sorted(
+            (run for area in self.writer.areas for run in area.harvest(self._chance)), key=lambda run: run.start
+        )
+        found = union(self._restored, (Extent(run.start * self.granule, len(run) * self.granule) for run in runs))
+        self._restored = ()
         return SimulatedRound(self, found)
 
-    def restore(self, granules: set[int]) -> None:
-        self._restored |= granules
+    def restore(self, extents: Sequence[Extent]) -> None:
+        self._restored = union(self._restored, extents)
 
     async def set_bandwidth(self, rate: int | None) -> None:
         self._pass(0)
@@ -223,7 +246,7 @@ class Simulation:
         self.sent += length
         if kind is CopyKind.DIRTY:
             self.sent_dirty += length
-            for extent in extents:
+            for extent in extents if self._counts_unique else ():
                 self._crossed.update(range(extent.offset // self.granule, -(-extent.end // self.granule)))
         seconds = length / self.speed
         self._pass(seconds)
@@ -233,31 +256,20 @@ class Simulation:
 class SimulatedRound:
     """What a harvest found."""
 
-    def __init__(self, simulation: Simulation, granules: set[int]) -> None:
+    def __init__(self, simulation: Simulation, found: Sequence[Extent]) -> None:
         self._simulation = simulation
-        self._granules = granules
+        self._found = found
 
     @property
     def dirty(self) -> Mapping[str, int]:
-        return {"vda": len(self._granules) * self._simulation.granule}
+        return {"vda": sum(extent.length for extent in self._found)}
 
     async def extents(self, disk: str) -> AsyncIterator[Sequence[Extent]]:
-        for group in _groups(self._granules, self._simulation.granule):
-            yield group
+        for first in range(0, len(self._found), GROUP):
+            yield self._found[first : first + GROUP]
 
     async def retire(self) -> None:
-        self._granules = set()
+        self._found = ()
 
     async def restore(self) -> None:
-        self._simulation.restore(self._granules)
-
-
-def _groups(granules: set[int], length: int) -> Iterator[list[Extent]]:
-    group: list[Extent] = []
-    for extent in joined(Extent(number * length, length) for number in sorted(granules)):
-        group.append(extent)
-        if len(group) == GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
+        self._simulation.restore(self._found)

@@ -1,7 +1,7 @@
 # Writes numbered, checksummed records to the disks without pause, in an order that records.py can compute again.
 #
-#   writer.pl KIND RATE SPAN DISK...     KIND: idle random hot sequential; RATE: records a second on each disk, 0: as
-#   fast as it goes; SPAN: most bytes of records on a disk; DISK: vda
+#   writer.pl KIND RATE SPAN DISK...     KIND: idle random hot sequential zipf log; RATE: records a second on each
+#   disk, 0: as fast as it goes; SPAN: most bytes of records on a disk; DISK: vda
 #
 # The layout of a record and the place of record N are described in records.py; both must say the same. Writing is
 # O_DIRECT: when a write returns, the record has reached the virtual disk. Core perl only: perl-base has no modules
@@ -10,7 +10,7 @@ use strict;
 use integer;
 
 my ($kind, $rate, $span, @disks) = @ARGV;
-my %KINDS = (idle => 0, random => 1, hot => 2, sequential => 3);
+my %KINDS = (idle => 0, random => 1, hot => 2, sequential => 3, zipf => 4, log => 5);
 my ($SYS_PWRITE, $SYS_CLOCK_GETTIME, $O_RDWR, $O_DIRECT) = (18, 228, 2, 040000);
 my ($BLKGETSIZE64, $BLKDISCARD, $BLKZEROOUT, $RTC_RD_TIME) = (0x80081272, 0x1277, 0x127f, 0x80247009);
 my ($DAY, $SECOND, $ACK_EVERY) = (86400, 1_000_000, 250_000);
@@ -96,6 +96,16 @@ sub operation {
         return ($n % 64 == 0 ? 'discard' : 'zero', $position, $length);
     }
     return ('write', ($zone < $count ? $n - 1 - $n / 8 : $n - 1) % $zone, 1) if $kind eq 'sequential';
+    if ($kind eq 'zipf') {
+        my $bits = 0;
+        $bits++ while 1 << $bits <= $zone;
+        $bits = $high % $bits;
+        return ('write', ((1 << $bits) - 1 + $low % (1 << $bits)) % $zone, 1);
+    }
+    if ($kind eq 'log') {
+        my $half = $zone / 2;
+        return ('write', $n % 16 == 1 ? $low % 4 % $zone : $half + $n % ($zone - $half), 1);
+    }
     my $hot = $zone / 10 || 1;
     return ('write', $low % ($kind eq 'hot' && $high % 10 < 9 ? $hot : $zone), 1);
 }
