@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import msgspec
@@ -147,6 +148,22 @@ def test_only_the_very_file_that_was_made_is_discarded(tmp_path: Path) -> None:
     assert removed == [str(tmp_path / "mine")]
     assert len(left) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "elsewhere", "other"]
+
+
+def test_an_image_that_an_agent_is_about_to_let_go_of_is_removed_and_one_that_it_keeps_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine"
+    path.touch()
+    status = path.stat()
+    made = [Created(str(path), status.st_dev, status.st_ino)]
+    monkeypatch.setattr(images, "_LAST_LOOK", 0.1)
+    agents = os.open(path, os.O_RDWR)
+    assert locks.lock_job(agents)
+    assert images.discard(made) == ([], [f"{path}: is being written by an agent"])
+    monkeypatch.setattr(images, "_LAST_LOOK", 60.0)
+    threading.Timer(0.3, os.close, (agents,)).start()
+    assert images.discard(made) == ([str(path)], [])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="loop devices need root")
