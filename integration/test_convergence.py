@@ -11,6 +11,7 @@ import pytest
 
 from integration.lab import Guest, Hardware, Lab, wait_until
 from integration.tool import (
+    COMMAND,
     Outcome,
     arguments,
     assert_nothing_left,
@@ -131,3 +132,33 @@ def test_a_guest_that_stays_at_the_source_is_not_slowed_after_a_success_either(l
     guest.resume()
     assert_writes_soundly(guest)
     assert_nothing_left(lab, guest)
+
+
+def test_what_is_put_off_is_owed_by_a_killed_coordinator_too_and_arrives_in_the_end(lab: Lab) -> None:
+    guest = lab.boot([lab.disk("disk", 64 * MIB, data=[(0, 8 * MIB)])], Orders(writer="hot", rate=400))
+    guest.wait_for_writing(more=200)
+    kept = (
+        "--bandwidth",
+        "16M",
+        "--downtime",
+        1000,
+        "--switchover",
+        "manual",
+        "--verify",
+        "full",
+        "--progress",
+        "json",
+    )
+    process, arrived = started(lab, guest, *kept)
+    wait_line(process, lambda told: told.get("put_off"))
+    process.kill()
+    finish(process)
+    (job,) = (path.parent.name for path in lab.state.glob("*/record.json"))
+    wait_until(lambda: "suspended" in finish(start([*COMMAND, "jobs"])).stdout, "the watchdog", 60)
+    process = start([*COMMAND, "resume", job, "--output", "json", "--progress", "json"])
+    wait_line(process, lambda told: told.get("put_off"))
+    assert '"put_off":0' not in finish(start([*COMMAND, "status", job, "--output", "json"])).succeeded().stdout
+    finish(start([*COMMAND, "switchover", job])).succeeded()
+    finish(process).succeeded()
+    assert_writes_soundly(arrived)
+    assert_nothing_left(lab, arrived)

@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import resource
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -190,7 +191,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 and 4 TiB only")
     arguments = parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        outcomes = pool.map(play, cases(quick=arguments.quick), chunksize=1)
+        outcomes = []
+        for outcome in pool.imap(play, cases(quick=arguments.quick)):
+            outcomes.append(outcome)
+            print(table([outcome]).splitlines()[-1], file=sys.stderr, flush=True)
     arguments.output.mkdir(exist_ok=True)
     (arguments.output / "scaling.svg").write_text(Picture(outcomes).draw())
     (arguments.output / "scaling.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
