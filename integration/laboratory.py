@@ -80,7 +80,7 @@ class Laboratory:
 @contextlib.contextmanager
 def laboratory() -> Iterator[Laboratory]:
     """A laboratory; all that was started in it ends with it, and its folder is removed."""
-    near = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
+    near = Path(tempfile.mkdtemp(prefix="manual-", dir="/tmp"))
     try:
         # scp needs it.
         hosts = Hosts(near, "Subsystem sftp internal-sftp")
