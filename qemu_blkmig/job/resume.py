@@ -103,10 +103,6 @@ async def _come_to_rest(job: Job) -> None:
     settlement = await settle(job, suspend=True)
     if not settlement.decided:
         raise unsettled(f"job {name} could not be brought to rest", settlement, name)
-    if job.record.target_launched:
-        failure = DestinationFailed("what an earlier attempt left at the destination cannot be tidied up yet")
-        failure.state, failure.suspended = "; ".join(settlement.facts), name
-        raise failure
     if not settlement.suspended:
         job.remove()
         raise Refused(
@@ -114,6 +110,10 @@ async def _come_to_rest(job: Job) -> None:
             state="; ".join(settlement.facts),
             advice="start anew, if the guest is still to be moved",
         )
+    if job.record.target_launched:
+        failure = DestinationFailed("what an earlier attempt left at the destination cannot be tidied up yet")
+        failure.state, failure.suspended = "; ".join(settlement.facts), name
+        raise failure
 
 
 async def _check_same_qemu(job: Job) -> None:
