@@ -102,8 +102,9 @@ class Brake:
             for name, limit in self._limits.items()
         )
         text = f"the guest's disk writes are slowed (--on-stall throttle): {told}"
-        dirty = sum(disk.dirty for disk in figures.disks)
-        bound = time_to_converge(Outlook(0, dirty, figures.speed or 1.0, target, 0.0, downtime))
+        dirty, speed = sum(disk.dirty for disk in figures.disks), figures.speed or 1.0
+        overhead = max(0.0, (figures.predicted or 0.0) - dirty / speed)
+        bound = time_to_converge(Outlook(0, dirty, speed, target, overhead, downtime))
         self._life.reporter.note(f"{text}; it converges within {show_seconds(bound)} then" if bound else text)
 
     async def release(self) -> None:
