@@ -1,0 +1,53 @@
+"""Where the images of a libvirt domain go."""
+
+from __future__ import annotations
+
+import pytest
+
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.arrangement import image_paths
+from qemu_blkmig.virt.domain import Domain
+
+
+def _domain(vda: str = "/a/root.qcow2", vdb: str = "/b/data.raw") -> Domain:
+    return Domain.parse(
+        f"""<domain><name>web1</name><devices>
+        <disk type='file' device='disk'><source file='{vda}'/><target dev='vda'/></disk>
+        <disk type='file' device='disk'><source file='{vdb}'/><target dev='vdb'/></disk>
+        <disk type='file' device='cdrom'><source file='/iso'/><target dev='sda'/></disk></devices></domain>"""
+    )
+
+
+def test_a_disk_keeps_its_path_unless_another_is_named_and_a_cdrom_goes_nowhere() -> None:
+    assert image_paths(_domain(), {"vdb": "/c/x"}) == {"vda": "/a/root.qcow2", "vdb": "/c/x"}
+
+
+def test_a_pool_takes_what_has_no_path_of_its_own() -> None:
+    assert image_paths(_domain(), {"vdb": "/c/x"}, pool="/pool") == {"vda": "/pool/root.qcow2", "vdb": "/c/x"}
+
+
+def test_the_xml_for_the_destination_comes_first() -> None:
+    given = _domain(vda="/x/1", vdb="/x/2")
+    assert image_paths(_domain(), {}, given, pool="/pool") == {"vda": "/x/1", "vdb": "/x/2"}
+
+
+def test_a_named_path_that_contradicts_the_xml_is_refused() -> None:
+    with pytest.raises(Refused, match="but the XML for the destination says /x/1"):
+        image_paths(_domain(), {"vda": "/y"}, _domain(vda="/x/1"))
+
+
+@pytest.mark.parametrize(("target", "why"), [("vdz", "has no disk vdz"), ("sda", "it is a cdrom")])
+def test_a_path_for_a_disk_that_is_not_migrated_is_refused(target: str, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        image_paths(_domain(), {target: "/y"})
+
+
+def test_two_disks_that_would_share_one_file_of_the_pool_are_refused() -> None:
+    with pytest.raises(Refused, match="goes to /pool/root too"):
+        image_paths(_domain(vda="/a/root", vdb="/b/root"), {}, pool="/pool")
+
+
+def test_a_volume_whose_path_the_xml_does_not_say_is_refused() -> None:
+    xml = "<domain><devices><disk type='volume'><source pool='p'/><target dev='vda'/></disk></devices></domain>"
+    with pytest.raises(Refused, match="names no file or block device"):
+        image_paths(Domain.parse(xml), {})
