@@ -190,10 +190,11 @@ class MigrateOptions:
                 "name the destination's QEMU in exactly one way: --target-qmp SOCK (already waiting with "
                 "-incoming defer), --launch CMD (we start it), or --pause-only (disks only)"
             )
-        _check_convergence(self.downtime, self.max_rounds)
+        check_convergence(self.downtime, self.max_rounds)
 
 
-def _check_convergence(downtime: float, max_rounds: int | None) -> None:
+def check_convergence(downtime: float, max_rounds: int | None) -> None:
+    """Raise `UsageError` unless rounds can aim at `downtime` (seconds), at most `max_rounds` of them."""
     check_downtime(downtime)
     if max_rounds is not None and max_rounds < 1:
         raise UsageError("--max-rounds must be at least 1")
@@ -265,7 +266,7 @@ class SaveOptions:
 
 
 def _check_copy(options: CopyOptions | SaveOptions) -> None:
-    _check_convergence(options.downtime, options.max_rounds)
+    check_convergence(options.downtime, options.max_rounds)
     if not 0.1 <= options.freeze_limit <= 3600:
         raise UsageError("--freeze-limit must be from 0.1 to 3600 seconds")
     if options.image is not None and options.agent is not None:

@@ -1,0 +1,65 @@
+"""What the user asked for where libvirt manages the guest (`virsh-blkmigrate`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qemu_blkmig.errors import UsageError
+from qemu_blkmig.job.moment import AT_ONCE, Moment
+from qemu_blkmig.job.options import OnStall, Selection, Transfer, Verify, check_convergence
+from qemu_blkmig.job.place import Place
+from qemu_blkmig.job.source_images import Afterwards
+
+
+@dataclass(frozen=True)
+class ManagedOptions:
+    """A domain's migration with its disks. `downtime` and `timeout` in seconds, `max_rounds` None: no bound.
+
+    `domain`: name or UUID. `source_uri`: this host's libvirt (None: its default); `target_uri`: the destination's, as
+    this host reaches it. `place`: where the agent runs. `live` False: the guest is paused while it moves, and runs
+    there. `xml`, `persistent_xml`: contents for the destination, in place of the domain's own. `migrate_uri`: where
+    the destination's QEMU listens, as this host reaches it (None: a unix socket through ssh). `timeout`: after that the
+    guest is paused until it has moved. `paths`: of images there, by the disk's target. `pool`: of libvirt, there, that
+    takes all other images.
+    """
+
+    domain: str
+    target_uri: str
+    place: Place
+    source_uri: str | None = None
+    selection: Selection = field(default_factory=Selection)
+    transfer: Transfer = field(default_factory=Transfer)
+    downtime: float = 0.3
+    max_rounds: int | None = 30
+    on_stall: OnStall = OnStall.ABORT
+    switchover: Moment = AT_ONCE
+    verify: Verify = Verify.WRITTEN
+    put_off: bool = True
+    source_images: Afterwards = Afterwards.KEEP
+    live: bool = True
+    peer_to_peer: bool = False
+    persistent: bool = False
+    undefine_source: bool = False
+    suspend: bool = False
+    auto_converge: bool = False
+    tls: bool = False
+    parallel: int | None = None
+    abort_on_error: bool = False
+    dname: str | None = None
+    xml: str | None = None
+    persistent_xml: str | None = None
+    migrate_uri: str | None = None
+    listen_address: str | None = None
+    timeout: float | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
+    pool: str | None = None
+
+    def __post_init__(self) -> None:
+        check_convergence(self.downtime, self.max_rounds)
+        if self.paths and self.pool is None and not all(path.startswith("/") for path in self.paths.values()):
+            raise UsageError("the path of an image at the destination must be absolute")
+        if self.persistent_xml is not None and not self.persistent:
+            raise UsageError("--persistent-xml is of no use without --persistent")
+        if self.parallel is not None and self.migrate_uri is None:
+            raise UsageError("--parallel needs --migrateuri: ssh carries one stream no faster in parts")
