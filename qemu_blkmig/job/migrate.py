@@ -6,31 +6,27 @@ downtime; then what `switchover` tells of.
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
-from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import Refused, Stalled
-from qemu_blkmig.job.brake import SHARES, Brake
+from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import begin, connect
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
-from qemu_blkmig.job.moment import reached
 from qemu_blkmig.job.options import MigrateOptions, OnStall
 from qemu_blkmig.job.plan import Plan, Planner, verify_launched
 from qemu_blkmig.job.record import Job
-from qemu_blkmig.job.reporting import STANDBY, Reporter, Stopwatch
+from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
+from qemu_blkmig.job.rounds import Rounds
 from qemu_blkmig.job.sharing import Sharing
 from qemu_blkmig.job.steering import Steering
-from qemu_blkmig.job.switchover import Switchover, disks_budget
+from qemu_blkmig.job.switchover import Switchover
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.qmp.ram import unfit_capabilities
 from qemu_blkmig.qmp.throttle import check_can_throttle
-from qemu_blkmig.units import show_seconds
 
 
 async def migrate(
@@ -47,10 +43,6 @@ async def migrate(
         return await life.conduct(run.whole())
 
 
-ROUNDS_OF_A_SHARE = 8
-"""Rounds in which it shows whether the guest is slowed far enough."""
-
-
 class _Run:
     """One migration, phase by phase."""
 
@@ -63,62 +55,25 @@ class _Run:
         self._clock = clock
         self._watch = Stopwatch(clock, life.reporter)
         life.steering.may_wait = options.switchover.waits
-        max_rounds = None if options.on_stall is OnStall.WAIT else options.max_rounds
-        self._policy = Policy(downtime=0.0, max_rounds=max_rounds, put_off=options.put_off)
 
     async def whole(self) -> Result:
         """All phases."""
-        self._life.steering.on_change(self._follow)
-        await self._follow()
         with self._watch.phase("prepare"):
             await self._prepare()
         sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
         async with sharing:
-            self._engine.aim(self._policy)
+            await self._rounds.aim()
             with self._watch.phase("bulk"):
                 await begin(self._life, self._connected)
-                await self._engine.bulk()
+                await self._connected.engine.bulk()
             sharing.bulk_over()
             over = Switchover(
                 self._life, self._options, self._interrupts, self._watch, self._connected, self._plan.disks, self._again
             )
             async with self._connected.verification.in_background():
-                if self._options.switchover.waits:
-                    await self._wait_for_word()
-                else:
-                    await self._converge()
+                await self._rounds.run()
                 downtime = await over.run()
         return self._result(downtime)
-
-    async def _wait_for_word(self) -> None:
-        """Keep the disks in step until somebody says that the guest may move, and the last round fits then."""
-        when, word = self._options.switchover, self._life.steering.switchover
-        timer = asyncio.create_task(self._give_word(when.at)) if when.at is not None else None
-        try:
-            while True:
-                self._reporter.note(
-                    f"the disks are kept in step; the guest moves {f'at {when}, or ' if timer else ''}"
-                    f"when you run: qemu-blkmig switchover {self._job.record.job}"
-                )
-                with self._watch.phase(STANDBY):
-                    await self._engine.stand_by(self._policy, word)
-                try:
-                    return await self._converge()
-                except Stalled as error:
-                    # What days of copying have brought over is not thrown away for that.
-                    word.clear()
-                    self._reporter.note(f"not moved: {error}")
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    async def _give_word(self, at: float) -> None:
-        await reached(at, self._clock.sleep)
-        self._life.steering.switchover.set()
-
-    async def _follow(self) -> None:
-        """The rounds aim at the downtime in force."""
-        self._policy.downtime = disks_budget(self._options, self._life.steering.downtime)
 
     async def _prepare(self) -> None:
         options, life = self._options, self._life
@@ -145,7 +100,6 @@ class _Run:
             self._reporter.note(warning)
         if options.on_stall is OnStall.THROTTLE:
             await check_can_throttle(source)
-        self._brake = Brake(life, self._plan.disks, options.transfer.granularity, self._clock)
         self._job.record.keep_source = options.keep_source
         self._job.record.source_images = options.source_images
         guest = QemuGuest(source)
@@ -164,7 +118,7 @@ class _Run:
         if options.target.launch is not None:
             await self._launch()
         self._connected = await connect(life, self._plan, self._carriage, guest, options, self._clock)
-        self._engine = self._connected.engine
+        self._rounds = Rounds(life, options, self._watch, self._connected.engine, self._plan.disks)
 
     async def _launch(self) -> None:
         target = self._options.target
@@ -177,44 +131,11 @@ class _Run:
         """Ready for another attempt at the switchover: a new destination QEMU, rounds until the last one fits."""
         await self._launch()
         guard = self._life.guard()
-        await self._converge()
+        await self._rounds.converge()
         return guard
 
-    async def _converge(self) -> None:
-        """Rounds until the last one would fit. Raises `Stalled` when it does not and the user wants no more."""
-        with self._watch.phase("dirty"):
-            await self._brake.look()
-            verdict = await self._engine.converge(self._policy)
-            if verdict is Verdict.STALLED and self._options.on_stall is OnStall.THROTTLE:
-                verdict = await self._converge_slowed()
-        if verdict is Verdict.FITS:
-            return
-        figures = self._engine.figures()
-        text = (
-            f"after {figures.round} rounds the last one is still predicted to take "
-            f"{show_seconds(figures.predicted or 0)}, more than the disks' share "
-            f"({show_seconds(self._policy.downtime)}) of --downtime: the guest writes faster than its disks are copied"
-        )
-        if self._options.on_stall is OnStall.PAUSE:
-            self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
-            return
-        await self._brake.release()
-        raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall throttle, pause or wait")
-
-    async def _converge_slowed(self) -> Verdict:
-        """Rounds with the guest's writes slowed, the more the longer it takes."""
-        usual, self._policy.max_rounds = self._policy.max_rounds, ROUNDS_OF_A_SHARE
-        try:
-            for share in SHARES:
-                await self._brake.press(self._engine.figures(), share, self._policy.downtime)
-                if await self._engine.converge(self._policy) is Verdict.FITS:
-                    return Verdict.FITS
-            return Verdict.STALLED
-        finally:
-            self._policy.max_rounds = usual
-
     def _result(self, downtime: Downtime | None) -> Result:
-        disks = self._carriage.results(self._engine)
+        disks = self._carriage.results(self._connected.engine)
         running, target = self._job.record.was_running, self._life.target
         if self._options.pause_only:
             outcome, guest, serving = "copied", "the guest is paused at the source", self._job.record.source_process
@@ -232,7 +153,7 @@ class _Run:
             phases=self._watch.phases,
             downtime=downtime,
             verified=self._options.verify.value,
-            slowed=self._brake.slowed(),
+            slowed=self._rounds.brake.slowed(),
             warnings=[*self._plan.warnings, *remarks(downtime, self._life.steering.downtime)],
             serving=serving.pid if serving else None,
         )

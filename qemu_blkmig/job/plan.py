@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,7 +20,17 @@ from qemu_blkmig.job.bases import Base, bases_of, like, path_there
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.source_images import SourceImage, absolute, origin, troubles
 from qemu_blkmig.job.target import TargetQemu, counterpart
-from qemu_blkmig.qmp.disks import Backing, Disk, Skipped, inventory, obstacles, select
+from qemu_blkmig.qmp.disks import (
+    Backing,
+    Disk,
+    Inventory,
+    Skipped,
+    SkippedKind,
+    device_id,
+    inventory,
+    obstacles,
+    select,
+)
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.foreign_bitmaps import foreign_bitmaps
 from qemu_blkmig.qmp.guest import ASLEEP, ASLEEP_ADVICE, ASLEEP_TEXT, UNDER_WAY
@@ -59,6 +70,13 @@ class Plan:
             raise Refused("; ".join(self.problems), state="nothing was touched")
 
 
+class Placed(NamedTuple):
+    """A disk as libvirt's domain knows it: the name of its target, and the path of its image at the destination."""
+
+    target: str
+    path: str
+
+
 class Planner:
     """Collects the plan from the source QEMU, the destination's agent and, where there is one, its QEMU."""
 
@@ -69,11 +87,14 @@ class Planner:
         directory: Path | None,
         tell: Callable[[str], None] = lambda _: None,
         begun: Sequence[Created] = (),
+        placed: Mapping[str, Placed] | None = None,
     ) -> None:
         """Without an agent and a directory there are no images: the disks go into a stream.
 
         `tell`: where it is told what takes long. `begun`: the images of a job that is resumed, and no others.
+        `placed`: by the device's id, the disks that take part, and no others; without it images go to `directory`.
         """
+        self._placed = placed
         self._begun = {created.path: created for created in begun}
         self._agent = agent
         self._selection = selection
@@ -83,6 +104,7 @@ class Planner:
         self._process: int | None = None
         self._tell = tell
         self._bases: dict[str, Base] = {}
+        self._paths: dict[str, Path] = {}
 
     async def plan(self, source: Monitor, target: TargetQemu | None, prefix: str, *, with_ram: bool) -> Plan:
         """The plan for a guest. `target`: a QEMU that waits with images of its own. `prefix`: of what is ours.
@@ -91,7 +113,7 @@ class Planner:
         """
         self._process = source.peer_pid
         await self._check_source(source, with_ram)
-        found = await inventory(source)
+        found = self._as_placed(await inventory(source))
         try:
             disks = tuple(select(found, self._selection.disks))
         except Refused as error:
@@ -125,6 +147,21 @@ class Planner:
             await self._prove_bases(disks, images)
         private = {name: base.above for name, base in self._bases.items()}
         return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings), self._process, private)
+
+    def _as_placed(self, found: Inventory) -> Inventory:
+        """The disks by the names that they have in libvirt's domain."""
+        if self._placed is None:
+            return found
+        disks, left = [], list(found.skipped)
+        for disk in found.disks:
+            if (placed := self._placed.get(device_id(disk.qdev))) is None:
+                left.append(Skipped(disk.name, SkippedKind.AS_IT_IS, "it was left out", disk.device, disk.qdev))
+            else:
+                disks.append(replace(disk, name=placed.target))
+                self._paths[placed.target] = Path(placed.path)
+        missing = {placed.target for placed in self._placed.values()} - self._paths.keys()
+        self._problems += [f"disk {target}: the source QEMU has no such disk that could be read" for target in missing]
+        return Inventory(tuple(disks), tuple(left))
 
     def _as_begun(self, image: Image) -> Image:
         identity = self._begun.get(image.path)
@@ -162,6 +199,8 @@ class Planner:
                 bitmaps = replace(bitmaps, lost="--bitmaps drop asked for that")
             elif not with_ram and bitmaps.lost is None:
                 bitmaps = replace(bitmaps, lost="only a migration with RAM carries bitmaps")
+            elif self._placed is not None and bitmaps.lost is None:
+                bitmaps = replace(bitmaps, lost="libvirt migrates no bitmaps along with RAM")
             self._warnings.append(bitmaps.tell())
 
     def _check_one_file_each(self, process: int | None, disks: Sequence[Disk], known: Sequence[Disk]) -> None:
@@ -239,20 +278,22 @@ class Planner:
         self._warnings += [f"{other.name} is not migrated: {other.reason}" for other in skipped]
 
     async def _directory_images(self, disks: Sequence[Disk]) -> dict[str, Image]:
+        self._name_images(disks)
         for disk in disks if self._selection.shared_base else ():
             await self._choose_base(disk)
-        if self._directory is None:
-            return {}
+        return {disk.name: self._image(disk, self._paths[disk.name]) for disk in disks if disk.name in self._paths}
+
+    def _name_images(self, disks: Sequence[Disk]) -> None:
+        if self._directory is None or self._placed is not None:
+            return
         names = Counter(Path(disk.filename).name for disk in disks)
-        images = {}
         for disk in disks:
             name = Path(disk.filename).name
             if not name:
                 name = f"{disk.name}.{disk.format}"
             elif names[name] > 1:
                 name = f"{disk.name}-{name}"
-            images[disk.name] = self._image(disk, self._directory / name)
-        return images
+            self._paths[disk.name] = self._directory / name
 
     def _image(self, disk: Disk, path: Path) -> Image:
         return Image(
@@ -278,8 +319,9 @@ class Planner:
         if not (bases := self._wanted_bases(disk)):
             return
         base: Base | None = bases[0]
-        if len(bases) > 1 and self._agent is not None and self._directory is not None:
-            paths = [path_there(each, self._directory) for each in bases]
+        image = self._paths.get(disk.name)
+        if len(bases) > 1 and self._agent is not None and image is not None:
+            paths = [path_there(each, image.parent) for each in bases]
             there = [each for each, path in zip(bases, paths, strict=True) if await self._is_there(self._agent, path)]
             base = there[0] if there else None
             if base is None:
@@ -387,9 +429,8 @@ class Planner:
             ]
         needed = sum(disk.allocated or 0 for disk in disks)
         if reply.free is not None and needed > reply.free:
-            self._warnings.append(
-                f"{self._directory} has {show_bytes(reply.free)} free, the disks occupy {show_bytes(needed)}"
-            )
+            where = ", ".join(sorted({str(Path(image.path).parent) for image in images.values()}))
+            self._warnings.append(f"{where} has {show_bytes(reply.free)} free, the disks occupy {show_bytes(needed)}")
 
 
 async def verify_launched(plan: Plan, target: TargetQemu) -> None:

@@ -14,14 +14,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from qemu_blkmig.destination.files import boot_id
-from qemu_blkmig.engine.convergence import Policy
 from qemu_blkmig.errors import BlkmigError, GuestStateError, MigrationError, RequestError, Stalled
 from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.last_round import PATIENCE, LastRound
 from qemu_blkmig.job.lifecycle import Lifecycle
-from qemu_blkmig.job.options import MigrateOptions, OnStall, Verify
+from qemu_blkmig.job.options import MigrateOptions, OnStall
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.pulse import pulse
 from qemu_blkmig.job.record import Owner
@@ -35,26 +35,12 @@ from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import NotSent
 from qemu_blkmig.qmp.ram import RamMigration
 
-SHARE_OF_DISKS = 0.5
-"""The disks' share of the downtime that the rounds aim at; the rest is for RAM and device state."""
-SHARE_OF_COPYING = 0.6
-"""Of the disks' share, what is left to copying when all that is copied is to be read back as well."""
-LEAST_FOR_RAM = 0.01
-"""Seconds of downtime that RAM is left at least."""
-PATIENCE = 10.0
-"""Seconds that the last pass may take at least, whatever was predicted, before the guest is given back."""
 HANDOVER = 60.0
 """Seconds in which RAM's rest and device state must have crossed, at least."""
 RAM_POLL = 0.5
 """Seconds between two looks at how often RAM has been passed over."""
 ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
-
-
-def disks_budget(options: MigrateOptions, downtime: float) -> float:
-    """Seconds of `downtime` that the last round of the disks is to fit."""
-    share = 1.0 if options.pause_only else SHARE_OF_DISKS
-    return downtime * share * (SHARE_OF_COPYING if options.verify is Verify.WRITTEN else 1.0)
 
 
 class Switchover:
@@ -86,40 +72,31 @@ class Switchover:
         self._guest = connected.guest
         self._engine = connected.engine
         self._guard = connected.guard
-        self._verification = connected.verification
         self._disks = disks
         self._again = again
-        self._policy = Policy(downtime=0.0, max_rounds=None, put_off=options.put_off)
+        self._last = LastRound(life, options, watch, connected)
         self._ram: RamMigration | None = None
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
+        await self._last.aim()
         self._steering.on_change(self._follow)
-        await self._follow()
         return await (self._pause_here() if self._options.pause_only else self._switch_over())
 
     async def _follow(self) -> None:
-        """What was changed of downtime and bandwidth holds for the rounds, and for RAM while it migrates."""
-        self._policy.downtime = disks_budget(self._options, self._steering.downtime)
+        """What was changed of downtime and bandwidth holds for RAM while it migrates."""
         if self._ram is not None:
-            await self._ram.adjust(downtime=self._downtime_of_ram(), bandwidth=await self._bandwidth_of_ram())
-
-    async def _catch_up(self) -> None:
-        """What was copied while the guest ran is to be read back by now: with it paused only the rest is."""
-        self._verification.release()
-        if self._verification.wanted:
-            with self._watch.phase("readback"):
-                await self._verification.catch_up(self._policy)
+            await self._ram.adjust(downtime=self._last.left_for_ram(), bandwidth=await self._bandwidth_of_ram())
 
     async def _pause_here(self) -> Downtime | None:
-        await self._catch_up()
+        await self._last.catch_up()
         await self._take_run_state(migrating=False)
         self._guard.ignore_pauses()
         with self._watch.phase("switchover"):
             paused = self._clock.now()
             await self._guest.pause()
-            await self._complete()
-        await self._verify()
+            await self._last.complete()
+        await self._last.verify()
         await self._carriage.close()
         await self._check_still_paused()
         await self._engine.finish()
@@ -136,17 +113,17 @@ class Switchover:
 
     async def _switch_over(self) -> Downtime | None:
         for attempt in itertools.count(1):
-            await self._catch_up()
+            await self._last.catch_up()
             carried = await self._carried_bitmaps()
             ram = RamMigration(self._life.source, self._target().monitor, carried, self._channel(attempt))
             async with self._called_off_on_error(ram):
                 with self._watch.phase("ram"):
                     paused = await self._migrate_ram(ram)
                 async with self._pulse():
-                    if await self._fits_now(paused):
+                    if await self._last.fits(paused):
                         with self._watch.phase("switchover"):
-                            await self._complete()
-                        await self._verify()
+                            await self._last.complete()
+                        await self._last.verify()
                         break
                 # The destination QEMU exits when its stream breaks off; that is no failure now.
                 await self._guard.stand_down()
@@ -203,26 +180,14 @@ class Switchover:
         await self._start(ram)
         self._ram = ram
         try:
-            async with asyncio.TaskGroup() as group:
-                rounds = group.create_task(self._engine.keep_in_step(self._policy))
-                bound = group.create_task(self._bound_ram(ram))
-                await ram.wait_paused()
-                paused = self._clock.now()
-                bound.cancel()
-                self._engine.request_stop()
-                # What a longer round still holds is left to the last one, which --bandwidth does not slow down.
-                await asyncio.wait({rounds}, timeout=self._policy.downtime)
-                rounds.cancel()
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
+            return await self._last.keep_in_step(ram.wait_paused(), self._bound_ram(ram))
         finally:
             self._ram = None
-        return paused
 
     async def _start(self, ram: RamMigration) -> None:
         """Start QEMU's migration; one that somebody else has begun in the meantime is not taken for ours."""
         try:
-            await ram.start(downtime=self._downtime_of_ram(), bandwidth=await self._bandwidth_of_ram())
+            await ram.start(downtime=self._last.left_for_ram(), bandwidth=await self._bandwidth_of_ram())
         except BaseException as error:
             if not ram.begun:
                 self._job.record.migrating = False
@@ -230,10 +195,6 @@ class Switchover:
             if isinstance(error, RequestError):
                 await self._guest.check_still_here()
             raise
-
-    def _downtime_of_ram(self) -> float:
-        """Seconds that are left to RAM."""
-        return max(LEAST_FOR_RAM, self._steering.downtime - (self._engine.figures().predicted or 0.0))
 
     async def _bandwidth_of_ram(self) -> int | None:
         """The user's limit, but none where the guest is emulated: see docs/decisions/009-ram-under-tcg.md."""
@@ -257,13 +218,6 @@ class Switchover:
         self._guard.ignore_pauses()
         await self._guest.pause()
 
-    async def _fits_now(self, paused: float) -> bool:
-        """With the guest paused since `paused`: whether what is dirty fits what is left of the downtime, if it ran."""
-        figures = await self._engine.refresh()
-        left = self._steering.downtime - (self._clock.now() - paused)
-        may_last = self._options.on_stall is OnStall.PAUSE or not self._job.record.was_running
-        return may_last or not figures.pending or (figures.predicted or 0.0) <= left
-
     async def _too_dirty(self, attempt: int) -> None:
         options = self._options
         text = "when RAM was ready the disks were too dirty for --downtime, the guest was given back"
@@ -281,25 +235,6 @@ class Switchover:
             self._life.watchdog.disarm()
         await self._life.drop_target()
         self._guard = await self._again()
-
-    async def _complete(self) -> None:
-        self._verification.hold()
-        predicted = self._engine.figures().predicted or 0.0
-        limit = max(PATIENCE, 10 * self._steering.downtime, 4 * predicted)
-        try:
-            async with asyncio.timeout(limit):
-                await self._engine.complete()
-        except TimeoutError:
-            raise Stalled(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None
-
-    async def _verify(self) -> None:
-        if self._options.verify is Verify.FULL:
-            with self._watch.phase("verify"):
-                await self._carriage.compare()
-        if self._verification.wanted:
-            with self._watch.phase("verify"):
-                while not await self._verification.rest():
-                    await self._complete()
 
     async def _hand_over(self, ram: RamMigration, paused: float) -> Downtime | None:
         target, record = self._target(), self._job.record

@@ -252,10 +252,15 @@ def _unique_name(drive: Mapping[str, Any], taken: set[str]) -> str:
     return name
 
 
+def device_id(qdev: str) -> str:
+    """The id of the device at a QOM path; the last part of the path where it has none."""
+    return qdev.removesuffix("/virtio-backend").rpartition("/")[2]
+
+
 def _device_name(drive: Mapping[str, Any]) -> str:
     path = drive.get("qdev", "").removesuffix("/virtio-backend")
     if "-anon/" not in path and "/unattached/" not in path:
-        return str(path).rpartition("/")[2]
+        return device_id(path)
     return str(drive.get("inserted", {}).get("node-name", "") or path.rpartition("/")[2])
 
 

@@ -1,0 +1,101 @@
+"""The last round: what is done to the disks from when RAM starts to move until they are equal, the guest paused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Coroutine
+
+from qemu_blkmig.engine.convergence import Policy
+from qemu_blkmig.errors import Stalled
+from qemu_blkmig.job.connected import Connected
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.options import MigrateOptions, OnStall, Verify
+from qemu_blkmig.job.reporting import Stopwatch
+from qemu_blkmig.job.rounds import disks_budget
+
+LEAST_FOR_RAM = 0.01
+"""Seconds of downtime that RAM is left at least."""
+PATIENCE = 10.0
+"""Seconds that the last pass may take at least, whatever was predicted, before the guest is given back."""
+
+
+class LastRound:
+    """The disks' part of a switchover."""
+
+    def __init__(
+        self, life: Lifecycle, options: MigrateOptions | ManagedOptions, watch: Stopwatch, connected: Connected
+    ) -> None:
+        self._life = life
+        self._options = options
+        self._steering = life.steering
+        self._watch = watch
+        self._clock = watch.clock
+        self._engine = connected.engine
+        self._carriage = connected.carriage
+        self._verification = connected.verification
+        self._policy = Policy(downtime=0.0, max_rounds=None, put_off=options.put_off)
+
+    async def aim(self) -> None:
+        """Go by the downtime in force, from now on."""
+        self._steering.on_change(self._follow)
+        await self._follow()
+
+    async def _follow(self) -> None:
+        self._policy.downtime = disks_budget(self._options, self._steering.downtime)
+
+    async def catch_up(self) -> None:
+        """What was copied while the guest ran is to be read back by now: with it paused only the rest is."""
+        self._verification.release()
+        if self._verification.wanted:
+            with self._watch.phase("readback"):
+                await self._verification.catch_up(self._policy)
+
+    def left_for_ram(self) -> float:
+        """Seconds of the downtime that RAM may take."""
+        return max(LEAST_FOR_RAM, self._steering.downtime - (self._engine.figures().predicted or 0.0))
+
+    async def keep_in_step(self, paused: Awaitable[None], beside: Coroutine[None, None, None]) -> float:
+        """Rounds until `paused` returns, while `beside` is done; when that was. Raises what any of them does."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                rounds = group.create_task(self._engine.keep_in_step(self._policy))
+                bound = group.create_task(beside)
+                await paused
+                began = self._clock.now()
+                bound.cancel()
+                self._engine.request_stop()
+                # What a longer round still holds is left to the last one, which --bandwidth does not slow down.
+                await asyncio.wait({rounds}, timeout=self._policy.downtime)
+                rounds.cancel()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        return began
+
+    async def fits(self, paused: float) -> bool:
+        """With the guest paused since `paused`: whether what is dirty fits what is left of the downtime, if it ran."""
+        figures = await self._engine.refresh()
+        left = self._steering.downtime - (self._clock.now() - paused)
+        may_last = self._options.on_stall is OnStall.PAUSE or not self._life.job.record.was_running
+        return may_last or not figures.pending or (figures.predicted or 0.0) <= left
+
+    async def complete(self) -> None:
+        """Copy what is left, the guest being paused, and make it stable. Raises `Stalled` when that takes too long."""
+        self._verification.hold()
+        predicted = self._engine.figures().predicted or 0.0
+        limit = max(PATIENCE, 10 * self._steering.downtime, 4 * predicted)
+        try:
+            async with asyncio.timeout(limit):
+                await self._engine.complete()
+        except TimeoutError:
+            raise Stalled(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None
+
+    async def verify(self) -> None:
+        """Prove what was asked for. Raises `ContentsDiffer`."""
+        if self._options.verify is Verify.FULL:
+            with self._watch.phase("verify"):
+                await self._carriage.compare()
+        if self._verification.wanted:
+            with self._watch.phase("verify"):
+                while not await self._verification.rest():
+                    await self.complete()

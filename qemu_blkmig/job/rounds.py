@@ -1,0 +1,129 @@
+"""Rounds until the last one would fit the downtime, and how they end when it never comes to that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from qemu_blkmig.engine.convergence import Policy, Verdict
+from qemu_blkmig.engine.migration import BlockMigration
+from qemu_blkmig.errors import Stalled
+from qemu_blkmig.job.brake import SHARES, Brake
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.moment import reached
+from qemu_blkmig.job.options import MigrateOptions, OnStall, Verify
+from qemu_blkmig.job.reporting import STANDBY, Stopwatch
+from qemu_blkmig.qmp.disks import Disk
+from qemu_blkmig.units import show_seconds
+
+SHARE_OF_DISKS = 0.5
+"""The disks' share of the downtime that the rounds aim at; the rest is for RAM and device state."""
+SHARE_OF_COPYING = 0.6
+"""Of the disks' share, what is left to copying when all that is copied is to be read back as well."""
+ROUNDS_OF_A_SHARE = 8
+"""Rounds in which it shows whether the guest is slowed far enough."""
+
+
+def disks_budget(options: MigrateOptions | ManagedOptions, downtime: float) -> float:
+    """Seconds of `downtime` that the last round of the disks is to fit."""
+    share = 1.0 if isinstance(options, MigrateOptions) and options.pause_only else SHARE_OF_DISKS
+    return downtime * share * (SHARE_OF_COPYING if options.verify is Verify.WRITTEN else 1.0)
+
+
+class Rounds:
+    """The rounds over a guest's disks, from the bulk pass to the switchover."""
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        options: MigrateOptions | ManagedOptions,
+        watch: Stopwatch,
+        engine: BlockMigration,
+        disks: Sequence[Disk],
+    ) -> None:
+        self._life = life
+        self._options = options
+        self._reporter = life.reporter
+        self._watch = watch
+        self._clock = watch.clock
+        self._engine = engine
+        max_rounds = None if options.on_stall is OnStall.WAIT else options.max_rounds
+        self._policy = Policy(downtime=0.0, max_rounds=max_rounds, put_off=options.put_off)
+        self.brake = Brake(life, disks, options.transfer.granularity, self._clock)
+
+    async def aim(self) -> None:
+        """Go by the downtime in force, from now on; the engine is told what to put off."""
+        self._life.steering.on_change(self._follow)
+        await self._follow()
+        self._engine.aim(self._policy)
+
+    async def run(self) -> None:
+        """Rounds until the guest may be switched over. Raises `Stalled` when it may not, and the user wants no more."""
+        if self._options.switchover.waits:
+            await self._wait_for_word()
+        else:
+            await self.converge()
+
+    async def _wait_for_word(self) -> None:
+        """Keep the disks in step until somebody says that the guest may move, and the last round fits then."""
+        when, word = self._options.switchover, self._life.steering.switchover
+        timer = asyncio.create_task(self._give_word(when.at)) if when.at is not None else None
+        try:
+            while True:
+                self._reporter.note(
+                    f"the disks are kept in step; the guest moves {f'at {when}, or ' if timer else ''}"
+                    f"when you run: qemu-blkmig switchover {self._life.job.record.job}"
+                )
+                with self._watch.phase(STANDBY):
+                    await self._engine.stand_by(self._policy, word)
+                try:
+                    return await self.converge()
+                except Stalled as error:
+                    # What days of copying have brought over is not thrown away for that.
+                    word.clear()
+                    self._reporter.note(f"not moved: {error}")
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _give_word(self, at: float) -> None:
+        await reached(at, self._clock.sleep)
+        self._life.steering.switchover.set()
+
+    async def _follow(self) -> None:
+        """The rounds aim at the downtime in force."""
+        self._policy.downtime = disks_budget(self._options, self._life.steering.downtime)
+
+    async def converge(self) -> None:
+        """Rounds until the last one would fit. Raises `Stalled` when it does not and the user wants no more."""
+        with self._watch.phase("dirty"):
+            await self.brake.look()
+            verdict = await self._engine.converge(self._policy)
+            if verdict is Verdict.STALLED and self._options.on_stall is OnStall.THROTTLE:
+                verdict = await self._converge_slowed()
+        if verdict is Verdict.FITS:
+            return
+        figures = self._engine.figures()
+        text = (
+            f"after {figures.round} rounds the last one is still predicted to take "
+            f"{show_seconds(figures.predicted or 0)}, more than the disks' share "
+            f"({show_seconds(self._policy.downtime)}) of --downtime: the guest writes faster than its disks are copied"
+        )
+        if self._options.on_stall is OnStall.PAUSE:
+            self._reporter.note(f"{text}; it will be paused for as long as it takes (--on-stall pause)")
+            return
+        await self.brake.release()
+        raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall throttle, pause or wait")
+
+    async def _converge_slowed(self) -> Verdict:
+        """Rounds with the guest's writes slowed, the more the longer it takes."""
+        usual, self._policy.max_rounds = self._policy.max_rounds, ROUNDS_OF_A_SHARE
+        try:
+            for share in SHARES:
+                await self.brake.press(self._engine.figures(), share, self._policy.downtime)
+                if await self._engine.converge(self._policy) is Verdict.FITS:
+                    return Verdict.FITS
+            return Verdict.STALLED
+        finally:
+            self._policy.max_rounds = usual
