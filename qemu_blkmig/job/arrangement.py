@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.virt.domain import Domain
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.virt.connection import Connection, libvirt
+from qemu_blkmig.virt.domain import Domain, rewritten
 
 
 def image_paths(
@@ -58,3 +61,29 @@ def _default(path: str | None, pool: str | None) -> str | None:
     if path is None or pool is None:
         return path
     return posixpath.join(pool, posixpath.basename(path))
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What is agreed with the destination's libvirt."""
+
+    paths: Mapping[str, str]
+    xml: str
+    persistent_xml: str | None
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+async def arrange(options: ManagedOptions, domain: Domain, source: Connection, target: Connection) -> Arrangement:
+    """TEMPORARY"""
+    module = libvirt()
+    handle = await source.domain(domain.uuid)
+    flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
+    paths = image_paths(domain, options.paths)
+    xml = options.xml or await source.call(handle.XMLDesc, flags)
+    persistent = None
+    if options.persistent:
+        persistent = rewritten(
+            await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE), paths, options.dname
+        )
+    return Arrangement(paths, rewritten(xml, paths, options.dname), persistent)

@@ -10,6 +10,7 @@ from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, SaveOptions
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.result import DiskResult
@@ -62,7 +63,7 @@ async def connect(
     plan: Plan,
     carriage: Carrying,
     guest: QemuGuest,
-    options: MigrateOptions | CopyOptions | SaveOptions,
+    options: MigrateOptions | CopyOptions | SaveOptions | ManagedOptions,
     clock: Clock,
 ) -> Connected:
     """Watch the guest, export its disks and connect the mover to them.

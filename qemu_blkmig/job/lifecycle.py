@@ -165,6 +165,8 @@ class Lifecycle:
         record = self.job.record
         if record.source_qmp is not None:
             self.journal.fact("source", f"qmp:{record.source_qmp}")
+        if record.managed is not None:
+            self.journal.fact("source", f"libvirt:{record.managed.name}")
         if record.target_place is not None:
             self.journal.fact("destination", str(record.target_place))
         self.journal.fact("bitmaps", f"{self.job.record.prefix}-b")
@@ -219,6 +221,10 @@ class Lifecycle:
         self.job.record.source_process = ProcessId.of(self._source.peer_pid) if self._source.peer_pid else None
         self.job.save()
         return self._source
+
+    def adopt_source(self, monitor: Monitor) -> None:
+        """The source QEMU is a domain of libvirt's, and reached through that."""
+        self._source = monitor
 
     async def start_agent(self, place: Place) -> AgentClient:
         """Start the agent beside the destination's storage at `place`. Raises `Refused`, `DestinationFailed`."""

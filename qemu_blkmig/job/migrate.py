@@ -11,7 +11,7 @@ from pathlib import Path
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.carriage import Carriage
-from qemu_blkmig.job.connected import begin, connect
+from qemu_blkmig.job.connected import connect
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
@@ -21,7 +21,6 @@ from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.rounds import Rounds
-from qemu_blkmig.job.sharing import Sharing
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover
 from qemu_blkmig.qmp.guest import QemuGuest
@@ -60,19 +59,10 @@ class _Run:
         """All phases."""
         with self._watch.phase("prepare"):
             await self._prepare()
-        sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
-        async with sharing:
-            await self._rounds.aim()
-            with self._watch.phase("bulk"):
-                await begin(self._life, self._connected)
-                await self._connected.engine.bulk()
-            sharing.bulk_over()
-            over = Switchover(
-                self._life, self._options, self._interrupts, self._watch, self._connected, self._plan.disks, self._again
-            )
-            async with self._connected.verification.in_background():
-                await self._rounds.run()
-                downtime = await over.run()
+        over = Switchover(
+            self._life, self._options, self._interrupts, self._watch, self._connected, self._plan.disks, self._again
+        )
+        downtime = await self._rounds.lead_to(over.run)
         return self._result(downtime)
 
     async def _prepare(self) -> None:
@@ -118,7 +108,7 @@ class _Run:
         if options.target.launch is not None:
             await self._launch()
         self._connected = await connect(life, self._plan, self._carriage, guest, options, self._clock)
-        self._rounds = Rounds(life, options, self._watch, self._connected.engine, self._plan.disks)
+        self._rounds = Rounds(life, options, self._watch, self._connected, self._plan.disks)
 
     async def _launch(self) -> None:
         target = self._options.target

@@ -22,6 +22,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.history import archive
+from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions
 from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.source_images import Afterwards, SourceImage
@@ -35,6 +36,15 @@ class Owner(enum.Enum):
     SOURCE = "source"
     UNDECIDED = "undecided"
     DESTINATION = "destination"
+
+
+class Managed(msgspec.Struct, frozen=True):
+    """A domain that libvirt manages: its `uuid`, its names at the source and there, and what was asked for."""
+
+    options: ManagedOptions
+    uuid: str
+    name: str
+    name_there: str
 
 
 class Record(msgspec.Struct):
@@ -55,6 +65,7 @@ class Record(msgspec.Struct):
     `recording`: our bitmaps record on the source what the destination, which holds a part, has not got.
     `suspended`: the guest is at rest at the source, and the job can be resumed.
     `throttled`: disks whose writes we slow, or are about to, with the limits that they had.
+    `managed`: both QEMUs are libvirt's, and only libvirt pauses, resumes and ends the guest.
     """
 
     job: str
@@ -88,6 +99,7 @@ class Record(msgspec.Struct):
     recording: bool = False
     suspended: bool = False
     throttled: list[Throttled] = []
+    managed: Managed | None = None
 
     def rest(self, *, target_ended: bool) -> None:
         """Forget what is gone now that the job is suspended: all that was made but images and bitmaps."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
-from qemu_blkmig.engine.migration import BlockMigration
 from qemu_blkmig.errors import Stalled
 from qemu_blkmig.job.brake import SHARES, Brake
+from qemu_blkmig.job.connected import Connected, begin
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.moment import reached
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Verify
 from qemu_blkmig.job.reporting import STANDBY, Stopwatch
+from qemu_blkmig.job.result import Downtime
+from qemu_blkmig.job.sharing import Sharing
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.units import show_seconds
 
@@ -39,7 +41,7 @@ class Rounds:
         life: Lifecycle,
         options: MigrateOptions | ManagedOptions,
         watch: Stopwatch,
-        engine: BlockMigration,
+        connected: Connected,
         disks: Sequence[Disk],
     ) -> None:
         self._life = life
@@ -47,23 +49,33 @@ class Rounds:
         self._reporter = life.reporter
         self._watch = watch
         self._clock = watch.clock
-        self._engine = engine
+        self._connected = connected
+        self._engine = connected.engine
         max_rounds = None if options.on_stall is OnStall.WAIT else options.max_rounds
         self._policy = Policy(downtime=0.0, max_rounds=max_rounds, put_off=options.put_off)
         self.brake = Brake(life, disks, options.transfer.granularity, self._clock)
 
-    async def aim(self) -> None:
-        """Go by the downtime in force, from now on; the engine is told what to put off."""
-        self._life.steering.on_change(self._follow)
-        await self._follow()
-        self._engine.aim(self._policy)
+    async def lead_to(self, switch_over: Callable[[], Awaitable[Downtime | None]]) -> Downtime | None:
+        """The bulk pass, and rounds until the guest may be switched over; then `switch_over`, and what that returns.
 
-    async def run(self) -> None:
-        """Rounds until the guest may be switched over. Raises `Stalled` when it may not, and the user wants no more."""
-        if self._options.switchover.waits:
-            await self._wait_for_word()
-        else:
-            await self.converge()
+        What was written is read back beside it, where that was asked for. Raises `Stalled` when the guest may not be
+        switched over and the user wants no more rounds; what is raised ends a job.
+        """
+        life = self._life
+        async with Sharing(life.job.record.job, self._options.transfer, life.steering, self._reporter) as sharing:
+            life.steering.on_change(self._follow)
+            await self._follow()
+            self._engine.aim(self._policy)
+            with self._watch.phase("bulk"):
+                await begin(life, self._connected)
+                await self._engine.bulk()
+            sharing.bulk_over()
+            async with self._connected.verification.in_background():
+                if self._options.switchover.waits:
+                    await self._wait_for_word()
+                else:
+                    await self.converge()
+                return await switch_over()
 
     async def _wait_for_word(self) -> None:
         """Keep the disks in step until somebody says that the guest may move, and the last round fits then."""

@@ -1,0 +1,153 @@
+"""Guests of libvirt's in the laboratory of two hosts, which write all the time, and the judges of what became of them.
+
+Their images lie in /var/lib/libvirt/images, of which each host has its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from integration.hosts import PORT, REPOSITORY
+from integration.lab import Disk, Format, LabError, assert_records_sound, wait_until, write_random
+from integration.tool import Outcome, finish, start
+from integration.virthosts import VirtHosts, domain_xml
+from qemu_blkmig.demo.guest import Kernel, Orders
+
+IMAGES = Path("/var/lib/libvirt/images")
+BOOT = 120.0
+"""Seconds that a guest may take to write, on a busy machine too."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A guest; `disks` as the hosts see them."""
+
+    lab: VirtLab
+    name: str
+    disks: tuple[Disk, ...]
+
+    def console(self, *, far: bool) -> str:
+        """What it printed on that host."""
+        path = self.lab.outside(IMAGES / f"{self.name}.console", far=far)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def acked(self, *, far: bool = False) -> int:
+        """The largest record number that it has said, on that host, is written."""
+        found = re.findall(r"^blkmig ack \w+ seq (\d+) ", self.console(far=far), re.MULTILINE)
+        return max(map(int, found), default=0)
+
+    def longest_gap(self, *, far: bool) -> float:
+        """Seconds of the longest time between two completed writes that it told on that host."""
+        gaps = re.findall(r"^blkmig ack \w+ seq \d+ gap_us (\d+)\r?$", self.console(far=far), re.MULTILINE)
+        return max(map(int, gaps), default=0) / 1e6
+
+    def wait_for_writing(self, *, far: bool = False, more: int = 1) -> int:
+        """Wait until it has acknowledged `more` further records on that host; the number."""
+        before = self.acked(far=far)
+        wait_until(
+            lambda: self.acked(far=far) >= before + more, "the guest's writes", BOOT,
+            lambda: self.console(far=far)[-2000:],
+        )  # fmt: skip
+        return self.acked(far=far)
+
+    def state(self, *, far: bool = False) -> str | None:
+        """libvirt's word for its state there; None where libvirt does not know it."""
+        return self.lab.hosts.domains(far=far).get(self.name)
+
+    def runs(self) -> list[str]:
+        """The hosts on which it runs."""
+        return [host for host, far in (("hosta", False), ("hostb", True)) if self.state(far=far) == "running"]
+
+    def destroy(self) -> None:
+        """End it wherever it is, and forget it."""
+        for far in (False, True):
+            for command in ("destroy", "undefine"):
+                with contextlib.suppress(LabError):
+                    self.lab.hosts.virsh(command, self.name, far=far)
+
+
+class VirtLab:
+    """What the tests have at hand: the two hosts, guests, the tool, the judges."""
+
+    def __init__(self, hosts: VirtHosts, kernel: Kernel, initramfs: Callable[[bool], Path]) -> None:
+        self.hosts = hosts
+        self._kernel = kernel
+        self._initramfs = initramfs
+        self._count = 0
+        for far in (False, True):
+            self.outside(IMAGES, far=far).mkdir(exist_ok=True)
+
+    def outside(self, path: Path, *, far: bool) -> Path:
+        """A path below /var/lib/libvirt of that host, as it is seen from outside."""
+        base = (self.hosts.far if far else self.hosts.near) / "libvirt" / "lib"
+        return base / path.relative_to("/var/lib/libvirt")
+
+    def disk(
+        self, name: str, size: int, format: Format = "qcow2", *, data: Sequence[tuple[int, int]] = (),
+        backing: Disk | None = None,
+    ) -> Disk:  # fmt: skip
+        """An image of hosta's with random bytes at the extents `data` (offset, length) and holes elsewhere."""
+        path = self.outside(IMAGES / name, far=False)
+        command = ["qemu-img", "create", "-q", "-f", format]
+        if backing is not None:
+            # Relative: what it names is to be found from outside, too.
+            command += ["-b", backing.path.name, "-F", backing.format]
+        subprocess.run([*command, path, str(size)], check=True, cwd=path.parent)
+        for offset, length in data:
+            write_random(path, format, offset, length)
+        return Disk(IMAGES / name, format, size)
+
+    def boot(self, *disks: Disk, orders: Orders | None = None, alter: Callable[[str], str] = str) -> Domain:
+        """Define and start a guest on hosta, and wait until it writes. `alter`: its XML."""
+        self._count += 1
+        name = f"vm{self._count}"
+        console = IMAGES / f"{name}.console"
+        orders = orders or Orders(rate=200)
+        xml = domain_xml(name, disks, orders, self._kernel, self._initramfs(orders.agent), console)
+        file = self.hosts.near / f"{name}.xml"
+        file.write_text(alter(xml))
+        self.hosts.virsh("define", file)
+        self.hosts.virsh("start", name)
+        domain = Domain(self, name, disks)
+        domain.wait_for_writing()
+        return domain
+
+    @property
+    def target(self) -> str:
+        """hostb's libvirt, as hosta's admin names it."""
+        return f"qemu+ssh://hostb:{PORT}/system"
+
+    def start(self, *words: object) -> subprocess.Popen[str]:
+        """Start virsh-blkmigrate on hosta."""
+        environment = ["env", f"PYTHONPATH={REPOSITORY}", f"QEMU_BLKMIG_STATE_DIR={self.hosts.near / 'state'}"]
+        command = [sys.executable, "-m", "qemu_blkmig.cli.virsh_blkmigrate", *map(str, words)]
+        return start([*self.hosts.enter, *environment, *command])
+
+    def migrate(self, domain: Domain, *options: object) -> Outcome:
+        """Run virsh-blkmigrate to hostb to its end."""
+        return finish(self.start("--live", domain.name, self.target, *options))
+
+    def assert_arrived(self, domain: Domain, *, paths: Sequence[Path] | None = None) -> None:
+        """Assert that it runs on hostb alone, goes on writing, and that no record of its disks is lost or torn."""
+        assert domain.runs() == ["hostb"], domain.runs()
+        domain.wait_for_writing(far=True, more=20)
+        self.hosts.virsh("destroy", domain.name, far=True)
+        for disk, path in zip(domain.disks, paths or [disk.path for disk in domain.disks], strict=True):
+            if not disk.read_only:
+                there = replace(disk, path=self.outside(path, far=True))
+                assert_records_sound(there, max(domain.acked(), domain.acked(far=True)))
+
+    def assert_stayed(self, domain: Domain) -> None:
+        """Assert that it runs on hosta alone, goes on writing, and that no record of its disks is lost or torn."""
+        assert domain.runs() == ["hosta"], domain.runs()
+        domain.wait_for_writing(more=20)
+        self.hosts.virsh("destroy", domain.name)
+        for disk in domain.disks:
+            if not disk.read_only:
+                assert_records_sound(replace(disk, path=self.outside(disk.path, far=False)), domain.acked())

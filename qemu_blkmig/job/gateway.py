@@ -1,0 +1,103 @@
+"""Where the gate stands in a domain's migration stream: what the source's QEMU connects to, and what lies behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_blkmig.errors import Refused, UsageError
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.place import Local, Ssh
+from qemu_blkmig.transport.host import Host
+
+SOCKETS = "/var/lib/libvirt/qemu"
+"""A directory of libvirt's, on every host, in which its QEMUs may make sockets; those of a session have /tmp."""
+PORTS = range(49152, 49216)
+"""libvirt's own for migration (qemu.conf)."""
+CONNECT = 20.0
+"""Seconds in which the destination's QEMU must take a connection."""
+_TCP = re.compile(r"tcp:(?://)?(?P<host>\[[^\]]+\]|[^\[\]:/]+)(?::(?P<port>\d+))?/?")
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """`listener`: where the source's QEMU comes to, by `uri`; the destination's is reached at `address`, on `host`."""
+
+    uri: str
+    host: str
+    listener: socket.socket
+    address: str | tuple[str, int]
+
+    def connect(self) -> socket.socket:
+        """Connect to the destination's QEMU. Raises `OSError`."""
+        if isinstance(self.address, tuple):
+            return socket.create_connection(self.address, CONNECT)
+        end = socket.socket(socket.AF_UNIX)
+        try:
+            end.settimeout(CONNECT)
+            end.connect(self.address)
+            end.settimeout(None)
+        except OSError:
+            end.close()
+            raise
+        return end
+
+    def close(self) -> None:
+        """Remove what the source's QEMU came to."""
+        if isinstance(self.listener.getsockname() if self.listener.fileno() >= 0 else "", str):
+            Path(self.uri.removeprefix("unix://")).unlink(missing_ok=True)
+
+
+async def gateway(options: ManagedOptions, host: Host, name: str) -> Gateway:
+    """Listen for the source's QEMU: a unix socket called `name` whose end at the destination is reached through ssh,
+    or where the user says. Raises `Refused`, `DestinationFailed`, `UsageError`.
+    """
+    if options.migrate_uri is not None:
+        return _tcp(options.migrate_uri)
+    place = options.place
+    if isinstance(place, Local):
+        raise UsageError("without ssh to the destination the guest's RAM needs a way: --migrateuri tcp://HOST:PORT")
+    return await _unix(place, host, options.target_uri, name)
+
+
+async def _unix(place: Ssh, host: Host, target_uri: str, name: str) -> Gateway:
+    directory = "/tmp" if target_uri.partition("?")[0].endswith("/session") else SOCKETS
+    path = f"{directory}/{name}.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108
+        listener.bind(path)
+        Path(path).chmod(0o600)
+        listener.listen(8)
+        return Gateway(f"unix://{path}", place.host, listener, await host.reach(path))
+    except OSError as error:
+        listener.close()
+        raise Refused(f"cannot listen on {path}: {error.strerror}") from error
+    except BaseException:
+        listener.close()
+        raise
+
+
+def _tcp(uri: str) -> Gateway:
+    match = _TCP.fullmatch(uri)
+    if match is None:
+        raise UsageError(f"not a migration URI: {uri!r}", advice="write tcp://HOST:PORT")
+    host = match["host"].strip("[]")
+    wanted = [int(match["port"])] if match["port"] else random.sample(PORTS, len(PORTS))
+    for port in wanted:
+        listener = socket.socket(socket.AF_INET)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            listener.listen(64)
+        except OSError:
+            listener.close()
+            continue
+        return Gateway(f"tcp://127.0.0.1:{port}", host, listener, (host, port))
+    raise Refused(f"no port of {wanted[0] if len(wanted) == 1 else '49152 to 49215'} is free on 127.0.0.1")

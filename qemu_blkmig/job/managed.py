@@ -1,0 +1,155 @@
+"""A domain of libvirt's moves with its disks: ours is the disks' part, and the gate in libvirt's migration stream.
+
+Phases as in `migrate`; then what `managed_switchover` tells of. docs/architecture.md, "Domains of libvirt's".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qemu_blkmig.engine.ports import Clock
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.arrangement import Arrangement, arrange
+from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.connected import Connected, connect
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.managed_switchover import ManagedSwitchover
+from qemu_blkmig.job.options import OnStall
+from qemu_blkmig.job.plan import Placed, Plan, Planner
+from qemu_blkmig.job.record import Job, Managed
+from qemu_blkmig.job.reporting import Reporter, Stopwatch
+from qemu_blkmig.job.result import Downtime, Result, remarks
+from qemu_blkmig.job.rounds import Rounds
+from qemu_blkmig.job.steering import Steering
+from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.qmp.throttle import check_can_throttle
+from qemu_blkmig.virt.connection import Connection
+from qemu_blkmig.virt.domain import Domain
+from qemu_blkmig.virt.monitor import PassthroughMonitor
+
+SOURCE = "the source's libvirt"
+TARGET = "the destination's libvirt"
+
+
+async def migrate_managed(
+    options: ManagedOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock, suspended: Job | None = None
+) -> Result:
+    """Migrate a domain, or go on with the suspended job.
+
+    Raises a `BlkmigError` that tells the state of things; nothing of ours is left then, unless the job is suspended.
+    """
+    steering = Steering(options.downtime, options.transfer.bandwidth)
+    async with contextlib.AsyncExitStack() as stack:
+        life = await stack.enter_async_context(Lifecycle(reporter, interrupts, steering, suspended))
+        run = _Run(life, options, interrupts, clock, stack)
+        return await life.conduct(run.whole())
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A domain, and the libvirts that it goes from and to; `handle` is libvirt's own."""
+
+    source: Connection
+    target: Connection
+    handle: Any
+    domain: Domain
+
+    @classmethod
+    async def open(cls, options: ManagedOptions, stack: contextlib.AsyncExitStack) -> Ends:
+        """Connect to both; they are closed with `stack`. Raises `Refused`, also where there is no such domain."""
+        source = await Connection.open(options.source_uri, SOURCE)
+        stack.push_async_callback(source.close)
+        target = await Connection.open(options.target_uri, TARGET)
+        stack.push_async_callback(target.close)
+        handle = await source.domain(options.domain)
+        if not await source.call(handle.isActive):
+            raise Refused(f"domain {options.domain} does not run", advice="virsh-blkmigrate --offline moves such a one")
+        return cls(source, target, handle, Domain.parse(await source.call(handle.XMLDesc)))
+
+
+class _Run:
+    """One migration, phase by phase."""
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        options: ManagedOptions,
+        interrupts: Interrupts,
+        clock: Clock,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
+        self._life = life
+        self._job = life.job
+        self._options = options
+        self._reporter = life.reporter
+        self._interrupts = interrupts
+        self._clock = clock
+        self._stack = stack
+        self._watch = Stopwatch(clock, life.reporter)
+        life.steering.may_wait = options.switchover.waits
+
+    async def whole(self) -> Result:
+        """All phases."""
+        with self._watch.phase("prepare"):
+            await self._prepare()
+        over = ManagedSwitchover(
+            self._life, self._options, self._interrupts, self._watch, self._connected, self._ends, self._arrangement,
+            self._rounds.converge,
+        )  # fmt: skip
+        downtime = await self._rounds.lead_to(over.run)
+        return self._result(downtime)
+
+    async def _prepare(self) -> None:
+        options, life, record = self._options, self._life, self._job.record
+        self._ends = ends = await Ends.open(options, self._stack)
+        domain = ends.domain
+        record.managed = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
+        monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
+        life.adopt_source(monitor)
+        agent = await life.start_agent(options.place)
+        self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target)
+        aliases = {disk.target: disk.alias for disk in domain.disks}
+        placed = {aliases[target] or "": Placed(target, path) for target, path in self._arrangement.paths.items()}
+        planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)
+        self._plan: Plan = await planner.plan(monitor, None, record.prefix, with_ram=True)
+        if problems := [*self._arrangement.problems, *self._plan.problems]:
+            raise Refused("; ".join(problems), state="nothing was touched")
+        for warning in (*self._arrangement.warnings, *self._plan.warnings):
+            self._reporter.note(warning)
+        if options.on_stall is OnStall.THROTTLE:
+            await check_can_throttle(monitor)
+        record.source_images = options.source_images
+        guest = QemuGuest(monitor)
+        record.was_running = not await guest.is_paused()
+        self._carriage = Carriage(
+            self._job, self._plan, life.host, agent, options.transfer, self._reporter, options.verify,
+            life.journal.stable,
+        )  # fmt: skip
+        await self._carriage.prepare()
+        self._connected: Connected = await connect(life, self._plan, self._carriage, guest, options, self._clock)
+        self._rounds = Rounds(life, options, self._watch, self._connected, self._plan.disks)
+
+    def _result(self, downtime: Downtime | None) -> Result:
+        disks = self._carriage.results(self._connected.engine)
+        runs = self._job.record.was_running and not self._options.suspend
+        return Result(
+            job=self._job.record.job,
+            outcome="migrated",
+            guest=f"the guest {'runs' if runs else 'is paused'} at the destination",
+            disks=disks,
+            total_copied=sum(disk.copied for disk in disks),
+            phases=self._watch.phases,
+            downtime=downtime,
+            verified=self._options.verify.value,
+            slowed=self._rounds.brake.slowed(),
+            warnings=[
+                *self._arrangement.warnings,
+                *self._plan.warnings,
+                *remarks(downtime, self._life.steering.downtime),
+            ],
+        )

@@ -1,0 +1,260 @@
+"""The switchover of a domain: libvirt moves it, and a gate keeps the end of its stream until the disks are equal.
+
+RAM migrates, by libvirt's own call, while rounds go on. Once the guest stands still the last round is copied; libvirt
+waits for the destination, which waits for what the gate withholds. Until the record says "undecided" the gate is
+closed: dropping the stream, or our end, makes libvirt give the guest back at the source by itself (FACTS.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from qemu_blkmig.destination.protocol import Domain as Named
+from qemu_blkmig.destination.protocol import Expect
+from qemu_blkmig.errors import BlkmigError, MigrationError, Stalled
+from qemu_blkmig.job.arrangement import Arrangement
+from qemu_blkmig.job.connected import Connected
+from qemu_blkmig.job.gateway import Gateway, gateway
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.last_round import PATIENCE, LastRound
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.options import OnStall
+from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.pulse import pulse
+from qemu_blkmig.job.record import Owner
+from qemu_blkmig.job.reporting import Stopwatch
+from qemu_blkmig.job.result import Downtime
+from qemu_blkmig.qmp.guest import is_virtualized
+from qemu_blkmig.qmp.monitor import EventStream
+from qemu_blkmig.virt.connection import Connection
+from qemu_blkmig.virt.domain import Domain
+from qemu_blkmig.virt.gate import Gate
+from qemu_blkmig.virt.migration import DomainMigration, Wish, starts_of
+
+HANDOVER = 60.0
+"""Seconds in which libvirt must have handed over, at least, once the gate is open."""
+ATTEMPTS = 3
+"""Times that RAM is migrated anew when the disks were too dirty at the pause."""
+RAM_POLL = 0.5
+"""Seconds between two looks at how often RAM has been passed over."""
+AT_THE_PAUSE = ("pre-switchover", "device", "completed")
+"""What QEMU says of its migration from when it has paused the guest (MIGRATION events)."""
+
+
+class Ends(Protocol):
+    """See `managed.Ends`."""
+
+    @property
+    def source(self) -> Connection: ...
+    @property
+    def target(self) -> Connection: ...
+    @property
+    def handle(self) -> Any: ...
+    @property
+    def domain(self) -> Domain: ...
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """An attempt: libvirt's migration, the gate in its stream, and QEMU's word of how far it is."""
+
+    migration: DomainMigration
+    gate: Gate
+    events: EventStream
+
+
+class ManagedSwitchover:
+    """Takes a domain, whose disks are in step, over to the destination.
+
+    `converge` makes ready for another attempt, when the disks were too dirty at the pause.
+    """
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        options: ManagedOptions,
+        interrupts: Interrupts,
+        watch: Stopwatch,
+        connected: Connected,
+        ends: Ends,
+        arrangement: Arrangement,
+        converge: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._life = life
+        self._job = life.job
+        self._options = options
+        self._reporter = life.reporter
+        self._steering = life.steering
+        self._interrupts = interrupts
+        self._clock = watch.clock
+        self._watch = watch
+        self._carriage = connected.carriage
+        self._guest = connected.guest
+        self._engine = connected.engine
+        self._guard = connected.guard
+        self._ends = ends
+        self._arrangement = arrangement
+        self._converge = converge
+        self._last = LastRound(life, options, watch, connected)
+
+    async def run(self) -> Downtime | None:
+        """Switch over; how long the guest stood still, where that can be told."""
+        await self._last.aim()
+        for attempt in itertools.count(1):
+            await self._last.catch_up()
+            async with self._under_way(attempt) as passage:
+                with self._watch.phase("ram"):
+                    paused = await self._last.keep_in_step(self._paused(passage), self._beside(passage))
+                async with self._pulse():
+                    if await self._last.fits(paused):
+                        with self._watch.phase("switchover"):
+                            await self._last.complete()
+                        await self._last.verify()
+                        return await self._hand_over(passage, paused)
+            await self._too_dirty(attempt)
+        raise AssertionError("counting has ended")
+
+    @contextlib.asynccontextmanager
+    async def _under_way(self, attempt: int) -> AsyncIterator[_Passage]:
+        """libvirt's migration with the gate closed; unless it was opened, it is called off in the end."""
+        await self._take_run_state()
+        domain, name = self._ends.domain, self._options.dname or self._ends.domain.name
+        await self._life.agent.request(
+            Expect(Named(name, domain.uuid), dict(self._arrangement.paths), socket.gethostname())
+        )
+        way = await gateway(self._options, self._life.host, f"{self._job.record.prefix}-{attempt}")
+        wish = await self._wish(way)
+        with self._life.source.events("MIGRATION") as events:
+            gate = Gate(way.listener, way.connect)
+            migration = DomainMigration(self._ends.source, self._ends.handle, self._ends.target, wish)
+            try:
+                yield _Passage(migration, gate, events)
+            except (BlkmigError, asyncio.CancelledError) as error:
+                raise await self._reason(error, migration, gate) from error
+            finally:
+                if not migration.ended:
+                    gate.drop()
+                    await migration.failed()
+                await asyncio.to_thread(gate.close)
+                way.close()
+
+    async def _reason(self, error: BaseException, migration: DomainMigration, gate: Gate) -> BaseException:
+        """What is behind an error of ours: the end of libvirt's migration, or of the gate's connection."""
+        if gate.failure is not None:
+            return MigrationError(f"the way of the guest's RAM to the destination broke: {gate.failure}")
+        return error
+
+    async def _wish(self, way: Gateway) -> Wish:
+        options, there = self._options, self._arrangement
+        limit = self._steering.rate
+        if limit is not None and not await is_virtualized(self._life.source):
+            self._reporter.note("--bandwidth does not limit RAM here: QEMU may damage an emulated (TCG) guest that way")
+            limit = None
+        return Wish(
+            uri=way.uri, xml=there.xml, persistent_xml=there.persistent_xml, name=options.dname, live=options.live,
+            peer_to_peer=options.peer_to_peer, persistent=options.persistent, undefine_source=options.undefine_source,
+            suspend=options.suspend, auto_converge=options.auto_converge, tls=options.tls,
+            tls_destination=way.host if options.tls else None, parallel=options.parallel,
+            listen_address=options.listen_address, bandwidth=limit,
+        )  # fmt: skip
+
+    async def _paused(self, passage: _Passage) -> None:
+        """Return when QEMU has paused the guest to move the rest of RAM. Raises `MigrationError` when it never will."""
+        while True:
+            event = asyncio.create_task(passage.events.get())
+            ended = asyncio.create_task(passage.migration.failed())
+            done, pending = await asyncio.wait({event, ended}, return_when=asyncio.FIRST_COMPLETED)
+            for task in pending:
+                task.cancel()
+            if ended in done:
+                raise self._refused(ended.result())
+            if event.result().data["status"] in AT_THE_PAUSE:
+                return
+
+    def _refused(self, error: BlkmigError | None) -> MigrationError:
+        return MigrationError(f"libvirt could not migrate the guest: {error or 'it says that it has, too early'}")
+
+    async def _beside(self, passage: _Passage) -> None:
+        """RAM may be dirtied faster than it crosses: --max-rounds bounds its passes as it does the disks' rounds."""
+        options = self._options
+        milliseconds = max(1, round(self._last.left_for_ram() * 1000))
+        with contextlib.suppress(BlkmigError):
+            await self._ends.source.call(self._ends.handle.migrateSetMaxDowntime, milliseconds)
+        if options.on_stall is OnStall.WAIT or options.max_rounds is None:
+            return
+        while await passage.migration.passes() <= options.max_rounds:
+            await self._clock.sleep(RAM_POLL)
+        text = f"after {options.max_rounds} passes RAM is still dirtied faster than it crosses"
+        if options.on_stall in (OnStall.ABORT, OnStall.THROTTLE):
+            raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
+        self._reporter.note(f"{text}; the guest is paused until it has (--on-stall pause)")
+        await self._suspend()
+
+    async def _suspend(self) -> None:
+        """libvirt resumes it at the destination, or here when nothing comes of it (as virsh's --timeout-suspend)."""
+        self._guard.ignore_pauses()
+        await self._ends.source.call(self._ends.handle.suspend)
+
+    async def _too_dirty(self, attempt: int) -> None:
+        options = self._options
+        text = "when RAM was ready the disks were too dirty for --downtime, the guest was given back"
+        if attempt >= ATTEMPTS and options.on_stall in (OnStall.ABORT, OnStall.THROTTLE):
+            raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
+        self._reporter.note(f"{text}: trying again")
+        self._job.record.run_state_taken = self._job.record.migrating = False
+        self._job.save()
+        if not self._job.record.throttled:
+            self._life.watchdog.disarm()
+        await self._converge()
+
+    async def _hand_over(self, passage: _Passage, paused: float) -> Downtime | None:
+        record = self._job.record
+        with self._watch.phase("handover"), self._interrupts.deferred():
+            await self._carriage.close()
+            await self._life.exports.stop()
+            disks_took = self._clock.now() - paused
+            await self._guard.stand_down()
+            async with starts_of(self._ends.target, self._ends.domain.uuid, self._clock.now) as started:
+                record.owner = Owner.UNDECIDED
+                self._job.save()
+                try:
+                    async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
+                        passage.gate.open()
+                        await passage.migration.wait()
+                    record.owner = Owner.DESTINATION
+                    self._job.save()
+                except (BlkmigError, TimeoutError, OSError) as error:
+                    if (await self._life.settle()).owner is not Owner.DESTINATION:
+                        raise
+                    self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")
+                arrived = started() or self._clock.now()
+        if not record.was_running or self._options.suspend:
+            return None
+        verify = self._watch.phases.get("verify", 0.0)
+        total = arrived - paused
+        return Downtime(total=total, disk=disks_took - verify, verify=verify, ram=max(0.0, total - disks_took))
+
+    async def _take_run_state(self) -> None:
+        """Before any pause: the watchdog is armed, and the record says that a migration is ours.
+
+        Raises `GuestStateError` when somebody else migrates the guest.
+        """
+        await self._life.watchdog.arm(PATIENCE)
+        await self._guest.check_still_here()
+        await self._guest.check_awake()
+        if not self._options.live:
+            self._guard.ignore_pauses()
+        self._job.record.run_state_taken = True
+        self._job.record.migrating = True
+        self._job.save()
+
+    def _pulse(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Another host must answer all the while."""
+        return contextlib.nullcontext() if isinstance(self._options.place, Local) else pulse(self._life.agent)

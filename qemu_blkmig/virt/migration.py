@@ -1,0 +1,140 @@
+"""libvirt's own migration of a domain, one call (virDomainMigrate3), made in a thread; it knows nothing of disks.
+
+The domain's QEMU is told to send its stream to `uri`, where a gate listens; the destination's listens behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qemu_blkmig.errors import BlkmigError, ConnectionLost
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a domain is to be migrated, in the terms of `virsh migrate`.
+
+    `uri`: where the source's QEMU connects to, and, but for its host, where the destination's listens. `bandwidth`:
+    of RAM, bytes a second (None: no limit). `tls_destination`: the name in the destination's certificate.
+    """
+
+    uri: str
+    xml: str
+    persistent_xml: str | None = None
+    name: str | None = None
+    live: bool = True
+    peer_to_peer: bool = False
+    persistent: bool = False
+    undefine_source: bool = False
+    suspend: bool = False
+    auto_converge: bool = False
+    tls: bool = False
+    tls_destination: str | None = None
+    parallel: int | None = None
+    listen_address: str | None = None
+    bandwidth: int | None = None
+
+    def flags(self) -> int:
+        """virDomainMigrateFlags. The disks are ours, which libvirt can't know: hence UNSAFE."""
+        module = libvirt()
+        chosen = {
+            module.VIR_MIGRATE_LIVE: self.live,
+            module.VIR_MIGRATE_PEER2PEER: self.peer_to_peer,
+            module.VIR_MIGRATE_PERSIST_DEST: self.persistent,
+            module.VIR_MIGRATE_UNDEFINE_SOURCE: self.undefine_source,
+            module.VIR_MIGRATE_PAUSED: self.suspend,
+            module.VIR_MIGRATE_AUTO_CONVERGE: self.auto_converge,
+            module.VIR_MIGRATE_TLS: self.tls,
+            module.VIR_MIGRATE_PARALLEL: self.parallel is not None,
+            module.VIR_MIGRATE_CHANGE_PROTECTION: True,
+            module.VIR_MIGRATE_UNSAFE: True,
+        }
+        return sum(flag for flag, wanted in chosen.items() if wanted)
+
+    def parameters(self) -> dict[str, Any]:
+        """Typed parameters of virDomainMigrate3."""
+        module = libvirt()
+        chosen = {
+            module.VIR_MIGRATE_PARAM_URI: self.uri,
+            module.VIR_MIGRATE_PARAM_DEST_XML: self.xml,
+            module.VIR_MIGRATE_PARAM_PERSIST_XML: self.persistent_xml,
+            module.VIR_MIGRATE_PARAM_DEST_NAME: self.name,
+            module.VIR_MIGRATE_PARAM_LISTEN_ADDRESS: self.listen_address,
+            module.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS: self.parallel,
+            module.VIR_MIGRATE_PARAM_TLS_DESTINATION: self.tls_destination,
+            # MiB a second; 0 would be no limit.
+            module.VIR_MIGRATE_PARAM_BANDWIDTH: None if self.bandwidth is None else max(1, self.bandwidth >> 20),
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
+
+
+class DomainMigration:
+    """A migration of `domain` under way; libvirt's two daemons do it, or undo it, together."""
+
+    def __init__(self, source: Connection, domain: Any, target: Connection, wish: Wish) -> None:
+        """Begin it. Must be called in a running event loop."""
+        self._source = source
+        self._domain = domain
+        flags, parameters = wish.flags(), wish.parameters()
+        if wish.peer_to_peer:
+            work = source.call(domain.migrateToURI3, target.uri, parameters, flags)
+        else:
+            work = source.call(domain.migrate3, target.handle, parameters, flags)
+        self._task: asyncio.Task[Any] = asyncio.create_task(work)
+
+    @property
+    def ended(self) -> bool:
+        """Whether libvirt has come to an end with it, either way."""
+        return self._task.done()
+
+    async def wait(self) -> None:
+        """Return when the guest is the destination's; cancelled, only the wait ends. Raises as `call` does."""
+        await asyncio.shield(self._task)
+
+    async def failed(self) -> BlkmigError | None:
+        """Wait for its end; why it failed, or None when the guest is the destination's."""
+        try:
+            await self.wait()
+        except (LibvirtError, ConnectionLost) as error:
+            return error
+        return None
+
+    async def abort(self) -> None:
+        """Tell libvirt to call it off; `failed` tells what came of it."""
+        if not self.ended:
+            with contextlib.suppress(LibvirtError, ConnectionLost):
+                await self._source.call(self._domain.abortJob)
+
+    async def passes(self) -> int:
+        """How often RAM has been passed over."""
+        with contextlib.suppress(LibvirtError):
+            statistics = await self._source.call(self._domain.jobStats)
+            return int(statistics.get(libvirt().VIR_DOMAIN_JOB_MEMORY_ITERATION, 0))
+        return 0
+
+
+@contextlib.asynccontextmanager
+async def starts_of(
+    connection: Connection, uuid: str, now: Callable[[], float]
+) -> AsyncIterator[Callable[[], float | None]]:
+    """Listen for the domain of this UUID to start to run; what is given tells when, by `now`, or None."""
+    module, loop = libvirt(), asyncio.get_running_loop()
+    started: list[float] = []
+
+    def on_event(_handle: Any, domain: Any, event: int, _detail: int, _opaque: Any) -> None:
+        if event == module.VIR_DOMAIN_EVENT_RESUMED and domain.UUIDString() == uuid:
+            loop.call_soon_threadsafe(lambda: started.append(now()))
+
+    number = await connection.call(
+        connection.handle.domainEventRegisterAny, None, module.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event, None
+    )
+    try:
+        yield lambda: started[0] if started else None
+    finally:
+        with contextlib.suppress(LibvirtError, ConnectionLost):
+            await connection.call(connection.handle.domainEventDeregisterAny, number)
