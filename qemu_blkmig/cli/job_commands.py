@@ -17,7 +17,8 @@ from qemu_blkmig.job import others
 from qemu_blkmig.job.control import Change
 from qemu_blkmig.job.history import note_end
 from qemu_blkmig.job.record import Job
-from qemu_blkmig.job.settle import DESTINATION_IS_OFF, settle, unsettled
+from qemu_blkmig.job.settle import DESTINATION_IS_OFF, settle
+from qemu_blkmig.job.settlement import unsettled
 from qemu_blkmig.job.standin import ask_to_leave
 from qemu_blkmig.job.status import RUNNING
 from qemu_blkmig.places import STATE_VARIABLE, state_directory

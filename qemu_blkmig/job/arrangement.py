@@ -75,7 +75,7 @@ class Arrangement:
 
 
 async def arrange(options: ManagedOptions, domain: Domain, source: Connection, target: Connection) -> Arrangement:
-    """TEMPORARY"""
+    """What the destination gets. Raises `Refused` where an image has no place, and what `Connection.call` raises."""
     module = libvirt()
     handle = await source.domain(domain.uuid)
     flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE

@@ -34,7 +34,8 @@ from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
-from qemu_blkmig.job.settle import Settlement, settle, unsettled
+from qemu_blkmig.job.settle import settle
+from qemu_blkmig.job.settlement import Settlement, unsettled
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.telling import Telling

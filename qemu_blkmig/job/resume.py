@@ -18,7 +18,8 @@ from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
-from qemu_blkmig.job.settle import settle, unsettled
+from qemu_blkmig.job.settle import settle
+from qemu_blkmig.job.settlement import unsettled
 from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.socket import SocketMonitor
 

@@ -19,7 +19,8 @@ import msgspec
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.job.history import note_end
 from qemu_blkmig.job.record import Job, read_record
-from qemu_blkmig.job.settle import Settlement, settle
+from qemu_blkmig.job.settle import settle
+from qemu_blkmig.job.settlement import Settlement
 
 LEAVE = signal.SIGUSR1
 FIRST_PAUSE = 1.0

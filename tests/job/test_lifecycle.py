@@ -14,7 +14,7 @@ from qemu_blkmig.errors import Undecided
 from qemu_blkmig.job import lifecycle
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.record import Job, Owner
-from qemu_blkmig.job.settle import Settlement
+from qemu_blkmig.job.settlement import Settlement
 from qemu_blkmig.places import STATE_VARIABLE
 
 

@@ -99,7 +99,7 @@ async def test_a_migration_that_begins_just_before_ours_is_told_and_goes_on(
     job.record.was_running = job.record.run_state_taken = job.record.migrating = True
     over: Any = Switchover.__new__(Switchover)
     over._job, over._guest, over._steering = job, QemuGuest(qemu.monitor), Steering(0.3, None)
-    over._engine = SimpleNamespace(figures=lambda: SimpleNamespace(predicted=None))
+    over._last = SimpleNamespace(left_for_ram=lambda: 0.3)
     with pytest.raises(GuestStateError, match="somebody else migrates"):
         await over._start(RamMigration(qemu.monitor, destination.monitor))
     await settle(job, qemu.monitor)

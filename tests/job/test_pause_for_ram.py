@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qemu_blkmig.cli.clock import RealClock
+from qemu_blkmig.job.last_round import LastRound
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.steering import Steering
@@ -74,9 +75,9 @@ async def test_what_the_pause_has_lasted_is_no_more_there_for_the_last_round(spe
     async def refresh() -> Any:
         return SimpleNamespace(pending=1 << 20, predicted=0.25)
 
-    over: Any = Switchover.__new__(Switchover)
-    over._options = SimpleNamespace(on_stall=OnStall.ABORT)
-    over._job = SimpleNamespace(record=SimpleNamespace(was_running=True))
-    over._engine, over._steering = SimpleNamespace(refresh=refresh), Steering(0.4, None)
-    over._clock = SimpleNamespace(now=lambda: 100.0 + spent)
-    assert await over._fits_now(100.0) is fits
+    job = SimpleNamespace(record=SimpleNamespace(was_running=True))
+    life: Any = SimpleNamespace(job=job, steering=Steering(0.4, None))
+    watch: Any = SimpleNamespace(clock=SimpleNamespace(now=lambda: 100.0 + spent))
+    connected: Any = SimpleNamespace(engine=SimpleNamespace(refresh=refresh), carriage=None, verification=None)
+    options = MigrateOptions(source="/s", target=Target(Local("/d"), qmp="/q"), on_stall=OnStall.ABORT)
+    assert await LastRound(life, options, watch, connected).fits(100.0) is fits

@@ -10,7 +10,7 @@ import pytest
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import resume
 from qemu_blkmig.job.record import Job, Owner
-from qemu_blkmig.job.settle import Settlement
+from qemu_blkmig.job.settlement import Settlement
 from qemu_blkmig.places import STATE_VARIABLE
 
 

@@ -12,7 +12,8 @@ import pytest
 from qemu_blkmig.destination import ownership
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.job.record import Job, Owner
-from qemu_blkmig.job.settle import Settlement, settle, unsettled
+from qemu_blkmig.job.settle import settle
+from qemu_blkmig.job.settlement import Settlement, unsettled
 from qemu_blkmig.job.source_images import Afterwards, SourceImage, leave_behind
 
 

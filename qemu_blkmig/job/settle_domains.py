@@ -1,0 +1,232 @@
+"""A domain of libvirt's is brought to rest, by the job's record and by what libvirt says of it on both hosts.
+
+What makes it safe: while the gate is closed nothing can start the guest at the destination, and libvirt gives it back
+at the source when the stream breaks off. Once it was opened, libvirt's own protocol decides (docs/decisions/024): the
+destination has the guest when libvirt there has finished; a domain there that still waits for that is destroyed before
+the guest may run at the source.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused
+from qemu_blkmig.job.peers import HostUnreachable, Unreachable, until
+from qemu_blkmig.job.record import Job, Managed, Owner
+from qemu_blkmig.job.settlement import Settlement, clean_source, give_back_limits
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+from qemu_blkmig.virt.monitor import PassthroughMonitor
+
+log = logging.getLogger(__name__)
+
+SETTLE = 20.0
+"""Seconds in which libvirt's own migration must come to an end, one way or the other."""
+REACH = 15.0
+"""Seconds in which a libvirt must answer."""
+
+
+class _State:
+    """What libvirt says of a domain: virDomainState and its reason; None where it does not run there."""
+
+    def __init__(self, told: tuple[int, int] | None) -> None:
+        module = libvirt()
+        self.active = told is not None and told[0] not in (module.VIR_DOMAIN_SHUTOFF, module.VIR_DOMAIN_CRASHED)
+        self.paused = told is not None and told[0] == module.VIR_DOMAIN_PAUSED
+        self.by_migration = self.paused and told is not None and told[1] == module.VIR_DOMAIN_PAUSED_MIGRATION
+        self.runs = self.active and not self.paused
+
+    @property
+    def arrived(self) -> bool:
+        """At the destination: whether libvirt has finished with its migration, so that the guest is there."""
+        return self.active and not self.by_migration
+
+
+class Domains:
+    """See `Sides`. `is_off`: a person says that the destination host is, or that the guest runs there no more."""
+
+    def __init__(self, job: Job, managed: Managed, *, is_off: bool) -> None:
+        self._job = job
+        self._managed = managed
+        self._is_off = is_off
+        self._near_end: Connection | None = None
+        self._far_end: Connection | None = None
+
+    async def decide(self, settlement: Settlement) -> Owner:
+        """See `Sides`."""
+        try:
+            far = await self._far()
+        except HostUnreachable:
+            if self._is_off and (await self._state(await self._near())).active:
+                return Owner.SOURCE
+            raise
+        near = await self._near()
+        await self._let_migration_end(near)
+
+        async def known() -> bool:
+            return not (await self._state(far)).by_migration
+
+        await until(known, SETTLE)
+        there = await self._state(far)
+        if there.arrived:
+            return Owner.DESTINATION
+        if not (await self._state(near)).active:
+            # libvirt ends it here only once it is finished there.
+            return Owner.DESTINATION
+        if there.active and not await self._destroy(far):
+            settlement.facts.append("the domain at the destination waits for its migration and could not be destroyed")
+            settlement.unreachable = self._by_hand()
+            return Owner.UNDECIDED
+        return Owner.SOURCE
+
+    async def return_to_source(self, settlement: Settlement) -> None:
+        """See `Sides`."""
+        near = await self._near()
+        if self._job.record.migrating:
+            await self._let_migration_end(near)
+            await self._destroy_what_waits()
+        state = await self._state(near)
+        if not state.active:
+            settlement.facts.append("the domain does not run at the source any more; its disks hold all that it wrote")
+            settlement.suspended = False
+            return
+        record = self._job.record
+        if record.run_state_taken and record.was_running and state.by_migration:
+            await near.call((await self._domain(near)).resume)
+            state = await self._state(near)
+        settlement.facts.append("the guest runs at the source" if state.runs else "the guest is at the source, paused")
+        monitor = await PassthroughMonitor.connect(near, await self._domain(near), "source QEMU")
+        try:
+            await give_back_limits(self._job, monitor, settlement)
+            await clean_source(self._job, monitor, settlement)
+        finally:
+            await monitor.close()
+
+    async def leave_to_destination(self, settlement: Settlement) -> None:
+        """See `Sides`."""
+        unreachable = None
+        state = _State(None)
+        try:
+            state = await self._state(await self._far())
+            settlement.ended = not state.active
+        except HostUnreachable as error:
+            settlement.decided, settlement.left_there = False, True
+            unreachable = f"{error}; the records of its images, and our sockets, are still to be put in order there"
+        if settlement.ended:
+            settlement.facts.append("the guest was handed over, and its domain has ended there since")
+        else:
+            settlement.facts.append(f"the guest {'is paused' if state.paused else 'runs'} at the destination")
+        settlement.facts += [unreachable] if unreachable else []
+        await self._end_at_source(settlement)
+
+    async def _end_at_source(self, settlement: Settlement) -> None:
+        """libvirt has ended it here, unless its client died just then: then it is left paused."""
+        near = await self._near()
+        state = await self._state(near)
+        if not state.active:
+            return
+        if state.paused and await self._destroy(near):
+            if self._managed.options.undefine_source:
+                await near.call((await self._domain(near)).undefine)
+            return
+        settlement.decided = settlement.left_there = False
+        settlement.facts.append("the domain is still there at the source; never resume it: it would run twice")
+        settlement.unreachable = self._by_hand()
+
+    async def source_is_over(self) -> bool:
+        """See `Sides`."""
+        return not (await self._state(await self._near())).active
+
+    async def close(self) -> None:
+        """See `Sides`."""
+        for connection in (self._near_end, self._far_end):
+            if connection is not None:
+                await connection.close()
+
+    async def _near(self) -> Connection:
+        if self._near_end is None:
+            try:
+                self._near_end = await _open(self._managed.options.source_uri, "the source's libvirt")
+            except BlkmigError as error:
+                raise Unreachable(str(error)) from error
+        return self._near_end
+
+    async def _far(self) -> Connection:
+        """Raises `HostUnreachable`."""
+        if self._far_end is None:
+            try:
+                self._far_end = await _open(self._managed.options.target_uri, "the destination's libvirt")
+            except BlkmigError as error:
+                raise HostUnreachable(str(error)) from error
+        return self._far_end
+
+    async def _domain(self, connection: Connection) -> Any:
+        return await connection.call(connection.handle.lookupByUUIDString, self._managed.uuid)
+
+    async def _state(self, connection: Connection) -> _State:
+        try:
+            state, reason = await connection.call((await self._domain(connection)).state)
+        except LibvirtError as error:
+            if error.code == libvirt().VIR_ERR_NO_DOMAIN:
+                return _State(None)
+            raise
+        return _State((state, reason))
+
+    async def _let_migration_end(self, near: Connection) -> None:
+        """Wait until libvirt has ended its migration here; one that does not end is called off."""
+
+        async def ended() -> bool:
+            try:
+                job = await near.call((await self._domain(near)).jobInfo)
+            except LibvirtError:
+                # It has gone with the domain.
+                return True
+            return bool(job[0] == libvirt().VIR_DOMAIN_JOB_NONE)
+
+        if not await until(ended, SETTLE):
+            try:
+                await near.call((await self._domain(near)).abortJob)
+            except LibvirtError as error:
+                log.warning("%s", error)
+            await until(ended, SETTLE)
+
+    async def _destroy_what_waits(self) -> None:
+        """A domain at the destination that still waits for a stream which has broken off; libvirt does it, too."""
+        try:
+            far = await self._far()
+            if (await self._state(far)).by_migration:
+                await self._destroy(far)
+        except BlkmigError as error:
+            log.warning("%s", error)
+
+    async def _destroy(self, connection: Connection) -> bool:
+        """True when it is gone."""
+        try:
+            await connection.call((await self._domain(connection)).destroy)
+        except LibvirtError as error:
+            log.warning("%s", error)
+
+        async def gone() -> bool:
+            return not (await self._state(connection)).active
+
+        return await until(gone, SETTLE)
+
+    def _by_hand(self) -> str:
+        options, name = self._managed.options, self._managed.name
+        near = f"virsh -c {options.source_uri}" if options.source_uri else "virsh"
+        return (
+            f"look at both: {near} domstate {name} --reason; virsh -c {options.target_uri} domstate "
+            f"{self._managed.name_there} --reason; destroy the one that is not to have the guest, then run: "
+            f"qemu-blkmig cleanup {self._job.record.job}"
+        )
+
+
+async def _open(uri: str | None, who: str) -> Connection:
+    try:
+        async with asyncio.timeout(REACH):
+            return await Connection.open(uri, who)
+    except TimeoutError:
+        raise Refused(f"{who} did not answer within {REACH:.0f} s") from None
+    except ConnectionLost as error:
+        raise Refused(str(error)) from error
