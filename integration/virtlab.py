@@ -151,3 +151,19 @@ class VirtLab:
         for disk in domain.disks:
             if not disk.read_only:
                 assert_records_sound(replace(disk, path=self.outside(disk.path, far=False)), domain.acked())
+
+    def assert_nothing_left(self) -> None:
+        """Assert that no job is left on hosta, no connection to hostb's sshd, and no socket of ours on either."""
+        left: list[str] = []
+
+        def clean() -> bool:
+            jobs = [str(path) for path in (self.hosts.near / "state").glob("*/record.json")]
+            connections = [f"connection {pid}" for pid in self.hosts.connections()]
+            sockets = [
+                str(path) for far in (False, True)
+                for path in self.outside(Path("/var/lib/libvirt/qemu"), far=far).glob("*blkmig*")
+            ]  # fmt: skip
+            left[:] = [*jobs, *connections, *sockets]
+            return not left
+
+        wait_until(clean, "everything of ours to be gone", 20, lambda: "; ".join(left))

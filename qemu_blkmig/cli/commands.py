@@ -15,7 +15,6 @@ from qemu_blkmig.cli import hook_commands, job_commands, options, resume_command
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import UsageError
-from qemu_blkmig.job.moment import Moment, parse_moment
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall, Target
 from qemu_blkmig.job.source_images import Afterwards
 from qemu_blkmig.observe.progress import progress
@@ -63,39 +62,10 @@ def _add_migrate(commands: Commands) -> None:
         default="quit",
         help="what becomes of the source QEMU after a success (default: quit)",
     )
-    parser.add_argument(
-        "--source-images",
-        choices=[choice.value for choice in Afterwards],
-        default="keep",
-        help="what becomes of the source's images once its QEMU has quit: keep (the default), rename to "
-        "NAME.moved-JOB, or delete; backing files always stay",
-    )
+    options.add_source_images(parser)
     options.add_selection(parser)
     convergence = options.add_convergence(parser)
-    convergence.add_argument(
-        "--on-stall",
-        choices=[choice.value for choice in OnStall],
-        default="abort",
-        help="if after --max-rounds the pause would still be longer than --downtime: give up, the guest stays (abort, "
-        "the default); pause it for as long as it takes (pause); go on trying (wait); slow its disk writes as far as "
-        "it takes, until it moves (throttle; reads are not slowed, and limits of its own come back)",
-    )
-    convergence.add_argument(
-        "--put-off",
-        choices=["yes", "no"],
-        default="yes",
-        help="what the guest writes all the time is copied last, as far as that fits the pause (yes, the default), or "
-        "again in every round (no)",
-    )
-    convergence.add_argument(
-        "--switchover",
-        type=options.argument(parse_moment),
-        default=Moment(),
-        metavar="WHEN",
-        help="when the guest moves: as soon as the pause fits --downtime (auto, the default); when told by "
-        "`qemu-blkmig switchover JOB` (manual), its disks being kept in step until then, for days if need be; or "
-        "at=TIME, such as at=02:30 or at=2030-01-31T02:30+01:00",
-    )
+    options.add_switchover(convergence)
     options.add_transfer(parser)
     options.add_data_path(parser)
     resume_command.add_retry(parser)

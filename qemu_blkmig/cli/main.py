@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import msgspec
@@ -52,11 +52,18 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 usage, 3 refused, 4 undecided, 5 differ, 128+n)."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    return run(parser, sys.argv[1:] if arguments is None else arguments)
+
+
+def run(make: Callable[[], argparse.ArgumentParser], given: Sequence[str]) -> int:
+    """Do what a command line of the program with this parser asks for; its exit code."""
     verbose = False
+    program = "qemu-blkmig"
     try:
-        options = parser().parse_args(given)
-        verbose = options.verbose
+        root = make()
+        program = root.prog
+        options = root.parse_args(given)
+        verbose = options.debug
         _set_up_logging(verbose=verbose)
         return int(options.run(options))
     except BlkmigError as error:
@@ -69,15 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             advice="please report it, with what --verbose shows; `qemu-blkmig jobs` tells whether a job was left",
         )
         failure.__cause__ = error
-    show_error(failure, verbose=verbose)
+    show_error(failure, verbose=verbose, program=program)
     if _wants_json(given):
         _print_json(failure)
     return failure.exit_code
 
 
-def show_error(error: BlkmigError, *, verbose: bool) -> None:
+def show_error(error: BlkmigError, *, verbose: bool, program: str = "qemu-blkmig") -> None:
     """What happened, how things stand now, what to do next: a line each, on stderr; with `verbose` its causes first."""
-    lines = [f"qemu-blkmig: {error}"]
+    lines = [f"{program}: {error}"]
     if error.state:
         lines.append(f"  now:  {error.state}")
     if error.advice:
@@ -134,7 +141,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("--version", action="version", version=f"qemu-blkmig {__version__}")
-    root.add_argument("-v", "--verbose", action="store_true", help="show causes and what is done in detail")
+    root.add_argument(
+        "-v", "--verbose", dest="debug", action="store_true", help="show causes and what is done in detail"
+    )
     commands.add_all(root.add_subparsers(title="commands", prog="qemu-blkmig", required=True, metavar="COMMAND"))
     return root
 

@@ -13,8 +13,10 @@ import msgspec
 from qemu_blkmig.errors import BlkmigError, UsageError
 from qemu_blkmig.hashing import SIZES, USUAL
 from qemu_blkmig.job.datapath import parse_data_path
-from qemu_blkmig.job.options import BaseCheck, Selection, Target, Transfer, Verify
+from qemu_blkmig.job.moment import Moment, parse_moment
+from qemu_blkmig.job.options import BaseCheck, OnStall, Selection, Target, Transfer, Verify
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
+from qemu_blkmig.job.source_images import Afterwards
 from qemu_blkmig.units import parse_rate, parse_size
 
 _T = TypeVar("_T")
@@ -53,8 +55,9 @@ def command(commands: Commands, name: str, what: str, usage: str, examples: str 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show causes and what is done in detail"
-    )
+        "-v", "--verbose", dest="debug", action="store_true", default=argparse.SUPPRESS,
+        help="show causes and what is done in detail",
+    )  # fmt: skip
     return parser
 
 
@@ -226,6 +229,45 @@ def add_convergence(parser: argparse.ArgumentParser) -> Any:
                        "completely while the guest is paused: that also proves that nothing was missed, but it is as "
                        "long as reading them takes. none: neither")  # fmt: skip
     return group
+
+
+def add_switchover(convergence: Any) -> None:
+    """When the guest moves, and what if its pause does not come to be short enough; `convergence`: the group."""
+    convergence.add_argument(
+        "--on-stall",
+        choices=[choice.value for choice in OnStall],
+        default="abort",
+        help="if after --max-rounds the pause would still be longer than --downtime: give up, the guest stays (abort, "
+        "the default); pause it for as long as it takes (pause); go on trying (wait); slow its disk writes as far as "
+        "it takes, until it moves (throttle; reads are not slowed, and limits of its own come back)",
+    )
+    convergence.add_argument(
+        "--put-off",
+        choices=["yes", "no"],
+        default="yes",
+        help="what the guest writes all the time is copied last, as far as that fits the pause (yes, the default), or "
+        "again in every round (no)",
+    )
+    convergence.add_argument(
+        "--switchover",
+        type=argument(parse_moment),
+        default=Moment(),
+        metavar="WHEN",
+        help="when the guest moves: as soon as the pause fits --downtime (auto, the default); when told by "
+        "`qemu-blkmig switchover JOB` (manual), its disks being kept in step until then, for days if need be; or "
+        "at=TIME, such as at=02:30 or at=2030-01-31T02:30+01:00",
+    )
+
+
+def add_source_images(parser: argparse.ArgumentParser) -> None:
+    """What becomes of the source's images."""
+    parser.add_argument(
+        "--source-images",
+        choices=[choice.value for choice in Afterwards],
+        default="keep",
+        help="what becomes of the source's images once its QEMU has quit: keep (the default), rename to "
+        "NAME.moved-JOB, or delete; backing files always stay",
+    )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

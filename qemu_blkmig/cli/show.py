@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qemu_blkmig.units import show_bytes, show_rate, show_seconds
 
 if TYPE_CHECKING:
     from qemu_blkmig.demo.run import DemoResult
-    from qemu_blkmig.job.check import CheckResult
+    from qemu_blkmig.job.check import CheckedDisk, CheckResult
+    from qemu_blkmig.job.managed_check import DomainCheck
     from qemu_blkmig.job.result import DiskResult, Result
 
 VERIFIED = {
@@ -48,17 +50,30 @@ def result(outcome: Result) -> str:
     return "\n".join(lines)
 
 
+def checked_domain(outcome: DomainCheck) -> str:
+    """What `virsh-blkmigrate --dry-run` found."""
+    left = [f"disk {disk.target} is left alone: {disk.why}" for disk in outcome.left_alone]
+    xml = [] if outcome.xml is None else ["the domain's XML for the destination:", outcome.xml.rstrip()]
+    return "\n".join([*_disks(outcome.disks), *left, *xml, *_verdict(outcome)])
+
+
 def checked(outcome: CheckResult) -> str:
     """What `check` found."""
-    lines = [
+    return "\n".join([*_disks(outcome.disks), *_verdict(outcome)])
+
+
+def _disks(disks: Sequence[CheckedDisk]) -> list[str]:
+    return [
         f"disk {disk.name}: {disk.source} -> {disk.destination or '?'} ({disk.format}, "
         f"{show_bytes(disk.virtual_size)} virtual)"
-        for disk in outcome.disks
+        for disk in disks
     ]
-    lines += [f"problem: {problem}" for problem in outcome.problems]
+
+
+def _verdict(outcome: CheckResult | DomainCheck) -> list[str]:
+    lines = [f"problem: {problem}" for problem in outcome.problems]
     lines += [f"note: {warning}" for warning in outcome.warnings]
-    lines.append("ready" if outcome.ready else "not ready: nothing was touched")
-    return "\n".join(lines)
+    return [*lines, "ready" if outcome.ready else "not ready: nothing was touched"]
 
 
 def demo(outcome: DemoResult) -> str:

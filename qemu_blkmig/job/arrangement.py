@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.plan import Placed
 from qemu_blkmig.virt.connection import Connection, libvirt
 from qemu_blkmig.virt.domain import Domain, rewritten
 
@@ -70,8 +71,14 @@ class Arrangement:
     paths: Mapping[str, str]
     xml: str
     persistent_xml: str | None
+    left_alone: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def placed(self, domain: Domain) -> dict[str, Placed]:
+        """Where the images go, by the ids that the disks' devices have in the QEMU of the running `domain`."""
+        aliases = {disk.target: disk.alias for disk in domain.disks}
+        return {aliases[target] or "": Placed(target, path) for target, path in self.paths.items()}
 
 
 async def arrange(options: ManagedOptions, domain: Domain, source: Connection, target: Connection) -> Arrangement:

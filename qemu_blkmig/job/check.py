@@ -51,21 +51,25 @@ async def check(source: str, target: Target, selection: Selection) -> CheckResul
         problems += [*plan.problems, *others]
     except BlkmigError as error:
         problems.append(str(error))
-    if (trouble := _state_directory_trouble()) is not None:
+    if (trouble := state_directory_trouble()) is not None:
         problems.append(trouble)
-    images = plan.images if plan else {}
-    disks = [
+    disks = checked_disks(plan) if plan else []
+    return CheckResult(not problems, disks, problems, list(plan.warnings) if plan else [])
+
+
+def checked_disks(plan: Plan) -> list[CheckedDisk]:
+    """The disks that would be migrated."""
+    return [
         CheckedDisk(
             name=disk.name,
             source=disk.filename,
-            destination=images[disk.name].path if disk.name in images else "",
+            destination=plan.images[disk.name].path if disk.name in plan.images else "",
             format=disk.format,
             virtual_size=disk.size,
             allocated=disk.allocated,
         )
-        for disk in (plan.disks if plan else ())
+        for disk in plan.disks
     ]
-    return CheckResult(not problems, disks, problems, list(plan.warnings) if plan else [])
 
 
 async def _plan(source: str, target: Target, selection: Selection) -> tuple[Plan, list[str]]:
@@ -95,7 +99,8 @@ async def _program_missing(agent: AgentClient, target: Target) -> list[str]:
     return [f"the --launch command's program {reply.missing} is not there"] if reply.missing else []
 
 
-def _state_directory_trouble() -> str | None:
+def state_directory_trouble() -> str | None:
+    """Why no job could be kept here, in words."""
     directory = state_directory()
     for place in (directory, *directory.parents):
         if place.exists():

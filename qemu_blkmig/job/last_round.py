@@ -35,6 +35,8 @@ class LastRound:
         self._carriage = connected.carriage
         self._verification = connected.verification
         self._policy = Policy(downtime=0.0, max_rounds=None, put_off=options.put_off)
+        self.may_last = options.on_stall is OnStall.PAUSE
+        """Whether the guest may stand still for as long as it takes."""
 
     async def aim(self) -> None:
         """Go by the downtime in force, from now on."""
@@ -76,7 +78,7 @@ class LastRound:
         """With the guest paused since `paused`: whether what is dirty fits what is left of the downtime, if it ran."""
         figures = await self._engine.refresh()
         left = self._steering.downtime - (self._clock.now() - paused)
-        may_last = self._options.on_stall is OnStall.PAUSE or not self._life.job.record.was_running
+        may_last = self.may_last or not self._life.job.record.was_running
         return may_last or not figures.pending or (figures.predicted or 0.0) <= left
 
     async def complete(self) -> None:

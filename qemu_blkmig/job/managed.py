@@ -5,22 +5,22 @@ Phases as in `migrate`; then what `managed_switchover` tells of. docs/architectu
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.arrangement import Arrangement, arrange
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import Connected, connect
+from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.managed_switchover import ManagedSwitchover
 from qemu_blkmig.job.options import OnStall
-from qemu_blkmig.job.plan import Placed, Plan, Planner
+from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.record import Job, Managed
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
@@ -28,12 +28,7 @@ from qemu_blkmig.job.rounds import Rounds
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.qmp.throttle import check_can_throttle
-from qemu_blkmig.virt.connection import Connection
-from qemu_blkmig.virt.domain import Domain
 from qemu_blkmig.virt.monitor import PassthroughMonitor
-
-SOURCE = "the source's libvirt"
-TARGET = "the destination's libvirt"
 
 
 async def migrate_managed(
@@ -48,28 +43,6 @@ async def migrate_managed(
         life = await stack.enter_async_context(Lifecycle(reporter, interrupts, steering, suspended))
         run = _Run(life, options, interrupts, clock, stack)
         return await life.conduct(run.whole())
-
-
-@dataclass(frozen=True)
-class Ends:
-    """A domain, and the libvirts that it goes from and to; `handle` is libvirt's own."""
-
-    source: Connection
-    target: Connection
-    handle: Any
-    domain: Domain
-
-    @classmethod
-    async def open(cls, options: ManagedOptions, stack: contextlib.AsyncExitStack) -> Ends:
-        """Connect to both; they are closed with `stack`. Raises `Refused`, also where there is no such domain."""
-        source = await Connection.open(options.source_uri, SOURCE)
-        stack.push_async_callback(source.close)
-        target = await Connection.open(options.target_uri, TARGET)
-        stack.push_async_callback(target.close)
-        handle = await source.domain(options.domain)
-        if not await source.call(handle.isActive):
-            raise Refused(f"domain {options.domain} does not run", advice="virsh-blkmigrate --offline moves such a one")
-        return cls(source, target, handle, Domain.parse(await source.call(handle.XMLDesc)))
 
 
 class _Run:
@@ -101,8 +74,21 @@ class _Run:
             self._life, self._options, self._interrupts, self._watch, self._connected, self._ends, self._arrangement,
             self._rounds.converge,
         )  # fmt: skip
-        downtime = await self._rounds.lead_to(over.run)
+        timer = asyncio.create_task(self._time_out(over))
+        try:
+            downtime = await self._rounds.lead_to(over.run)
+        finally:
+            timer.cancel()
         return self._result(downtime)
+
+    async def _time_out(self, over: ManagedSwitchover) -> None:
+        """`--timeout`: when it has passed, the guest is paused as soon as its disks have been passed over once."""
+        if self._options.timeout is None:
+            return
+        await self._clock.sleep(self._options.timeout)
+        self._reporter.note("--timeout has passed: the guest is paused until it has moved")
+        self._rounds.hurry()
+        await over.hurry()
 
     async def _prepare(self) -> None:
         options, life, record = self._options, self._life, self._job.record
@@ -113,8 +99,7 @@ class _Run:
         life.adopt_source(monitor)
         agent = await life.start_agent(options.place)
         self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target)
-        aliases = {disk.target: disk.alias for disk in domain.disks}
-        placed = {aliases[target] or "": Placed(target, path) for target, path in self._arrangement.paths.items()}
+        placed = self._arrangement.placed(domain)
         planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)
         self._plan: Plan = await planner.plan(monitor, None, record.prefix, with_ram=True)
         if problems := [*self._arrangement.problems, *self._plan.problems]:

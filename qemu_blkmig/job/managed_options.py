@@ -44,6 +44,7 @@ class ManagedOptions:
     suspend: bool = False
     auto_converge: bool = False
     tls: bool = False
+    tls_destination: str | None = None
     parallel: int | None = None
     abort_on_error: bool = False
     dname: str | None = None

@@ -13,13 +13,13 @@ import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from qemu_blkmig.destination.protocol import Domain as Named
 from qemu_blkmig.destination.protocol import Expect
 from qemu_blkmig.errors import BlkmigError, MigrationError, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.connected import Connected
+from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.gateway import Gateway, gateway
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.last_round import PATIENCE, LastRound
@@ -33,8 +33,6 @@ from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.result import Downtime
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import EventStream
-from qemu_blkmig.virt.connection import Connection
-from qemu_blkmig.virt.domain import Domain
 from qemu_blkmig.virt.gate import Gate
 from qemu_blkmig.virt.migration import DomainMigration, Wish, starts_of
 
@@ -46,19 +44,6 @@ RAM_POLL = 0.5
 """Seconds between two looks at how often RAM has been passed over."""
 AT_THE_PAUSE = ("pre-switchover", "device", "completed")
 """What QEMU says of its migration from when it has paused the guest (MIGRATION events)."""
-
-
-class Ends(Protocol):
-    """See `managed.Ends`."""
-
-    @property
-    def source(self) -> Connection: ...
-    @property
-    def target(self) -> Connection: ...
-    @property
-    def handle(self) -> Any: ...
-    @property
-    def domain(self) -> Domain: ...
 
 
 @dataclass(frozen=True)
@@ -103,6 +88,7 @@ class ManagedSwitchover:
         self._arrangement = arrangement
         self._converge = converge
         self._last = LastRound(life, options, watch, connected)
+        self._moving = False
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
@@ -134,11 +120,15 @@ class ManagedSwitchover:
         with self._life.source.events("MIGRATION") as events:
             gate = Gate(way.listener, way.connect)
             migration = DomainMigration(self._ends.source, self._ends.handle, self._ends.target, wish)
+            self._moving = True
             try:
+                if self._last.may_last:
+                    await self._suspend()
                 yield _Passage(migration, gate, events)
             except (BlkmigError, asyncio.CancelledError) as error:
                 raise await self._reason(error, migration, gate) from error
             finally:
+                self._moving = False
                 if not migration.ended:
                     gate.drop()
                     await migration.failed()
@@ -160,8 +150,8 @@ class ManagedSwitchover:
         return Wish(
             uri=way.uri, xml=there.xml, persistent_xml=there.persistent_xml, name=options.dname, live=options.live,
             peer_to_peer=options.peer_to_peer, persistent=options.persistent, undefine_source=options.undefine_source,
-            suspend=options.suspend, auto_converge=options.auto_converge, tls=options.tls,
-            tls_destination=way.host if options.tls else None, parallel=options.parallel,
+            suspend=options.suspend, abort_on_error=options.abort_on_error, auto_converge=options.auto_converge, tls=options.tls,
+            tls_destination=(options.tls_destination or way.host) if options.tls else None, parallel=options.parallel,
             listen_address=options.listen_address, bandwidth=limit,
         )  # fmt: skip
 
@@ -196,6 +186,12 @@ class ManagedSwitchover:
             raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}; the guest is paused until it has (--on-stall pause)")
         await self._suspend()
+
+    async def hurry(self) -> None:
+        """The guest may stand still for as long as it takes, and does from now on if its RAM is on the way."""
+        self._last.may_last = True
+        if self._moving:
+            await self._suspend()
 
     async def _suspend(self) -> None:
         """libvirt resumes it at the destination, or here when nothing comes of it (as virsh's --timeout-suspend)."""

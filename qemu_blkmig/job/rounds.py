@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
@@ -53,6 +54,7 @@ class Rounds:
         self._engine = connected.engine
         max_rounds = None if options.on_stall is OnStall.WAIT else options.max_rounds
         self._policy = Policy(downtime=0.0, max_rounds=max_rounds, put_off=options.put_off)
+        self._hurried = False
         self.brake = Brake(life, disks, options.transfer.granularity, self._clock)
 
     async def lead_to(self, switch_over: Callable[[], Awaitable[Downtime | None]]) -> Downtime | None:
@@ -76,6 +78,11 @@ class Rounds:
                 else:
                     await self.converge()
                 return await switch_over()
+
+    def hurry(self) -> None:
+        """The next round is the last one, however long the guest stands still for it."""
+        self._policy.downtime = math.inf
+        self._hurried = True
 
     async def _wait_for_word(self) -> None:
         """Keep the disks in step until somebody says that the guest may move, and the last round fits then."""
@@ -104,6 +111,8 @@ class Rounds:
         self._life.steering.switchover.set()
 
     async def _follow(self) -> None:
+        if self._hurried:
+            return
         """The rounds aim at the downtime in force."""
         self._policy.downtime = disks_budget(self._options, self._life.steering.downtime)
 

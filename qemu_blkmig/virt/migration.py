@@ -33,6 +33,7 @@ class Wish:
     undefine_source: bool = False
     suspend: bool = False
     auto_converge: bool = False
+    abort_on_error: bool = False
     tls: bool = False
     tls_destination: str | None = None
     parallel: int | None = None
@@ -51,6 +52,7 @@ class Wish:
             module.VIR_MIGRATE_AUTO_CONVERGE: self.auto_converge,
             module.VIR_MIGRATE_TLS: self.tls,
             module.VIR_MIGRATE_PARALLEL: self.parallel is not None,
+            module.VIR_MIGRATE_ABORT_ON_ERROR: self.abort_on_error,
             module.VIR_MIGRATE_CHANGE_PROTECTION: True,
             module.VIR_MIGRATE_UNSAFE: True,
         }

@@ -1,0 +1,46 @@
+"""A domain that runs here, and the libvirts that it goes from and to."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.virt.connection import Connection
+from qemu_blkmig.virt.domain import Domain
+
+SOURCE = "the source's libvirt"
+TARGET = "the destination's libvirt"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """`handle` is the binding's own domain, at the source."""
+
+    source: Connection
+    target: Connection
+    handle: Any
+    domain: Domain
+
+    @classmethod
+    async def open(cls, options: ManagedOptions, stack: contextlib.AsyncExitStack) -> Ends:
+        """Connect to both; they are closed with `stack`.
+
+        Raises `Refused`, also where there is no such domain or it does not run, and what `Connection.call` raises.
+        """
+        source = await Connection.open(options.source_uri, SOURCE)
+        stack.push_async_callback(source.close)
+        if urlsplit(source.uri).hostname:
+            raise Refused(
+                f"{source.uri} is another host's libvirt, and the disks are read on the host where the domain runs",
+                advice="run virsh-blkmigrate on that host",
+            )
+        handle = await source.domain(options.domain)
+        if not await source.call(handle.isActive):
+            raise Refused(f"domain {options.domain} does not run", advice=f"virsh start {options.domain}")
+        target = await Connection.open(options.target_uri, TARGET)
+        stack.push_async_callback(target.close)
+        return cls(source, target, handle, Domain.parse(await source.call(handle.XMLDesc)))

@@ -1,0 +1,86 @@
+"""`virsh-blkmigrate --dry-run`: everything that would fail for a domain, all at once, before anything is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from qemu_blkmig.errors import BlkmigError
+from qemu_blkmig.job.arrangement import Arrangement, arrange
+from qemu_blkmig.job.check import CheckedDisk, checked_disks, state_directory_trouble
+from qemu_blkmig.job.ends import Ends
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.place import host_of
+from qemu_blkmig.job.plan import Plan, Planner
+from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.virt.monitor import PassthroughMonitor
+
+
+class LeftAlone(msgspec.Struct, frozen=True):
+    """A disk, by its target, that is not migrated, and why."""
+
+    target: str
+    why: str
+
+
+class DomainCheck(msgspec.Struct, frozen=True):
+    """`ready`: a migration would start. `problems`: why not; `warnings`: what should be known.
+
+    `xml`: what the destination's libvirt would get; `persistent_xml`: what would be defined there.
+    """
+
+    ready: bool
+    domain: str
+    disks: list[CheckedDisk]
+    left_alone: list[LeftAlone]
+    problems: list[str]
+    warnings: list[str]
+    xml: str | None
+    persistent_xml: str | None
+
+
+async def check_managed(options: ManagedOptions) -> DomainCheck:
+    """Look at both sides and touch nothing. Problems are collected, not raised."""
+    problems: list[str] = []
+    plan: Plan | None = None
+    arrangement: Arrangement | None = None
+    try:
+        libnbd()
+        async with contextlib.AsyncExitStack() as stack:
+            ends = await Ends.open(options, stack)
+            arrangement = await arrange(options, ends.domain, ends.source, ends.target)
+            problems += arrangement.problems
+            plan = await _plan(options, ends, arrangement, stack)
+            problems += plan.problems
+    except BlkmigError as error:
+        problems.append(f"{error}{f': {error.advice}' if error.advice else ''}")
+    if (trouble := state_directory_trouble()) is not None:
+        problems.append(trouble)
+    warnings = [*(arrangement.warnings if arrangement else ()), *(plan.warnings if plan else ())]
+    return DomainCheck(
+        ready=not problems,
+        domain=options.domain,
+        disks=checked_disks(plan) if plan else [],
+        left_alone=[LeftAlone(*each) for each in arrangement.left_alone] if arrangement else [],
+        problems=problems,
+        warnings=warnings,
+        xml=arrangement.xml if arrangement else None,
+        persistent_xml=arrangement.persistent_xml if arrangement else None,
+    )
+
+
+async def _plan(
+    options: ManagedOptions, ends: Ends, arrangement: Arrangement, stack: contextlib.AsyncExitStack
+) -> Plan:
+    monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
+    stack.push_async_callback(monitor.close)
+    runtime = stack.enter_context(tempfile.TemporaryDirectory(prefix="blkmig-check-"))
+    host = host_of(options.place, Path(runtime))
+    stack.push_async_callback(host.close)
+    agent = await host.start_agent()
+    stack.push_async_callback(agent.close)
+    planner = Planner(agent, options.selection, Path("/"), placed=arrangement.placed(ends.domain))
+    return await planner.plan(monitor, None, "blkmig-(none)", with_ram=True)
