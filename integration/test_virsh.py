@@ -1,4 +1,4 @@
-"""virsh-blkmigrate between two real libvirtd: the guest writes all the time, and arrives, or stays, with every write."""
+"""virsh-blkmigrate between two real libvirtd: guests that write all the time arrive, or stay, with every write."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ REFUSED = {
     "--postcopy-resume": "see --postcopy",
     "--timeout-postcopy": "see --postcopy; --timeout-suspend is what --timeout does",
     "--tunnelled": "libvirt's own connection would carry the stream past our gate; ours, through ssh, is as safe",
-    "--copy-storage-synchronous-writes": "the disks are copied by rounds; for a guest that writes faster than its disks "
-    "are copied there is --on-stall throttle",
+    "--copy-storage-synchronous-writes": "the disks are copied by rounds; a guest that writes faster than that is "
+    "slowed by --on-stall throttle",
     "--compressed": "compression of RAM is not offered",
     "--rdma-pin-all": "the stream must pass our gate, which speaks TCP and unix sockets",
     "--zerocopy": "the stream must pass our gate",
@@ -60,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
     root = Parser(
         prog="virsh-blkmigrate",
         usage="%(prog)s [-c URI] DOMAIN DESTURI [options]\n       %(prog)s --resume JOB",
-        description="Moves a running domain of libvirt's with its local disks to another host, as `virsh migrate` does. "
-        "Its disks are copied by qemu-blkmig, and proven equal before the guest runs there.",
+        description="Moves a running domain of libvirt's with its local disks to another host, as `virsh migrate` "
+        "does. Its disks are copied by qemu-blkmig, and proven equal before the guest runs there.",
         epilog=f"""\
 examples:
   virsh-blkmigrate web1 qemu+ssh://hostb/system --persistent --undefinesource --verbose

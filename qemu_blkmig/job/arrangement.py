@@ -90,7 +90,5 @@ async def arrange(options: ManagedOptions, domain: Domain, source: Connection, t
     xml = options.xml or await source.call(handle.XMLDesc, flags)
     persistent = None
     if options.persistent:
-        persistent = rewritten(
-            await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE), paths, options.dname
-        )
-    return Arrangement(paths, rewritten(xml, paths, options.dname), persistent)
+        persistent = rewritten(await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE), paths)
+    return Arrangement(paths, rewritten(xml, paths), persistent)

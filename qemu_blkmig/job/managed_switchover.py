@@ -88,7 +88,8 @@ class ManagedSwitchover:
         self._arrangement = arrangement
         self._converge = converge
         self._last = LastRound(life, options, watch, connected)
-        self._moving = False
+        self._last.may_last |= not options.live
+        self._moving = self._hurried = False
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
@@ -122,7 +123,7 @@ class ManagedSwitchover:
             migration = DomainMigration(self._ends.source, self._ends.handle, self._ends.target, wish)
             self._moving = True
             try:
-                if self._last.may_last:
+                if self._hurried:
                     await self._suspend()
                 yield _Passage(migration, gate, events)
             except (BlkmigError, asyncio.CancelledError) as error:
@@ -150,7 +151,8 @@ class ManagedSwitchover:
         return Wish(
             uri=way.uri, xml=there.xml, persistent_xml=there.persistent_xml, name=options.dname, live=options.live,
             peer_to_peer=options.peer_to_peer, persistent=options.persistent, undefine_source=options.undefine_source,
-            suspend=options.suspend, abort_on_error=options.abort_on_error, auto_converge=options.auto_converge, tls=options.tls,
+            suspend=options.suspend, abort_on_error=options.abort_on_error, auto_converge=options.auto_converge,
+            tls=options.tls,
             tls_destination=(options.tls_destination or way.host) if options.tls else None, parallel=options.parallel,
             listen_address=options.listen_address, bandwidth=limit,
         )  # fmt: skip
@@ -189,7 +191,7 @@ class ManagedSwitchover:
 
     async def hurry(self) -> None:
         """The guest may stand still for as long as it takes, and does from now on if its RAM is on the way."""
-        self._last.may_last = True
+        self._last.may_last = self._hurried = True
         if self._moving:
             await self._suspend()
 

@@ -111,10 +111,9 @@ class Rounds:
         self._life.steering.switchover.set()
 
     async def _follow(self) -> None:
-        if self._hurried:
-            return
         """The rounds aim at the downtime in force."""
-        self._policy.downtime = disks_budget(self._options, self._life.steering.downtime)
+        if not self._hurried:
+            self._policy.downtime = disks_budget(self._options, self._life.steering.downtime)
 
     async def converge(self) -> None:
         """Rounds until the last one would fit. Raises `Stalled` when it does not and the user wants no more."""
