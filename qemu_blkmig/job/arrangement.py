@@ -1,16 +1,27 @@
-"""What the destination of a libvirt-managed domain will be: where the image of each of its disks goes."""
+"""What the destination of a libvirt-managed domain will be: its XML, where the image of each of its disks goes, and
+all that would fail there.
+
+Not its UEFI variables, nor the state of its emulated TPM: QEMU carries both along with RAM, and writes them at the
+destination (seen on libvirt 9.0 with QEMU 7.2 and swtpm 0.7: files equal, also over older ones).
+"""
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.plan import Placed
+from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, lacks, missing, same_daemon, used_by_others
 from qemu_blkmig.virt.connection import Connection, libvirt
-from qemu_blkmig.virt.domain import Domain, rewritten
+from qemu_blkmig.virt.departure import hindrances, taken_along
+from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, nvram_of, rewritten
+from qemu_blkmig.virt.sharedfs import shared_file_system
+from qemu_blkmig.virt.storage import pool_directory, volume_path
 
 
 def image_paths(
@@ -81,14 +92,118 @@ class Arrangement:
         return {aliases[target] or "": Placed(target, path) for target, path in self.paths.items()}
 
 
-async def arrange(options: ManagedOptions, domain: Domain, source: Connection, target: Connection) -> Arrangement:
-    """What the destination gets. Raises `Refused` where an image has no place, and what `Connection.call` raises."""
+async def arrange(
+    options: ManagedOptions, domain: Domain, source: Connection, target: Connection, agent: AgentClient
+) -> Arrangement:
+    """What the destination gets, and all that its libvirt, or the source's, would refuse of it.
+
+    Raises `Refused` where an image has no place, and what `Connection.call` raises.
+    """
     module = libvirt()
+    if await same_daemon(source, target):
+        raise Refused(f"{source.uri} and {target.uri} are the same host's libvirt")
     handle = await source.domain(domain.uuid)
+    domain = await chosen(domain, options, source)
+    given = None if options.xml is None else Domain.parse(options.xml)
+    pool = None if options.pool is None else await pool_directory(target, options.pool)
+    paths = image_paths(domain, options.paths, given, pool)
     flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
-    paths = image_paths(domain, options.paths)
-    xml = options.xml or await source.call(handle.XMLDesc, flags)
+    xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths)
+    name = options.dname or domain.name
+    problems = [
+        *await hindrances(source, handle, domain.xml),
+        *await conflicts(target, domain.uuid, name),
+        *await lacks(target, Domain.parse(xml), domain),
+        *await missing(target, xml),
+        *await used_by_others(target, domain.uuid, paths),
+        *await absent_files(agent, xml, paths),
+        *(differing(given, domain, "--xml") if given else ()),
+    ]
+    warnings = [*taken_along(domain.xml)]
     persistent = None
     if options.persistent:
-        persistent = rewritten(await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE), paths)
-    return Arrangement(paths, rewritten(xml, paths), persistent)
+        own = await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE)
+        persistent, told, trouble = _persistent(options, domain, own, paths)
+        warnings += told
+        problems += trouble
+    if await is_defined(target, domain.uuid):
+        fate = "that definition is replaced" if options.persistent else "that definition stays as it is"
+        warnings.append(f"the domain is defined at the destination already: {fate}")
+    left = tuple((disk.target, disk.left_alone) for disk in domain.disks if disk.left_alone is not None)
+    return Arrangement(paths, xml, persistent, left, tuple(problems), tuple(warnings))
+
+
+async def chosen(domain: Domain, options: ManagedOptions, source: Connection) -> Domain:
+    """The domain with the paths of disks that its XML names by pool and volume; left alone are also those on shared
+    storage, unless they are named, and those that are not chosen.
+
+    Raises `Refused` where --migrate-disks names none of its disks, or one that cannot be migrated.
+    """
+    wanted = options.selection.disks
+    reasons = {disk.target: disk.left_alone for disk in domain.disks}
+    for target in wanted or ():
+        if target not in reasons:
+            raise Refused(f"the domain has no disk {target} (it has: {', '.join(reasons) or 'none'})", disk=target)
+        if (why := reasons[target]) is not None:
+            raise Refused(f"it is chosen by --migrate-disks, but cannot be migrated: {why}", disk=target)
+    named = {*(wanted or ()), *options.paths}
+    disks = [await _as_chosen(disk, wanted, named, source) for disk in domain.disks]
+    return replace(domain, disks=tuple(disks))
+
+
+async def _as_chosen(
+    disk: DomainDisk, wanted: tuple[str, ...] | None, named: set[str], source: Connection
+) -> DomainDisk:
+    if disk.left_alone is not None:
+        return disk
+    if wanted is not None and disk.target not in wanted:
+        return replace(disk, left_alone="it is not chosen by --migrate-disks")
+    if disk.volume is not None:
+        disk = replace(disk, path=await volume_path(source, *disk.volume))
+    if disk.path is not None and disk.target not in named and (kind := shared_file_system(disk.path)) is not None:
+        return replace(disk, left_alone=f"it is on shared storage ({kind}); --migrate-disks or --disk has it copied")
+    return disk
+
+
+def _persistent(
+    options: ManagedOptions, domain: Domain, own: str, paths: Mapping[str, str]
+) -> tuple[str, list[str], list[str]]:
+    """The XML that is to be defined, warnings, problems."""
+    parsed = Domain.parse(options.persistent_xml or own)
+    has = {disk.target: disk for disk in parsed.disks}
+    if options.persistent_xml is not None:
+        problems = [*differing(parsed, Domain.parse(own), "--persistent-xml")]
+        problems += [
+            f"disk {target}: --persistent-xml says {has[target].path}, but its image will be {path}"
+            for target, path in paths.items()
+            if target in has and has[target].path not in (None, path)
+        ]
+        return options.persistent_xml, [], problems
+    running = {disk.target for disk in domain.disks}
+    warnings = [
+        f"disk {disk.target} is in the definition only, not in the running domain: its image is not copied"
+        for disk in parsed.disks
+        if disk.target not in running and disk.left_alone is None
+    ]
+    return rewritten(own, {target: path for target, path in paths.items() if target in has}), warnings, []
+
+
+async def absent_files(agent: AgentClient, xml: str, paths: Mapping[str, str]) -> list[str]:
+    """What it uses besides its images, and is not there: kernel, firmware, bridges, what disks left alone lie in."""
+    needed = {path: what for path, what in files_needed(xml).items() if path not in paths.values()}
+    problems = []
+    for path, what in needed.items():
+        if not await _is_there(agent, path):
+            problems.append(f"{what}: {path} is not there at the destination; --xml can name another")
+    template, nvram = nvram_of(xml)
+    if template and nvram and not await _is_there(agent, nvram) and not await _is_there(agent, template):
+        problems.append(f"the template of its UEFI variables, {template}, is not there at the destination")
+    return problems
+
+
+async def _is_there(agent: AgentClient, path: str) -> bool:
+    """What is out of a confined agent's bounds, so that nobody knows, counts as there."""
+    try:
+        return (await agent.expect(Files([path]), FilesReply)).ids[0] is not None
+    except Refused:
+        return True

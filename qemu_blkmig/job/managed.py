@@ -98,7 +98,7 @@ class _Run:
         monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
         life.adopt_source(monitor)
         agent = await life.start_agent(options.place)
-        self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target)
+        self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target, agent)
         placed = self._arrangement.placed(domain)
         planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)
         self._plan: Plan = await planner.plan(monitor, None, record.prefix, with_ram=True)

@@ -16,6 +16,7 @@ from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.monitor import PassthroughMonitor
 
 
@@ -51,9 +52,10 @@ async def check_managed(options: ManagedOptions) -> DomainCheck:
         libnbd()
         async with contextlib.AsyncExitStack() as stack:
             ends = await Ends.open(options, stack)
-            arrangement = await arrange(options, ends.domain, ends.source, ends.target)
+            agent = await _agent(options, stack)
+            arrangement = await arrange(options, ends.domain, ends.source, ends.target, agent)
             problems += arrangement.problems
-            plan = await _plan(options, ends, arrangement, stack)
+            plan = await _plan(options, ends, arrangement, agent, stack)
             problems += plan.problems
     except BlkmigError as error:
         problems.append(f"{error}{f': {error.advice}' if error.advice else ''}")
@@ -72,15 +74,19 @@ async def check_managed(options: ManagedOptions) -> DomainCheck:
     )
 
 
-async def _plan(
-    options: ManagedOptions, ends: Ends, arrangement: Arrangement, stack: contextlib.AsyncExitStack
-) -> Plan:
-    monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
-    stack.push_async_callback(monitor.close)
+async def _agent(options: ManagedOptions, stack: contextlib.AsyncExitStack) -> AgentClient:
     runtime = stack.enter_context(tempfile.TemporaryDirectory(prefix="blkmig-check-"))
     host = host_of(options.place, Path(runtime))
     stack.push_async_callback(host.close)
     agent = await host.start_agent()
     stack.push_async_callback(agent.close)
+    return agent
+
+
+async def _plan(
+    options: ManagedOptions, ends: Ends, arrangement: Arrangement, agent: AgentClient, stack: contextlib.AsyncExitStack
+) -> Plan:
+    monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
+    stack.push_async_callback(monitor.close)
     planner = Planner(agent, options.selection, Path("/"), placed=arrangement.placed(ends.domain))
     return await planner.plan(monitor, None, "blkmig-(none)", with_ram=True)

@@ -19,8 +19,8 @@ _SOURCE = {"file": "file", "block": "dev"}
 class DomainDisk:
     """A <disk>. `target`: its name for users (vda). `alias`: the id of its device in QEMU, where the domain runs.
 
-    `path`: of the image, where it is a file or a block device of the host. `left_alone`: why it is not migrated;
-    None: it is.
+    `path`: of the image, where it is a file or a block device of the host; `volume`: pool and volume, where the XML
+    names those instead. `left_alone`: why it is not migrated; None: it is.
     """
 
     target: str
@@ -28,6 +28,7 @@ class DomainDisk:
     path: str | None
     format: str
     left_alone: str | None
+    volume: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Domain:
     @classmethod
     def parse(cls, xml: str) -> Domain:
         """Raises `Refused` when it is not a domain's XML."""
-        root = _root(xml)
+        root = rooted(xml)
         nvram = root.find("./os/nvram")
         return cls(
             name=root.findtext("name", ""),
@@ -69,7 +70,7 @@ def rewritten(xml: str, paths: Mapping[str, str], name: str | None = None) -> st
     What libvirt adds for a running domain's chain of backing files goes: the destination finds its own. Raises
     `Refused` when there is no such disk.
     """
-    root = _root(xml)
+    root = rooted(xml)
     disks = {_target(disk): disk for disk in root.findall("./devices/disk")}
     for target, path in paths.items():
         if target not in disks:
@@ -82,7 +83,46 @@ def rewritten(xml: str, paths: Mapping[str, str], name: str | None = None) -> st
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _root(xml: str) -> ElementTree.Element:
+def image_files(xml: str) -> set[str]:
+    """All files and devices that its disks and their backing chains, as far as libvirt tells them, and its UEFI
+    variables lie in.
+    """
+    root = rooted(xml)
+    sources = [source for disk in root.findall("./devices/disk") for source in disk.iter("source")]
+    found = {source.get("file") or source.get("dev") or "" for source in sources}
+    return (found | {root.findtext("./os/nvram", "")}) - {""}
+
+
+_FILES = {
+    "./os/kernel": "its kernel",
+    "./os/initrd": "its initial RAM disk",
+    "./os/dtb": "its device tree",
+    "./os/loader": "its firmware",
+}
+
+
+def files_needed(xml: str) -> dict[str, str]:
+    """Files by path, and what they are, that a host must have to start it: all but UEFI variables."""
+    root = rooted(xml)
+    found = {path.strip(): what for place, what in _FILES.items() if (path := root.findtext(place))}
+    for disk in root.findall("./devices/disk"):
+        source = disk.find("source")
+        if source is not None and source.get("startupPolicy", "mandatory") == "mandatory":
+            path = source.get("file") or source.get("dev")
+            found |= {path: f"disk {_target(disk)}"} if path else {}
+    for interface in root.findall("./devices/interface[@type='bridge']/source"):
+        found[f"/sys/class/net/{interface.get('bridge')}/address"] = f"bridge {interface.get('bridge')}"
+    return found
+
+
+def nvram_of(xml: str) -> tuple[str | None, str | None]:
+    """Where the template of its UEFI variables lies, and where they do themselves."""
+    nvram = rooted(xml).find("./os/nvram")
+    return (None, None) if nvram is None else (nvram.get("template"), nvram.text or None)
+
+
+def rooted(xml: str) -> ElementTree.Element:
+    """The element of a domain's XML. Raises `Refused` when it is not that."""
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
@@ -106,7 +146,14 @@ def _disk(disk: ElementTree.Element) -> DomainDisk:
         path=source.get(attribute) if source is not None and attribute else None,
         format=driver.get("type", "raw") if driver is not None else "raw",
         left_alone=_why_left_alone(disk, source),
+        volume=_volume(disk, source),
     )
+
+
+def _volume(disk: ElementTree.Element, source: ElementTree.Element | None) -> tuple[str, str] | None:
+    if disk.get("type") != "volume" or source is None:
+        return None
+    return source.get("pool", ""), source.get("volume", "")
 
 
 def _why_left_alone(disk: ElementTree.Element, source: ElementTree.Element | None) -> str | None:

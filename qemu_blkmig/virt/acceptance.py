@@ -1,0 +1,143 @@
+"""What the destination's libvirt would refuse about a domain, asked of it before a byte is copied.
+
+libvirt itself finds out when the guest's RAM is to be moved, after the disks. What it accepts and refuses was seen on
+libvirt 9.0: a domain that is defined there under the same name and UUID is accepted, and replaced if the migration is
+persistent; the same name or UUID in another domain, or a running one, is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+from xml.etree import ElementTree
+
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+from qemu_blkmig.virt.domain import Domain, image_files, rooted
+
+
+async def same_daemon(source: Connection, target: Connection) -> bool:
+    """Whether both are the same host's libvirt, as the host's UUID tells (virConnectGetCapabilities)."""
+    told = [await end.call(end.handle.getCapabilities) for end in (source, target)]
+    uuids = [ElementTree.fromstring(xml).findtext("./host/uuid") for xml in told]
+    return uuids[0] is not None and uuids[0] == uuids[1]
+
+
+async def conflicts(target: Connection, uuid: str, name: str) -> list[str]:
+    """Domains there that are in the way of one with this UUID and name."""
+    by_uuid = await _found(target, target.handle.lookupByUUIDString, uuid)
+    by_name = await _found(target, target.handle.lookupByName, name)
+    if by_uuid is not None and await target.call(by_uuid.isActive):
+        return [f"the destination has a domain of this UUID already, and it is active: {by_uuid.name()}"]
+    if by_uuid is not None and by_uuid.name() != name:
+        return [
+            f"the destination has defined a domain of this UUID under another name, {by_uuid.name()}: undefine it "
+            f"there, or name it by --dname {by_uuid.name()}"
+        ]
+    if by_name is not None and by_name.UUIDString() != uuid:
+        return [
+            f"the destination has another domain called {name} (UUID {by_name.UUIDString()}): --dname gives this one "
+            "another name there"
+        ]
+    return []
+
+
+async def is_defined(target: Connection, uuid: str) -> bool:
+    """Whether a domain of this UUID is defined there."""
+    found = await _found(target, target.handle.lookupByUUIDString, uuid)
+    return found is not None and bool(await target.call(found.isPersistent))
+
+
+async def lacks(target: Connection, there: Domain, running: Domain) -> list[str]:
+    """What the QEMU there would lack: emulator, machine type, CPU.
+
+    The CPU is that of the `running` guest: in the form that libvirt migrates, it may name features that even the
+    source has not given it.
+    """
+    root = rooted(there.xml)
+    kind, machine = root.get("type", ""), root.find("./os/type")
+    told = machine.attrib if machine is not None else {}
+    which = [root.findtext("./devices/emulator"), told.get("arch"), told.get("machine"), kind]
+    try:
+        await target.call(target.handle.getDomainCapabilities, *which)
+    except LibvirtError as error:
+        return [f"the destination cannot run this domain: {error}"]
+    return await _cpu_lacks(target, rooted(running.xml).find("./cpu"), which)
+
+
+async def _cpu_lacks(target: Connection, cpu: ElementTree.Element | None, which: list[str | None]) -> list[str]:
+    module = libvirt()
+    if cpu is None or cpu.get("mode") == "host-passthrough":
+        return []
+    text = ElementTree.tostring(cpu, encoding="unicode")
+    try:
+        await target.call(
+            target.handle.compareHypervisorCPU, *which, text, module.VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE
+        )
+    except LibvirtError as error:
+        if error.code == module.VIR_ERR_NO_SUPPORT:
+            return []
+        return [f"the destination cannot give the guest its CPU: {error}"]
+    return []
+
+
+async def missing(target: Connection, xml: str) -> list[str]:
+    """Networks, storage pools and secrets that the domain uses and that are not there, or not active."""
+    module, handle = libvirt(), target.handle
+    root = rooted(xml)
+    networks = {each.get("network") for each in root.findall("./devices/interface[@type='network']/source")}
+    pools = {each.get("pool") for each in root.findall("./devices/disk[@type='volume']/source")}
+    secrets = {each.get("uuid") for each in root.iter("secret") if each.get("uuid")}
+    lost = []
+    for kind, names, lookup in (
+        ("network", networks, handle.networkLookupByName),
+        ("storage pool", pools, handle.storagePoolLookupByName),
+    ):
+        for name in sorted(each for each in names if each):
+            found = await _found(target, lookup, name, module.VIR_ERR_NO_NETWORK, module.VIR_ERR_NO_STORAGE_POOL)
+            if found is None:
+                lost.append(f"the destination has no {kind} {name}")
+            elif not await target.call(found.isActive):
+                lost.append(f"the destination's {kind} {name} is not active")
+    for uuid in sorted(each for each in secrets if each):
+        if await _found(target, handle.secretLookupByUUIDString, uuid, module.VIR_ERR_NO_SECRET) is None:
+            lost.append(f"the destination has no secret {uuid}")
+    return lost
+
+
+async def used_by_others(target: Connection, uuid: str, paths: Mapping[str, str]) -> list[str]:
+    """Images that domains there, running or not, use: what would be overwritten is another guest's."""
+    wanted = {path: disk for disk, path in paths.items()}
+    used = []
+    for other in await target.call(target.handle.listAllDomains, 0):
+        try:
+            if other.UUIDString() == uuid:
+                continue
+            xml = await target.call(other.XMLDesc, 0)
+        except LibvirtError as error:
+            if error.code == libvirt().VIR_ERR_NO_DOMAIN:
+                continue
+            raise
+        for path in sorted(image_files(xml) & wanted.keys()):
+            used.append(f"disk {wanted[path]}: {path} is used by domain {other.name()} at the destination")
+    return used
+
+
+async def _found(target: Connection, lookup: Any, name: str, *codes: int) -> Any:
+    """What a lookup finds; None where there is no such thing."""
+    try:
+        return await target.call(lookup, name)
+    except LibvirtError as error:
+        if error.code in (codes or (libvirt().VIR_ERR_NO_DOMAIN,)):
+            return None
+        raise
+
+
+def differing(given: Domain, own: Domain, option: str) -> Iterable[str]:
+    """What XML that the user gives must have in common with the domain's own."""
+    if given.uuid and given.uuid != own.uuid:
+        yield f"{option}: its UUID is {given.uuid}, the domain's is {own.uuid}"
+    if given.name != own.name:
+        yield f"{option}: its name is {given.name}, the domain's is {own.name}; --dname renames it"
+    theirs, ours = {disk.target for disk in given.disks}, {disk.target for disk in own.disks}
+    if theirs != ours:
+        yield f"{option}: its disks are {', '.join(sorted(theirs))}, the domain's are {', '.join(sorted(ours))}"
