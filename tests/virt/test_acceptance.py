@@ -1,0 +1,85 @@
+"""What a destination's libvirt would refuse: asked of libvirt's own test driver, which needs no daemon."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, missing, used_by_others
+from qemu_blkmig.virt.connection import Connection
+from qemu_blkmig.virt.domain import Domain
+
+UUID = "c0ffee00-1111-2222-3333-444455556666"
+DEFINED = """<domain type='test'><name>{name}</name><uuid>{uuid}</uuid><memory>4096</memory><os><type>hvm</type></os>
+<devices><disk type='file'><source file='/vm/a.qcow2'/><target dev='vda'/></disk></devices></domain>"""
+USES = """<domain><devices>
+<interface type='network'><source network='{network}'/></interface>
+<disk type='volume'><source pool='{pool}' volume='x'/><target dev='vda'/></disk></devices></domain>"""
+
+
+async def _define(daemonless: Connection, name: str, uuid: str) -> None:
+    await daemonless.call(daemonless.handle.defineXML, DEFINED.format(name=name, uuid=uuid))
+
+
+async def test_a_free_name_and_uuid_are_no_conflict(daemonless: Connection) -> None:
+    assert await conflicts(daemonless, UUID, "web1") == []
+    assert not await is_defined(daemonless, UUID)
+
+
+async def test_an_active_domain_of_that_uuid_is_in_the_way_whatever_it_is_called(daemonless: Connection) -> None:
+    running = await daemonless.domain("test")
+    (found,) = await conflicts(daemonless, running.UUIDString(), "test")
+    assert "it is active: test" in found
+
+
+async def test_another_domain_of_that_name_is_in_the_way(daemonless: Connection) -> None:
+    (found,) = await conflicts(daemonless, UUID, "test")
+    assert "another domain called test" in found and "--dname" in found
+
+
+async def test_a_definition_of_that_uuid_may_stay_under_the_same_name_only(daemonless: Connection) -> None:
+    await _define(daemonless, "web1", UUID)
+    assert await conflicts(daemonless, UUID, "web1") == []
+    assert await is_defined(daemonless, UUID)
+    (found,) = await conflicts(daemonless, UUID, "web2")
+    assert "--dname web1" in found
+
+
+async def test_an_image_of_another_domain_is_in_use_though_that_does_not_run(daemonless: Connection) -> None:
+    await _define(daemonless, "other", UUID)
+    (found,) = await used_by_others(daemonless, "another", {"vdb": "/vm/a.qcow2", "vdc": "/vm/b"})
+    assert found == "disk vdb: /vm/a.qcow2 is used by domain other at the destination"
+    assert await used_by_others(daemonless, UUID, {"vdb": "/vm/a.qcow2"}) == [], "its own definition hinders nothing"
+
+
+async def test_networks_and_pools_that_are_not_there_or_do_not_run_are_told(daemonless: Connection) -> None:
+    assert await missing(daemonless, USES.format(network="default", pool="default-pool")) == []
+    assert await missing(daemonless, USES.format(network="lan", pool="fast")) == [
+        "the destination has no network lan",
+        "the destination has no storage pool fast",
+    ]
+    await daemonless.call(daemonless.handle.networkLookupByName("default").destroy)
+    assert await missing(daemonless, USES.format(network="default", pool="default-pool")) == [
+        "the destination's network default is not active"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"name": "web2"}, "its name is web2, the domain's is web1"),
+        ({"uuid": UUID.replace("c0", "d0")}, "its UUID is d0ffee00"),
+    ],
+)
+def test_xml_that_is_not_of_this_domain_is_told(change: dict[str, str], why: str) -> None:
+    own = {"name": "web1", "uuid": UUID}
+    found = list(differing(Domain.parse(DEFINED.format(**{**own, **change})), Domain.parse(DEFINED.format(**own)), "-"))
+    assert len(found) == 1 and why in found[0]
+
+
+def test_xml_with_other_disks_is_told() -> None:
+    root = ElementTree.fromstring(DEFINED.format(name="web1", uuid=UUID))
+    given = Domain.parse(ElementTree.tostring(root, encoding="unicode").replace("vda", "vdb"))
+    (found,) = differing(given, Domain.parse(DEFINED.format(name="web1", uuid=UUID)), "--xml")
+    assert found == "--xml: its disks are vdb, the domain's are vda"

@@ -1,0 +1,32 @@
+"""Which file system a path lies on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.virt.sharedfs import shared_file_system
+
+MOUNTS = r"""22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
+40 22 0:40 / /srv rw shared:5 - nfs4 nas:/srv rw
+41 40 259:2 / /srv/local rw shared:6 - xfs /dev/sdb rw
+42 22 0:41 / /my\040share rw - fuse.glusterfs vol rw
+43 22 0:42 / /mnt rw - nfs nas:/x rw
+44 22 259:3 / /mnt rw - ext4 /dev/sdc rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/vm/a", None), ("/srv/a", "nfs4"), ("/srv/local/a", None), ("/srvx/a", None), ("/mnt/a", None),
+        ("/my share/a", "fuse.glusterfs"),
+    ],
+)  # fmt: skip
+def test_the_innermost_and_latest_mount_counts(path: str, kind: str | None) -> None:
+    assert shared_file_system(path, MOUNTS) == kind
+
+
+def test_this_host_s_own_mounts_are_read(tmp_path: Path) -> None:
+    assert shared_file_system(str(tmp_path / "a")) is None
