@@ -125,8 +125,15 @@ class VirtLab:
 
     def start(self, *words: object) -> subprocess.Popen[str]:
         """Start virsh-blkmigrate on hosta."""
+        return self._start("qemu_blkmig.cli.virsh_blkmigrate", *words)
+
+    def start_tool(self, *words: object) -> subprocess.Popen[str]:
+        """Start qemu-blkmig on hosta."""
+        return self._start("qemu_blkmig", *words)
+
+    def _start(self, module: str, *words: object) -> subprocess.Popen[str]:
         environment = ["env", f"PYTHONPATH={REPOSITORY}", f"QEMU_BLKMIG_STATE_DIR={self.hosts.near / 'state'}"]
-        command = [sys.executable, "-m", "qemu_blkmig.cli.virsh_blkmigrate", *map(str, words)]
+        command = [sys.executable, "-m", module, *map(str, words)]
         return start([*self.hosts.enter, *environment, *command])
 
     def migrate(self, domain: Domain, *options: object) -> Outcome:

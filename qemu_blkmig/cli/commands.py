@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from qemu_blkmig.cli import hook_commands, job_commands, options, resume_command, show, stream_commands
+from qemu_blkmig.cli import domain_source, hook_commands, job_commands, options, resume_command, show, stream_commands
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import UsageError
@@ -39,17 +39,19 @@ def _add_migrate(commands: Commands) -> None:
         commands,
         "migrate",
         "move a running guest with its disks",
-        "SOURCE DEST (--launch CMD | --target-qmp SOCK | --pause-only) [options]",
+        "SOURCE DEST [--launch CMD | --target-qmp SOCK | --pause-only] [options]",
         """
   Move a guest to a QEMU that we start in /new (it needs the same devices, with the images in /new):
     qemu-blkmig migrate qmp:/run/vm.qmp local:/new --launch \\
         'qemu-system-x86_64 -m 4G ... -qmp unix:/run/new.qmp,server=on,wait=off'
   To one that waits already (-incoming defer), with 100 MiB/s at most and half a second of pause:
     qemu-blkmig migrate qmp:/run/vm.qmp local:/new --target-qmp /run/new.qmp --bandwidth 100 --downtime 500
+  A domain of libvirt's, its images to /new on another host (virsh-blkmigrate has more to choose):
+    qemu-blkmig migrate libvirt:web1 ssh://hostb/new
   Look first, touching nothing: qemu-blkmig check, with the same SOURCE, DEST and destination QEMU.
 """,
     )
-    options.add_ends(parser, images=False)
+    options.add_ends(parser, domains=True)
     group = options.add_target(parser)
     group.add_argument(
         "--pause-only",
@@ -76,6 +78,8 @@ def _add_migrate(commands: Commands) -> None:
 def _migrate(arguments: argparse.Namespace) -> int:
     from qemu_blkmig.job.migrate import migrate
 
+    if domain_source.is_domain(arguments.source):
+        return domain_source.migrate_domain(arguments)
     wanted = MigrateOptions(
         source=options.guest(arguments.source),
         target=options.target(arguments),
@@ -103,7 +107,7 @@ def _add_copy(commands: Commands) -> None:
     qemu-blkmig copy image:/images/vm.qcow2 local:/backup
 """,
     )
-    options.add_ends(parser, images=True)
+    options.add_ends(parser, domains=False)
     parser.add_argument(
         "--agent", metavar="SOCK", help="the guest agent's unix socket: file systems are frozen for the copy"
     )
@@ -147,7 +151,7 @@ def _add_check(commands: Commands) -> None:
   The exit code is 0 if a migration would start, 3 if not. The --launch command is not run.
 """,
     )
-    options.add_ends(parser, images=False)
+    options.add_ends(parser, domains=True)
     options.add_target(parser)
     options.add_selection(parser)
     options.add_form(parser)
@@ -157,6 +161,8 @@ def _add_check(commands: Commands) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from qemu_blkmig.job.check import check
 
+    if domain_source.is_domain(arguments.source):
+        return domain_source.check_domain(arguments)
     if arguments.launch is not None and arguments.target_qmp is not None:
         raise UsageError("name the destination's QEMU in one way only: --target-qmp SOCK or --launch CMD")
     outcome = asyncio.run(

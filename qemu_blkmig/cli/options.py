@@ -61,10 +61,16 @@ def command(commands: Commands, name: str, what: str, usage: str, examples: str 
     return parser
 
 
-def add_ends(parser: argparse.ArgumentParser, *, images: bool) -> None:
-    """SOURCE and DEST; `images`: the source may be an image file."""
-    other = "; or image:/path of an image file that no guest uses" if images else ""
-    parser.add_argument("source", metavar="SOURCE", help=f"qmp:/path/to.sock, the running guest's QMP socket{other}")
+def add_ends(parser: argparse.ArgumentParser, *, domains: bool) -> None:
+    """SOURCE and DEST; the source may also be a domain of libvirt's (`domains`), or an image file."""
+    other = (
+        "libvirt:DOMAIN, a domain of this host's, whose DEST is on another one"
+        if domains
+        else "image:/path of an image file that no guest uses"
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help=f"qmp:/path/to.sock, the running guest's QMP socket; or {other}"
+    )
     parser.add_argument(
         "destination",
         metavar="DEST",
@@ -100,16 +106,19 @@ def add_target(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def add_selection(parser: argparse.ArgumentParser) -> None:
-    """Which disks."""
+def add_selection(parser: argparse.ArgumentParser, *shared_base: str) -> None:
+    """Which disks; `shared_base`: what that option is called, where not only by its usual name."""
     group = parser.add_argument_group("which disks, and what the destination has already")
     group.add_argument(
         "--migrate-disks",
         metavar="LIST",
-        help="only these disks, by drive id, device id or node name, such as vda,vdb (default: all writable ones)",
+        help="only these disks, by drive id, device id or node name (a libvirt domain's by target), such as vda,vdb "
+        "(default: all writable ones)",
     )
     group.add_argument(
-        "--shared-base", action="store_true", help="the destination has the backing files: send the overlays only"
+        *(shared_base or ["--shared-base"]),
+        action="store_true",
+        help="the destination has the backing files: send the overlays only",
     )
     group.add_argument(
         "--base",

@@ -89,6 +89,11 @@ def run(work: Work, arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
+    return resume_job(arguments.job, arguments, launch=arguments.launch)
+
+
+def resume_job(job: str, arguments: argparse.Namespace, launch: str | None = None) -> int:
+    """Go on with `job`, with what was given anew of bandwidth, downtime, max_rounds, on_stall and compare."""
     from qemu_blkmig.job.resume import Changes, resume
 
     changes = Changes(
@@ -96,9 +101,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         downtime=None if arguments.downtime is None else arguments.downtime / 1000,
         max_rounds=arguments.max_rounds,
         on_stall=None if arguments.on_stall is None else OnStall(arguments.on_stall),
-        launch=arguments.launch,
+        launch=launch,
         compare=arguments.compare,
     )
-    return run(
-        lambda reporter, interrupts, clock: resume(arguments.job, changes, reporter, interrupts, clock), arguments
-    )
+    return run(lambda reporter, interrupts, clock: resume(job, changes, reporter, interrupts, clock), arguments)

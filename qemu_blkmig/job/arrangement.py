@@ -25,10 +25,10 @@ from qemu_blkmig.virt.storage import pool_directory, volume_path
 
 
 def image_paths(
-    domain: Domain, named: Mapping[str, str], given: Domain | None = None, pool: str | None = None
+    domain: Domain, named: Mapping[str, str], given: Domain | None = None, directory: str | None = None
 ) -> dict[str, str]:
     """Where each disk that is migrated goes, by its target: the path in the XML `given` for the destination, else the
-    one `named` for it, else in the directory `pool` under its own file name, else the path it has at the source.
+    one `named` for it, else in `directory` under its own file name, else the path it has at the source.
 
     Raises `Refused` when `named` is of no disk that is migrated or contradicts `given`, when a disk has no path, and
     when two disks would share one.
@@ -39,7 +39,7 @@ def image_paths(
     for disk in domain.disks:
         if disk.left_alone is not None:
             continue
-        path = named.get(disk.target) or _default(disk.path, pool)
+        path = named.get(disk.target) or _default(disk.path, directory)
         if given is not None:
             path = _given(given, disk.target, named.get(disk.target))
         if path is None:
@@ -69,10 +69,10 @@ def _given(given: Domain, target: str, named: str | None) -> str:
     return path
 
 
-def _default(path: str | None, pool: str | None) -> str | None:
-    if path is None or pool is None:
+def _default(path: str | None, directory: str | None) -> str | None:
+    if path is None or directory is None:
         return path
-    return posixpath.join(pool, posixpath.basename(path))
+    return posixpath.join(directory, posixpath.basename(path))
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ async def arrange(
     handle = await source.domain(domain.uuid)
     domain = await chosen(domain, options, source)
     given = None if options.xml is None else Domain.parse(options.xml)
-    pool = None if options.pool is None else await pool_directory(target, options.pool)
-    paths = image_paths(domain, options.paths, given, pool)
+    directory = options.directory if options.pool is None else await pool_directory(target, options.pool)
+    paths = image_paths(domain, options.paths, given, directory)
     flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
     xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths)
     name = options.dname or domain.name

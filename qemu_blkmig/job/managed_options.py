@@ -21,7 +21,7 @@ class ManagedOptions:
     there. `xml`, `persistent_xml`: contents for the destination, in place of the domain's own. `migrate_uri`: where
     the destination's QEMU listens, as this host reaches it (None: a unix socket through ssh). `timeout`: after that the
     guest is paused until it has moved. `paths`: of images there, by the disk's target. `pool`: of libvirt, there, that
-    takes all other images.
+    takes all other images; or `directory`, there, that does.
     """
 
     domain: str
@@ -43,11 +43,14 @@ class ManagedOptions:
     undefine_source: bool = False
     suspend: bool = False
     auto_converge: bool = False
+    auto_converge_initial: int | None = None
+    auto_converge_increment: int | None = None
     tls: bool = False
     tls_destination: str | None = None
     parallel: int | None = None
     abort_on_error: bool = False
     dname: str | None = None
+    graphics_uri: str | None = None
     xml: str | None = None
     persistent_xml: str | None = None
     migrate_uri: str | None = None
@@ -55,6 +58,7 @@ class ManagedOptions:
     timeout: float | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
     pool: str | None = None
+    directory: str | None = None
 
     def __post_init__(self) -> None:
         check_convergence(self.downtime, self.max_rounds)

@@ -152,6 +152,8 @@ class ManagedSwitchover:
             uri=way.uri, xml=there.xml, persistent_xml=there.persistent_xml, name=options.dname, live=options.live,
             peer_to_peer=options.peer_to_peer, persistent=options.persistent, undefine_source=options.undefine_source,
             suspend=options.suspend, abort_on_error=options.abort_on_error, auto_converge=options.auto_converge,
+            auto_converge_initial=options.auto_converge_initial,
+            auto_converge_increment=options.auto_converge_increment, graphics_uri=options.graphics_uri,
             tls=options.tls,
             tls_destination=(options.tls_destination or way.host) if options.tls else None, parallel=options.parallel,
             listen_address=options.listen_address, bandwidth=limit,

@@ -96,11 +96,17 @@ class Connection:
         return LibvirtError(self.who, text, code)
 
     async def domain(self, name: str) -> Any:
-        """The domain of this name or UUID. Raises `Refused` when there is none."""
+        """The domain of this id, name or UUID. Raises `Refused` when there is none."""
         module = libvirt()
-        for lookup in (self.handle.lookupByName, self.handle.lookupByUUIDString):
+        lookups: list[tuple[Callable[..., Any], object]] = [
+            (self.handle.lookupByName, name),
+            (self.handle.lookupByUUIDString, name),
+        ]
+        if name.isdecimal():
+            lookups.insert(0, (self.handle.lookupByID, int(name)))
+        for lookup, key in lookups:
             try:
-                return await self.call(lookup, name)
+                return await self.call(lookup, key)
             except LibvirtError as error:
                 if error.code not in (module.VIR_ERR_NO_DOMAIN, module.VIR_ERR_INVALID_ARG):
                     raise

@@ -33,6 +33,9 @@ class Wish:
     undefine_source: bool = False
     suspend: bool = False
     auto_converge: bool = False
+    auto_converge_initial: int | None = None
+    auto_converge_increment: int | None = None
+    graphics_uri: str | None = None
     abort_on_error: bool = False
     tls: bool = False
     tls_destination: str | None = None
@@ -68,6 +71,9 @@ class Wish:
             module.VIR_MIGRATE_PARAM_DEST_NAME: self.name,
             module.VIR_MIGRATE_PARAM_LISTEN_ADDRESS: self.listen_address,
             module.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS: self.parallel,
+            module.VIR_MIGRATE_PARAM_AUTO_CONVERGE_INITIAL: self.auto_converge_initial,
+            module.VIR_MIGRATE_PARAM_AUTO_CONVERGE_INCREMENT: self.auto_converge_increment,
+            module.VIR_MIGRATE_PARAM_GRAPHICS_URI: self.graphics_uri,
             module.VIR_MIGRATE_PARAM_TLS_DESTINATION: self.tls_destination,
             # MiB a second; 0 would be no limit.
             module.VIR_MIGRATE_PARAM_BANDWIDTH: None if self.bandwidth is None else max(1, self.bandwidth >> 20),

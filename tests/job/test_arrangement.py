@@ -22,13 +22,13 @@ def test_a_disk_keeps_its_path_unless_another_is_named_and_a_cdrom_goes_nowhere(
     assert image_paths(_domain(), {"vdb": "/c/x"}) == {"vda": "/a/root.qcow2", "vdb": "/c/x"}
 
 
-def test_a_pool_takes_what_has_no_path_of_its_own() -> None:
-    assert image_paths(_domain(), {"vdb": "/c/x"}, pool="/pool") == {"vda": "/pool/root.qcow2", "vdb": "/c/x"}
+def test_a_directory_takes_what_has_no_path_of_its_own() -> None:
+    assert image_paths(_domain(), {"vdb": "/c/x"}, directory="/pool") == {"vda": "/pool/root.qcow2", "vdb": "/c/x"}
 
 
 def test_the_xml_for_the_destination_comes_first() -> None:
     given = _domain(vda="/x/1", vdb="/x/2")
-    assert image_paths(_domain(), {}, given, pool="/pool") == {"vda": "/x/1", "vdb": "/x/2"}
+    assert image_paths(_domain(), {}, given, directory="/pool") == {"vda": "/x/1", "vdb": "/x/2"}
 
 
 def test_a_named_path_that_contradicts_the_xml_is_refused() -> None:
@@ -42,9 +42,9 @@ def test_a_path_for_a_disk_that_is_not_migrated_is_refused(target: str, why: str
         image_paths(_domain(), {target: "/y"})
 
 
-def test_two_disks_that_would_share_one_file_of_the_pool_are_refused() -> None:
+def test_two_disks_that_would_share_one_file_are_refused() -> None:
     with pytest.raises(Refused, match="goes to /pool/root too"):
-        image_paths(_domain(vda="/a/root", vdb="/b/root"), {}, pool="/pool")
+        image_paths(_domain(vda="/a/root", vdb="/b/root"), {}, directory="/pool")
 
 
 def test_a_volume_whose_path_the_xml_does_not_say_is_refused() -> None:
