@@ -19,7 +19,8 @@ from integration.far import FarLab
 from integration.faults import FAR, HARMLESS, NEAR, strike
 from integration.judges import Sides
 from integration.lab import Format, Hardware, Lab, LabError, wait_until
-from integration.luck import PHASES, Attempt, command
+from integration.listened import PHASES
+from integration.luck import Attempt, command
 from integration.tool import Outcome
 from qemu_blkmig.demo.guest import Orders, Writer
 

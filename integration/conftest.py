@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from integration.lab import Lab, laboratory
 from integration.luck import Bench
 from integration.virthosts import VirtHosts, two_virt_hosts
+from integration.virtlab import Domain, VirtLab
 from qemu_blkmig.demo.guest import Kernel, build_initramfs, find_kernel
 
 
@@ -53,3 +55,17 @@ def virt() -> Iterator[VirtHosts]:
     """hosta and hostb with a libvirt each, shared by the tests of one file."""
     with two_virt_hosts() as hosts:
         yield hosts
+
+
+@pytest.fixture(scope="module")
+def virtlab(virt: VirtHosts, kernel: Kernel, initramfs: Callable[[bool], Path]) -> VirtLab:
+    """Guests of libvirt's on hosta, and the tool, for the tests of one file."""
+    return VirtLab(virt, kernel, initramfs)
+
+
+@pytest.fixture
+def domain(virtlab: VirtLab) -> Iterator[Domain]:
+    """A guest with one qcow2 disk, 16 MiB of it data, which writes."""
+    booted = virtlab.boot(virtlab.disk(f"{uuid.uuid4()}.qcow2", 128 << 20, data=[(1 << 20, 16 << 20)]))
+    yield booted
+    booted.destroy()

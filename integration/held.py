@@ -1,7 +1,8 @@
 """Runs qemu-blkmig, but holds it at one exact moment, so that a test can do its worst just then.
 
-`python -m integration.held MOMENT hold|block FILE ARGUMENTS...`: at the moment it says `{"event": "held"}` on stderr
-and waits until FILE exists, its event loop going on (hold) or not (block). Product code stays clean of all this.
+`python -m integration.held MOMENT hold|block FILE [virsh-blkmigrate] ARGUMENTS...`: at the moment it says
+`{"event": "held"}` on stderr and waits until FILE exists, its event loop going on (hold) or not (block). Product code
+stays clean of all this.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from qemu_blkmig.cli import virsh_blkmigrate
 from qemu_blkmig.cli.main import main
 from qemu_blkmig.engine.migration import BlockMigration
 from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.last_round import LastRound
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.qmp.ram import RamMigration
+from qemu_blkmig.virt.migration import DomainMigration
 
 Hold = Callable[[], Awaitable[None]]
 
@@ -40,6 +44,9 @@ AROUND: dict[str, tuple[type, str, str]] = {
     "continued": (RamMigration, "proceed", "after"),
     "completed": (TargetQemu, "start_guest", "before"),
     "started": (TargetQemu, "start_guest", "after"),
+    "behind the gate": (LastRound, "keep_in_step", "after"),
+    "gate open": (DomainMigration, "wait", "before"),
+    "handed over": (DomainMigration, "wait", "after"),
 }
 """Moments, by the method before or after which they lie; "decided" lies after the record says so."""
 
@@ -100,6 +107,8 @@ def _run() -> int:
         _hold_when_decided(block)
     else:
         _hold_around(*AROUND[moment], hold)
+    if sys.argv[4] == "virsh-blkmigrate":
+        return virsh_blkmigrate.main(sys.argv[5:])
     return main(sys.argv[4:])
 
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from integration.lab import Disk, Format, Guest, Hardware, Lab, LabError, leftovers_in_qemu, wait_until
+from integration.listened import Listened, held_at
 from integration.tool import COMMAND, Outcome, assert_nothing_left, assert_writes_soundly
 from qemu_blkmig.demo.guest import Orders
 
 MIB = 1 << 20
-PHASES = ("prepare", "bulk", "dirty", "ram", "switchover", "verify", "handover")
 SLOW = ("--bandwidth", "4M", "--granularity", "4k")
 """Bulk and RAM take seconds on the bench's guest, and rounds still converge."""
 
 
-class Attempt:
+class Attempt(Listened):
     """A running `migrate` (or another command); its stderr is read as it comes.
 
     `hold`: the moment (integration.held) at which it is to be held; `block`: with its event loop blocked.
@@ -45,76 +40,13 @@ class Attempt:
         self.destination = lab.destination(source)
         for left in (self.destination.serial, self.destination.pid_file):
             left.unlink(missing_ok=True)
-        self._go = lab.directory / "go"
-        self._go.unlink(missing_ok=True)
-        command = [*lab.entering, *COMMAND]
-        if hold is not None:
-            held = ("integration.held", hold, "block" if block else "hold", str(self._go))
-            command = [*lab.entering, sys.executable, "-m", *held]
+        go = lab.directory / "go"
+        command = [*lab.entering, *(COMMAND if hold is None else held_at(hold, go, block=block))]
         # A busy machine is no stall; of two such options the last counts.
         command += [verb, f"qmp:{source.qmp}", lab.place, "--progress=json", "--max-rounds", "1000"]
         if launch:
             command += ["--launch", source.launch_command(lab.target)]
-        self.process = subprocess.Popen(
-            [*command, *map(str, options)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=Path(__file__).parent.parent,
-        )  # fmt: skip
-        self._said: list[str] = []
-        self._listener = threading.Thread(target=self._listen)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        for line in self.process.stderr or ():
-            self._said.append(line)
-
-    @property
-    def said(self) -> str:
-        """Its stderr so far."""
-        return "".join(line for line in list(self._said) if '"figures"' not in line)
-
-    def _events(self) -> Iterator[dict[str, Any]]:
-        for line in list(self._said):
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
-
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        def arrived() -> bool:
-            if condition():
-                return True
-            if self.process.poll() is not None:
-                self._listener.join(10)
-                if not condition():
-                    raise LabError(f"the tool ended before {what}: {self.said}")
-            return condition()
-
-        wait_until(arrived, what, detail=lambda: self.said)
-
-    def wait_stage(self, name: str) -> None:
-        """Wait until the phase begins."""
-        stages = PHASES[PHASES.index(name) :]
-        self._wait(lambda: any(event.get("stage") in stages for event in self._events()), f"phase {name}")
-
-    def wait_event(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> None:
-        """Wait until it tells such an event."""
-        self._wait(lambda: any(wanted(event) for event in self._events()), what)
-
-    def wait_copying(self) -> None:
-        """Wait until the bulk pass has begun to copy."""
-        self.wait_stage("bulk")
-        self._wait(lambda: any(event.get("percent", 0) > 0 for event in self._events()), "progress of the bulk pass")
-
-    def wait_held(self) -> None:
-        """Wait until it is held at its moment."""
-        self._wait(lambda: any(event["event"] == "held" for event in self._events()), "the moment")
-
-    def go_on(self) -> None:
-        """Let it go on from where it is held."""
-        self._go.touch()
-
-    def signal(self, signum: int) -> None:
-        """Send the coordinator a signal."""
-        self.process.send_signal(signum)
+        super().__init__([*command, *map(str, options)], go)
 
     def child(self, *words: str) -> int:
         """The pid of a process of this test whose command line holds all the words."""
@@ -138,18 +70,6 @@ class Attempt:
     def job(self) -> str:
         """The job's name."""
         return next(path.parent.name for path in self.lab.state.glob("*/record.json"))
-
-    def outcome(self) -> Outcome:
-        """Wait for its end, and for everybody's who talks to its stderr (the watchdog)."""
-        try:
-            self.process.wait(timeout=150)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(f"the tool hung: {self.said}") from None
-        self._listener.join(60)
-        assert not self._listener.is_alive(), f"somebody keeps stderr open: {self.said}"
-        stdout = self.process.stdout.read() if self.process.stdout else ""
-        return Outcome(self.process.returncode, stdout, self.said)
 
     def assert_source_has_it(self) -> None:
         """Assert that the guest runs on at the source, soundly, never ran at the destination, and nothing is left."""

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from integration.hosts import PORT, REPOSITORY
 from integration.lab import Disk, Format, LabError, assert_records_sound, wait_until, write_random
-from integration.tool import Outcome, finish, start
+from integration.listened import Listened, held_at
+from integration.tool import COMMAND, Outcome, finish, start
 from integration.virthosts import VirtHosts, domain_xml
 from qemu_blkmig.demo.guest import Kernel, Orders
 
 IMAGES = Path("/var/lib/libvirt/images")
+VIRSH = [sys.executable, "-m", "qemu_blkmig.cli.virsh_blkmigrate"]
 BOOT = 120.0
 """Seconds that a guest may take to write, on a busy machine too."""
 
@@ -123,41 +125,77 @@ class VirtLab:
         """hostb's libvirt, as hosta's admin names it."""
         return f"qemu+ssh://hostb:{PORT}/system"
 
-    def start(self, *words: object) -> subprocess.Popen[str]:
-        """Start virsh-blkmigrate on hosta."""
-        return self._start("qemu_blkmig.cli.virsh_blkmigrate", *words)
+    @property
+    def entering(self) -> list[str]:
+        """Before a command of ours that is to run on hosta."""
+        state = self.hosts.near / "state"
+        return [*self.hosts.enter, "env", f"PYTHONPATH={REPOSITORY}", f"QEMU_BLKMIG_STATE_DIR={state}"]
 
-    def start_tool(self, *words: object) -> subprocess.Popen[str]:
-        """Start qemu-blkmig on hosta."""
-        return self._start("qemu_blkmig", *words)
-
-    def _start(self, module: str, *words: object) -> subprocess.Popen[str]:
-        environment = ["env", f"PYTHONPATH={REPOSITORY}", f"QEMU_BLKMIG_STATE_DIR={self.hosts.near / 'state'}"]
-        command = [sys.executable, "-m", module, *map(str, words)]
-        return start([*self.hosts.enter, *environment, *command])
+    def tool(self, *words: object) -> Outcome:
+        """Run qemu-blkmig on hosta to its end."""
+        return finish(start([*self.entering, *COMMAND, *map(str, words)]))
 
     def migrate(self, domain: Domain, *options: object) -> Outcome:
-        """Run virsh-blkmigrate to hostb to its end."""
-        return finish(self.start("--live", domain.name, self.target, *options))
+        """Run virsh-blkmigrate to hostb to its end; a busy machine gets more than the usual downtime."""
+        return finish(start([*self.entering, *VIRSH, *self._words(domain), *map(str, options)]))
+
+    def virsh(self, *words: object) -> Outcome:
+        """Run virsh-blkmigrate with these words to its end."""
+        return finish(start([*self.entering, *VIRSH, *map(str, words)]))
+
+    def attempt(self, domain: Domain, *options: object, hold: str | None = None, block: bool = False) -> Listened:
+        """Start virsh-blkmigrate to hostb; `hold`, `block`: see `held_at`."""
+        go = self.hosts.near / "go"
+        command = VIRSH if hold is None else [*held_at(hold, go, block=block), "virsh-blkmigrate"]
+        words = [*self._words(domain), "--progress=json", "--max-rounds", "1000", *map(str, options)]
+        return Listened([*self.entering, *command, *words], go)
+
+    def _words(self, domain: Domain) -> list[str]:
+        return ["--live", domain.name, self.target, "--downtime", "3000"]
+
+    def cleaned_up(self) -> None:
+        """Give up what was suspended, if anything was."""
+        for path in (self.hosts.near / "state").glob("*/record.json"):
+            self.tool("cleanup", path.parent.name).succeeded()
+
+    def images_there(self, domain: Domain) -> list[Path]:
+        """Images of the domain that are on hostb."""
+        paths = [self.outside(disk.path, far=True) for disk in domain.disks]
+        return [path for path in paths if path.exists()]
+
+    def job(self) -> str:
+        """The name of the one job that is kept on hosta."""
+        (found,) = (path.parent.name for path in (self.hosts.near / "state").glob("*/record.json"))
+        return found
 
     def assert_arrived(self, domain: Domain, *, paths: Sequence[Path] | None = None) -> None:
-        """Assert that it runs on hostb alone, goes on writing, and that no record of its disks is lost or torn."""
+        """Assert that it runs on hostb alone, goes on writing, and that no record of its disks is lost or torn.
+
+        It is ended for that.
+        """
         assert domain.runs() == ["hostb"], domain.runs()
         domain.wait_for_writing(far=True, more=20)
-        self.hosts.virsh("destroy", domain.name, far=True)
-        for disk, path in zip(domain.disks, paths or [disk.path for disk in domain.disks], strict=True):
-            if not disk.read_only:
-                there = replace(disk, path=self.outside(path, far=True))
-                assert_records_sound(there, max(domain.acked(), domain.acked(far=True)))
+        self._assert_sound(domain, paths or [disk.path for disk in domain.disks], far=True)
 
     def assert_stayed(self, domain: Domain) -> None:
-        """Assert that it runs on hosta alone, goes on writing, and that no record of its disks is lost or torn."""
+        """Assert that it runs on hosta alone, goes on writing, and that no record of its disks is lost or torn.
+
+        It is ended for that.
+        """
         assert domain.runs() == ["hosta"], domain.runs()
+        assert domain.state(far=True) is None, "hostb still knows it"
+        assert not domain.console(far=True), "it ran on hostb"
         domain.wait_for_writing(more=20)
-        self.hosts.virsh("destroy", domain.name)
-        for disk in domain.disks:
+        self._assert_sound(domain, [disk.path for disk in domain.disks], far=False)
+
+    def _assert_sound(self, domain: Domain, paths: Sequence[Path], *, far: bool) -> None:
+        self.hosts.virsh("destroy", domain.name, far=far)
+        acked = max(domain.acked(), domain.acked(far=True))
+        for disk, path in zip(domain.disks, paths, strict=True):
             if not disk.read_only:
-                assert_records_sound(replace(disk, path=self.outside(disk.path, far=False)), domain.acked())
+                # What one disk has acknowledged says nothing of another's.
+                image = replace(disk, path=self.outside(path, far=far))
+                assert_records_sound(image, acked if len(domain.disks) == 1 else 0)
 
     def assert_nothing_left(self) -> None:
         """Assert that no job is left on hosta, no connection to hostb's sshd, and no socket of ours on either."""

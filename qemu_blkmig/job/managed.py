@@ -27,6 +27,7 @@ from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.rounds import Rounds
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.throttle import check_can_throttle
 from qemu_blkmig.virt.monitor import PassthroughMonitor
 
@@ -43,6 +44,15 @@ async def migrate_managed(
         life = await stack.enter_async_context(Lifecycle(reporter, interrupts, steering, suspended))
         run = _Run(life, options, interrupts, clock, stack)
         return await life.conduct(run.whole())
+
+
+async def forget_recording(managed: Managed, prefix: str) -> None:
+    """Remove the bitmaps of a suspended job (see `remove_bitmaps`) from the domain's QEMU. Raises `Refused`."""
+    async with contextlib.AsyncExitStack() as stack:
+        ends = await Ends.open(managed.options, stack)
+        monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
+        stack.push_async_callback(monitor.close)
+        await remove_bitmaps(monitor, prefix)
 
 
 class _Run:

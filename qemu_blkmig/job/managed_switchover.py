@@ -121,10 +121,7 @@ class ManagedSwitchover:
         with self._life.source.events("MIGRATION") as events:
             gate = Gate(way.listener, way.connect)
             migration = DomainMigration(self._ends.source, self._ends.handle, self._ends.target, wish)
-            self._moving = True
             try:
-                if self._hurried:
-                    await self._suspend()
                 yield _Passage(migration, gate, events)
             except (BlkmigError, asyncio.CancelledError) as error:
                 raise await self._reason(error, migration, gate) from error
@@ -149,15 +146,26 @@ class ManagedSwitchover:
             self._reporter.note("--bandwidth does not limit RAM here: QEMU may damage an emulated (TCG) guest that way")
             limit = None
         return Wish(
-            uri=way.uri, xml=there.xml, persistent_xml=there.persistent_xml, name=options.dname, live=options.live,
-            peer_to_peer=options.peer_to_peer, persistent=options.persistent, undefine_source=options.undefine_source,
-            suspend=options.suspend, abort_on_error=options.abort_on_error, auto_converge=options.auto_converge,
+            uri=way.uri,
+            xml=there.xml,
+            persistent_xml=there.persistent_xml,
+            name=options.dname,
+            live=options.live and not self._hurried,
+            peer_to_peer=options.peer_to_peer,
+            persistent=options.persistent,
+            undefine_source=options.undefine_source,
+            suspend=options.suspend,
+            abort_on_error=options.abort_on_error,
+            auto_converge=options.auto_converge,
             auto_converge_initial=options.auto_converge_initial,
-            auto_converge_increment=options.auto_converge_increment, graphics_uri=options.graphics_uri,
+            auto_converge_increment=options.auto_converge_increment,
+            graphics_uri=options.graphics_uri,
             tls=options.tls,
-            tls_destination=(options.tls_destination or way.host) if options.tls else None, parallel=options.parallel,
-            listen_address=options.listen_address, bandwidth=limit,
-        )  # fmt: skip
+            tls_destination=(options.tls_destination or way.host) if options.tls else None,
+            parallel=options.parallel,
+            listen_address=options.listen_address,
+            bandwidth=limit,
+        )
 
     async def _paused(self, passage: _Passage) -> None:
         """Return when QEMU has paused the guest to move the rest of RAM. Raises `MigrationError` when it never will."""
@@ -171,6 +179,10 @@ class ManagedSwitchover:
                 raise self._refused(ended.result())
             if event.result().data["status"] in AT_THE_PAUSE:
                 return
+            # libvirt takes a guest that is paused before for one that is to stay so.
+            if not self._moving and self._hurried:
+                await self._suspend()
+            self._moving = True
 
     def _refused(self, error: BlkmigError | None) -> MigrationError:
         return MigrationError(f"libvirt could not migrate the guest: {error or 'it says that it has, too early'}")
@@ -249,7 +261,7 @@ class ManagedSwitchover:
         await self._life.watchdog.arm(PATIENCE)
         await self._guest.check_still_here()
         await self._guest.check_awake()
-        if not self._options.live:
+        if self._hurried or not self._options.live:
             self._guard.ignore_pauses()
         self._job.record.run_state_taken = True
         self._job.record.migrating = True

@@ -13,6 +13,8 @@ from qemu_blkmig.errors import BlkmigError, DestinationFailed, Interrupted, Refu
 from qemu_blkmig.job.connected import compare_instead
 from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.managed import forget_recording, migrate_managed
+from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.migrate import migrate
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
 from qemu_blkmig.job.record import Job
@@ -22,6 +24,8 @@ from qemu_blkmig.job.settle import settle
 from qemu_blkmig.job.settlement import unsettled
 from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.socket import SocketMonitor
+
+_Options = MigrateOptions | CopyOptions | ManagedOptions
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Seconds before each attempt of `--retry`; the last one for all that follow."""
@@ -43,7 +47,8 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
     """Go on with the job `name`. Raises as `migrate` and `copy` do; `Refused` where it cannot be gone on with."""
     job = Job.load(name)
     try:
-        options = job.record.migrate or job.record.copy
+        managed = job.record.managed.options if job.record.managed is not None else None
+        options: _Options | None = job.record.migrate or job.record.copy or managed
         if options is None or not (job.record.recording or job.record.suspended):
             raise Refused(
                 f"job {name} cannot be resumed: nothing was copied yet, or it cannot be told what",
@@ -59,6 +64,8 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
     except BaseException:
         job.release()
         raise
+    if isinstance(options, ManagedOptions):
+        return await migrate_managed(options, reporter, interrupts, clock, job)
     if isinstance(options, MigrateOptions):
         return await migrate(options, reporter, interrupts, clock, job)
     return await copy(options, reporter, interrupts, clock, job)
@@ -138,6 +145,8 @@ async def _check_same_qemu(job: Job) -> None:
 async def _forget_recording(job: Job) -> None:
     """Both sides are compared, and recorded anew: bitmaps that are left would only be in the way."""
     job.starts_over = True
+    if job.record.managed is not None:
+        await forget_recording(job.record.managed, f"{job.record.prefix}-")
     if job.record.source_qmp is None:
         return
     monitor = await SocketMonitor.connect(job.record.source_qmp, who="source QEMU")
@@ -147,7 +156,7 @@ async def _forget_recording(job: Job) -> None:
         await monitor.close()
 
 
-def _changed(options: MigrateOptions | CopyOptions, changes: Changes) -> MigrateOptions | CopyOptions:
+def _changed(options: _Options, changes: Changes) -> _Options:
     transfer = options.transfer
     if changes.bandwidth is not None:
         transfer = replace(transfer, bandwidth=changes.bandwidth)
@@ -157,10 +166,10 @@ def _changed(options: MigrateOptions | CopyOptions, changes: Changes) -> Migrate
         downtime=options.downtime if changes.downtime is None else changes.downtime,
         max_rounds=options.max_rounds if changes.max_rounds is None else changes.max_rounds,
     )
-    if changes.on_stall is not None and isinstance(options, MigrateOptions):
+    if changes.on_stall is not None and not isinstance(options, CopyOptions):
         options = replace(options, on_stall=changes.on_stall)
     if changes.launch is not None:
-        if options.target.launch is None:
+        if isinstance(options, ManagedOptions) or options.target.launch is None:
             raise Refused("--launch is of no use to this job: it starts no destination QEMU")
         options = replace(options, target=replace(options.target, launch=changes.launch))
     return options

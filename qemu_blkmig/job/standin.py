@@ -90,7 +90,8 @@ def _persist(job: Job, settlement: Settlement) -> Settlement:
         if signal.sigtimedwait([LEAVE], pause) is not None:
             break
         pause = min(LONGEST_PAUSE, 2 * pause)
-        source_lives = job.record.source_process is not None and job.record.source_process.alive
+        process = job.record.source_process
+        source_lives = job.record.managed is not None or (process is not None and process.alive)
         settlement = asyncio.run(settle(job, suspend=True))
     return settlement
 

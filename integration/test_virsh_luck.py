@@ -1,0 +1,143 @@
+"""What goes wrong while a domain moves: it runs on exactly one host afterwards, and the message says on which."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from integration.lab import wait_until
+from integration.virtlab import Domain, VirtLab
+
+HERE = "the guest runs at the source"
+THERE = "the guest runs at the destination"
+BEFORE = ["prepared", "connected"]
+LIVE = ["copied", "converged"]
+GATE_CLOSED = ["behind the gate", "last round over", "closed"]
+"""The guest stands still, and libvirt waits for what the gate withholds."""
+
+
+@pytest.mark.parametrize("moment", [*BEFORE, *LIVE, *GATE_CLOSED])
+def test_a_coordinator_killed_before_the_gate_opens_leaves_the_guest_at_the_source(
+    virtlab: VirtLab, domain: Domain, moment: str
+) -> None:
+    attempt = virtlab.attempt(domain, hold=moment)
+    attempt.wait_held()
+    attempt.signal(signal.SIGKILL)
+    assert HERE in attempt.outcome().stderr
+    if moment not in BEFORE:
+        virtlab.tool("cleanup", virtlab.job()).succeeded()
+    virtlab.assert_nothing_left()
+    assert not virtlab.images_there(domain)
+    virtlab.assert_stayed(domain)
+
+
+@pytest.mark.parametrize("moment", ["gate open", "handed over", "decided"])
+def test_a_coordinator_killed_once_the_gate_is_open_leaves_the_guest_on_exactly_one_host(
+    virtlab: VirtLab, domain: Domain, moment: str
+) -> None:
+    attempt = virtlab.attempt(domain, hold=moment)
+    attempt.wait_held()
+    attempt.signal(signal.SIGKILL)
+    told = attempt.outcome().stderr
+    if domain.runs() == ["hosta"]:
+        assert HERE in told and moment == "gate open"
+        virtlab.assert_stayed(domain)
+    else:
+        assert THERE in told
+        virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+@pytest.mark.parametrize("moment", [*LIVE, *GATE_CLOSED])
+def test_the_destination_s_libvirtd_killed_before_the_gate_opens(virtlab: VirtLab, domain: Domain, moment: str) -> None:
+    attempt = virtlab.attempt(domain, hold=moment)
+    attempt.wait_held()
+    virtlab.hosts.stop_libvirtd(far=True)
+    attempt.go_on()
+    outcome = attempt.outcome()
+    virtlab.hosts.start_libvirtd(far=True)
+    outcome.failed(1, "libvirt", now=HERE)
+    virtlab.tool("cleanup", virtlab.job()).succeeded()
+    virtlab.assert_nothing_left()
+    wait_until(lambda: domain.state(far=True) is None, "hostb to forget it", 30)
+    virtlab.assert_stayed(domain)
+
+
+def test_the_source_s_libvirtd_restarted_in_bulk_and_the_job_resumed(virtlab: VirtLab, domain: Domain) -> None:
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
+    virtlab.hosts.stop_libvirtd(far=False)
+    virtlab.hosts.start_libvirtd(far=False)
+    attempt.go_on()
+    outcome = attempt.outcome()
+    outcome.failed(1, "source QEMU is gone", now=HERE)
+    resumed = virtlab.virsh("--resume", virtlab.job(), "--output", "json").succeeded().result
+    (disk,) = resumed["disks"]
+    assert disk["resumed"] > 0 and disk["copied"] < 12 << 20
+    virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+def test_the_source_s_libvirtd_killed_while_the_gate_is_closed(virtlab: VirtLab, domain: Domain) -> None:
+    attempt = virtlab.attempt(domain, hold="last round over")
+    attempt.wait_held()
+    virtlab.hosts.stop_libvirtd(far=False)
+    attempt.go_on()
+    virtlab.hosts.start_libvirtd(far=False)
+    outcome = attempt.outcome()
+    wait_until(lambda: domain.runs() == ["hosta"], "the guest", 60, lambda: outcome.stderr)
+    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+    virtlab.assert_stayed(domain)
+
+
+@pytest.mark.parametrize("moment", [*LIVE, *GATE_CLOSED])
+def test_ssh_that_breaks_before_the_gate_opens_leaves_the_guest_at_the_source(
+    virtlab: VirtLab, domain: Domain, moment: str
+) -> None:
+    attempt = virtlab.attempt(domain, hold=moment)
+    attempt.wait_held()
+    for pid in virtlab.hosts.connections():
+        os.kill(pid, signal.SIGKILL)
+    attempt.go_on()
+    attempt.outcome().failed(1, now=HERE)
+    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+    virtlab.assert_stayed(domain)
+
+
+@pytest.mark.parametrize("moment", [*LIVE, *GATE_CLOSED])
+def test_a_domain_that_is_destroyed_meanwhile_is_told(virtlab: VirtLab, domain: Domain, moment: str) -> None:
+    attempt = virtlab.attempt(domain, hold=moment)
+    attempt.wait_held()
+    virtlab.hosts.virsh("destroy", domain.name)
+    attempt.go_on()
+    attempt.outcome().failed(1, now="the domain does not run at the source any more")
+    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+    assert domain.runs() == []
+    assert domain.state(far=True) is None
+
+
+def test_a_snapshot_taken_meanwhile_ends_the_job(virtlab: VirtLab, domain: Domain) -> None:
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
+    virtlab.hosts.virsh("snapshot-create-as", domain.name, "s1", "--disk-only", "--no-metadata")
+    attempt.go_on()
+    attempt.outcome().failed(1, "snapshot", now=HERE)
+    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+    assert domain.runs() == ["hosta"]
+
+
+def test_ctrl_c_behind_the_gate_gives_the_guest_back(virtlab: VirtLab, domain: Domain) -> None:
+    attempt = virtlab.attempt(domain, hold="behind the gate")
+    attempt.wait_held()
+    attempt.signal(signal.SIGINT)
+    outcome = attempt.outcome()
+    outcome.failed(128 + signal.SIGINT, "interrupted", now=HERE)
+    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+    virtlab.assert_stayed(domain)
