@@ -69,3 +69,4 @@ def domain(virtlab: VirtLab) -> Iterator[Domain]:
     booted = virtlab.boot(virtlab.disk(f"{uuid.uuid4()}.qcow2", 128 << 20, data=[(1 << 20, 16 << 20)]))
     yield booted
     booted.destroy()
+    virtlab.put_in_order()

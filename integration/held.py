@@ -25,6 +25,7 @@ from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.qmp.ram import RamMigration
+from qemu_blkmig.virt.gate import Gate
 from qemu_blkmig.virt.migration import DomainMigration
 
 Hold = Callable[[], Awaitable[None]]
@@ -45,10 +46,9 @@ AROUND: dict[str, tuple[type, str, str]] = {
     "completed": (TargetQemu, "start_guest", "before"),
     "started": (TargetQemu, "start_guest", "after"),
     "behind the gate": (LastRound, "keep_in_step", "after"),
-    "gate open": (DomainMigration, "wait", "before"),
     "handed over": (DomainMigration, "wait", "after"),
 }
-"""Moments, by the method before or after which they lie; "decided" lies after the record says so."""
+"""Moments, by the method before or after which they lie; "decided" and those of the gate besides."""
 
 
 def _hold_around(owner: type, name: str, when: str, hold: Hold) -> None:
@@ -75,6 +75,20 @@ def _hold_when_decided(hold: Callable[[], None]) -> None:
             hold()
 
     Job.save = held  # type: ignore[method-assign]
+
+
+def _hold_at_the_gate(when: str, hold: Callable[[], None]) -> None:
+    """Threads carry what it lets through, whatever becomes of the event loop."""
+    opened = Gate.open
+
+    def held(self: Gate) -> None:
+        if when == "before":
+            hold()
+        opened(self)
+        if when == "after":
+            hold()
+
+    Gate.open = held  # type: ignore[method-assign]
 
 
 def _say_held() -> None:
@@ -105,6 +119,8 @@ def _run() -> int:
 
     if moment == "decided":
         _hold_when_decided(block)
+    elif moment in ("gate to be opened", "gate open"):
+        _hold_at_the_gate("after" if moment == "gate open" else "before", block)
     else:
         _hold_around(*AROUND[moment], hold)
     if sys.argv[4] == "virsh-blkmigrate":

@@ -33,7 +33,7 @@ def test_a_coordinator_killed_before_the_gate_opens_leaves_the_guest_at_the_sour
     virtlab.assert_stayed(domain)
 
 
-@pytest.mark.parametrize("moment", ["gate open", "handed over", "decided"])
+@pytest.mark.parametrize("moment", ["gate to be opened", "gate open", "handed over", "decided"])
 def test_a_coordinator_killed_once_the_gate_is_open_leaves_the_guest_on_exactly_one_host(
     virtlab: VirtLab, domain: Domain, moment: str
 ) -> None:
@@ -42,10 +42,10 @@ def test_a_coordinator_killed_once_the_gate_is_open_leaves_the_guest_on_exactly_
     attempt.signal(signal.SIGKILL)
     told = attempt.outcome().stderr
     if domain.runs() == ["hosta"]:
-        assert HERE in told and moment == "gate open"
+        assert HERE in told and moment in ("gate to be opened", "gate open")
         virtlab.assert_stayed(domain)
     else:
-        assert THERE in told
+        assert THERE in told and moment != "gate to be opened"
         virtlab.assert_arrived(domain)
     virtlab.assert_nothing_left()
 
@@ -72,10 +72,10 @@ def test_the_source_s_libvirtd_restarted_in_bulk_and_the_job_resumed(virtlab: Vi
     virtlab.hosts.start_libvirtd(far=False)
     attempt.go_on()
     outcome = attempt.outcome()
-    outcome.failed(1, "source QEMU is gone", now=HERE)
+    outcome.failed(1, "the source's libvirt is gone", now=HERE)
     resumed = virtlab.virsh("--resume", virtlab.job(), "--output", "json").succeeded().result
     (disk,) = resumed["disks"]
-    assert disk["resumed"] > 0 and disk["copied"] < 12 << 20
+    assert disk["resumed"] == disk["virtual_size"]
     virtlab.assert_arrived(domain)
     virtlab.assert_nothing_left()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -157,6 +158,14 @@ class VirtLab:
         """Give up what was suspended, if anything was."""
         for path in (self.hosts.near / "state").glob("*/record.json"):
             self.tool("cleanup", path.parent.name).succeeded()
+
+    def put_in_order(self) -> None:
+        """Forget what a failed test left of jobs."""
+        for path in (self.hosts.near / "state").glob("*/record.json"):
+            shutil.rmtree(path.parent)
+        for far in (False, True):
+            for left in self.outside(Path("/var/lib/libvirt/qemu"), far=far).glob("*blkmig*"):
+                left.unlink()
 
     def images_there(self, domain: Domain) -> list[Path]:
         """Images of the domain that are on hostb."""

@@ -11,6 +11,7 @@
      |   +- SourceReadError                 the source disk cannot be read (offset)
      |   +- DestinationWriteError           the destination image cannot be written (offset, errno)
      |   +- DestinationFailed               the destination's QEMU or agent failed
+     |   +- LibvirtFailed                   libvirt could not migrate the domain, and gave the guest back
      +- Refused                    exit 3   preflight: nothing that existed before was touched
      +- Undecided                  exit 4   which side owns the guest cannot be known; a person must look
      +- ContentsDiffer             exit 5   source and destination differ
@@ -110,6 +111,12 @@ class DestinationFailed(MigrationError):
 
 class HostSilent(DestinationFailed):
     """The destination host did not answer while the guest stood still, which was not made to wait for it."""
+
+
+class LibvirtFailed(MigrationError):
+    """libvirt could not migrate the domain, or gave it up; it gives the guest back at the source."""
+
+    mendable = True
 
 
 class Refused(BlkmigError):

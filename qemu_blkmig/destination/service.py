@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import qemu_blkmig
 from qemu_blkmig import errors
-from qemu_blkmig.destination import files, images, launching, locks, protocol, qemu_nbd
+from qemu_blkmig.destination import files, images, launching, locks, migration_sockets, protocol, qemu_nbd
 from qemu_blkmig.destination.bases import Bases
 from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds, Confinement
 from qemu_blkmig.destination.digests import digests
@@ -143,6 +143,8 @@ class Service:
                 disk.control.cancel()
         await asyncio.gather(*(self._end(disk, remove=remove) for disk in disks))
         self._expecting.end()
+        if self._job is not None:
+            await asyncio.to_thread(migration_sockets.remove, self._job)
         if self._runtime is not None:
             await asyncio.to_thread(shutil.rmtree, self._runtime, ignore_errors=True)
 

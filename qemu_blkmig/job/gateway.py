@@ -10,13 +10,12 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from qemu_blkmig.destination.migration_sockets import socket_path
 from qemu_blkmig.errors import Refused, UsageError
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.place import Local, Ssh
 from qemu_blkmig.transport.host import Host
 
-SOCKETS = "/var/lib/libvirt/qemu"
-"""A directory of libvirt's, on every host, in which its QEMUs may make sockets; those of a session have /tmp."""
 PORTS = range(49152, 49216)
 """libvirt's own for migration (qemu.conf)."""
 CONNECT = 20.0
@@ -53,21 +52,20 @@ class Gateway:
             Path(self.uri.removeprefix("unix://")).unlink(missing_ok=True)
 
 
-async def gateway(options: ManagedOptions, host: Host, name: str) -> Gateway:
-    """Listen for the source's QEMU: a unix socket called `name` whose end at the destination is reached through ssh,
-    or where the user says. Raises `Refused`, `DestinationFailed`, `UsageError`.
+async def gateway(options: ManagedOptions, host: Host, job: str, number: int) -> Gateway:
+    """Listen for the source's QEMU, in the job's attempt `number`: on a unix socket, whose like at the destination is
+    reached through ssh, or where the user says. Raises `Refused`, `DestinationFailed`, `UsageError`.
     """
     if options.migrate_uri is not None:
         return _tcp(options.migrate_uri)
     place = options.place
     if isinstance(place, Local):
         raise UsageError("without ssh to the destination the guest's RAM needs a way: --migrateuri tcp://HOST:PORT")
-    return await _unix(place, host, options.target_uri, name)
+    session = options.target_uri.partition("?")[0].endswith("/session")
+    return await _unix(place, host, socket_path(job, number, session=session))
 
 
-async def _unix(place: Ssh, host: Host, target_uri: str, name: str) -> Gateway:
-    directory = "/tmp" if target_uri.partition("?")[0].endswith("/session") else SOCKETS
-    path = f"{directory}/{name}.sock"
+async def _unix(place: Ssh, host: Host, path: str) -> Gateway:
     listener = socket.socket(socket.AF_UNIX)
     try:
         with contextlib.suppress(FileNotFoundError):

@@ -12,6 +12,7 @@ from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.watchdog_client import Watchdog
 from qemu_blkmig.qmp.guest import MIGRATED, run_state
 from qemu_blkmig.qmp.monitor import CommandFailed, Event, Monitor
+from qemu_blkmig.virt.connection import LibvirtGone
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,9 @@ class Guard:
                 await self._look()
                 while True:
                     await self._consider(await events.get())
+            except LibvirtGone:
+                # The QEMU that it manages goes on.
+                raise
             except ConnectionLost as error:
                 raise GuestStateError("the source QEMU ended during the migration") from error
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 from qemu_blkmig.destination.protocol import Domain as Named
 from qemu_blkmig.destination.protocol import Expect
-from qemu_blkmig.errors import BlkmigError, MigrationError, Stalled
+from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.gateway import Gateway, gateway
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.last_round import PATIENCE, LastRound
-from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.lifecycle import MOMENT, Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import OnStall
 from qemu_blkmig.job.place import Local
@@ -116,7 +116,7 @@ class ManagedSwitchover:
         await self._life.agent.request(
             Expect(Named(name, domain.uuid), dict(self._arrangement.paths), socket.gethostname())
         )
-        way = await gateway(self._options, self._life.host, f"{self._job.record.prefix}-{attempt}")
+        way = await gateway(self._options, self._life.host, self._job.record.job, attempt)
         wish = await self._wish(way)
         with self._life.source.events("MIGRATION") as events:
             gate = Gate(way.listener, way.connect)
@@ -134,9 +134,15 @@ class ManagedSwitchover:
                 way.close()
 
     async def _reason(self, error: BaseException, migration: DomainMigration, gate: Gate) -> BaseException:
-        """What is behind an error of ours: the end of libvirt's migration, or of the gate's connection."""
+        """What is behind an error of ours: the end of the connection to the destination, or of libvirt's migration."""
+        if isinstance(error, asyncio.CancelledError | LibvirtFailed):
+            return error
+        if (gone := await self._life.agent.why_gone(MOMENT)) is not None:
+            return gone
         if gate.failure is not None:
-            return MigrationError(f"the way of the guest's RAM to the destination broke: {gate.failure}")
+            return LibvirtFailed(f"the way of the guest's RAM to the destination broke: {gate.failure}")
+        if migration.ended and self._job.record.owner is Owner.SOURCE:
+            return self._failed(await migration.failed())
         return error
 
     async def _wish(self, way: Gateway) -> Wish:
@@ -176,7 +182,7 @@ class ManagedSwitchover:
             for task in pending:
                 task.cancel()
             if ended in done:
-                raise self._refused(ended.result())
+                raise self._failed(ended.result())
             if event.result().data["status"] in AT_THE_PAUSE:
                 return
             # libvirt takes a guest that is paused before for one that is to stay so.
@@ -184,8 +190,8 @@ class ManagedSwitchover:
                 await self._suspend()
             self._moving = True
 
-    def _refused(self, error: BlkmigError | None) -> MigrationError:
-        return MigrationError(f"libvirt could not migrate the guest: {error or 'it says that it has, too early'}")
+    def _failed(self, error: BlkmigError | None) -> LibvirtFailed:
+        return LibvirtFailed(f"libvirt could not migrate the guest: {error or 'it says that it has, too early'}")
 
     async def _beside(self, passage: _Passage) -> None:
         """RAM may be dirtied faster than it crosses: --max-rounds bounds its passes as it does the disks' rounds."""

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from typing import Any
 
+from qemu_blkmig.destination import migration_sockets
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused
 from qemu_blkmig.job.peers import HostUnreachable, Unreachable, until
 from qemu_blkmig.job.record import Job, Managed, Owner
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SETTLE = 20.0
 """Seconds in which libvirt's own migration must come to an end, one way or the other."""
+AGAIN = 0.5
+"""Seconds between two attempts to reach it."""
 REACH = 15.0
 """Seconds in which a libvirt must answer."""
 
@@ -140,6 +143,7 @@ class Domains:
 
     async def close(self) -> None:
         """See `Sides`."""
+        migration_sockets.remove(self._job.record.job)
         for connection in (self._near_end, self._far_end):
             if connection is not None:
                 await connection.close()
@@ -223,10 +227,15 @@ class Domains:
 
 
 async def _open(uri: str | None, who: str) -> Connection:
+    """Connect; a daemon that is just being restarted is waited for. Raises `BlkmigError`."""
+    refused: BlkmigError = Refused(f"{who} did not answer within {REACH:.0f} s")
     try:
         async with asyncio.timeout(REACH):
-            return await Connection.open(uri, who)
+            while True:
+                try:
+                    return await Connection.open(uri, who)
+                except (Refused, ConnectionLost) as error:
+                    refused = error
+                await asyncio.sleep(AGAIN)
     except TimeoutError:
-        raise Refused(f"{who} did not answer within {REACH:.0f} s") from None
-    except ConnectionLost as error:
-        raise Refused(str(error)) from error
+        raise refused from None

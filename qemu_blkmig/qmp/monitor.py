@@ -87,7 +87,7 @@ class EventStream(EventListener):
         if isinstance(item, Event):
             return item
         self._events.put_nowait(item)
-        raise ConnectionLost(item.what)
+        raise type(item)(item.what)
 
     def close(self) -> None:
         """End the subscription."""

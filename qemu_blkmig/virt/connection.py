@@ -19,6 +19,10 @@ KEEPALIVE = (5, 3)
 """Seconds between two signs of life, and how many may be missed, before a connection is taken for broken."""
 
 
+class LibvirtGone(ConnectionLost):
+    """A libvirt daemon hung up; the QEMUs that it started go on."""
+
+
 class LibvirtError(RequestError):
     """libvirt refused a call, in its own words; `code` is its virErrorNumber."""
 
@@ -88,12 +92,10 @@ class Connection:
 
     def explained(self, error: Any) -> BlkmigError:
         """Our error for a libvirtError."""
-        module = libvirt()
-        code, text = error.get_error_code(), error.get_error_message() or str(error)
-        broken = (module.VIR_ERR_RPC, module.VIR_ERR_SYSTEM_ERROR, module.VIR_ERR_INVALID_CONN)
-        if code in broken and not self._alive():
-            return ConnectionLost(f"{self.who} is gone: {text}")
-        return LibvirtError(self.who, text, code)
+        text = error.get_error_message() or str(error)
+        if not self._alive():
+            return LibvirtGone(f"{self.who} is gone: {text}")
+        return LibvirtError(self.who, text, error.get_error_code())
 
     async def domain(self, name: str) -> Any:
         """The domain of this id, name or UUID. Raises `Refused` when there is none."""

@@ -94,6 +94,8 @@ class DomainMigration:
         else:
             work = source.call(domain.migrate3, target.handle, parameters, flags)
         self._task: asyncio.Task[Any] = asyncio.create_task(work)
+        # Whoever waits for it is told; nobody may.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property
     def ended(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qemu_blkmig.errors import ConnectionLost
 from qemu_blkmig.qmp.monitor import CommandFailed, Event, EventStream, NoAnswer, NotSent
-from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+from qemu_blkmig.virt.connection import Connection, LibvirtError, LibvirtGone, libvirt
 
 
 class PassthroughMonitor:
@@ -102,11 +102,11 @@ class PassthroughMonitor:
             raise NotSent(f"{self.who} is gone ({command} was not sent)")
         text = json.dumps({"execute": command, "arguments": dict(arguments or {})})
         answering = asyncio.ensure_future(self._ask(text, files))
+        answering.add_done_callback(lambda late: late.cancelled() or late.exception())
         # A call of libvirt's cannot be taken back: it goes on in its thread, and the order of commands is kept.
         both: list[asyncio.Future[Any]] = [answering, self._lost]
         await asyncio.wait(both, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
-            answering.add_done_callback(lambda late: late.cancelled() or late.exception())
             if self.lost:
                 raise ConnectionLost(f"{self.who} is gone ({command} was under way)")
             raise NoAnswer(f"{self.who} did not answer {command} within {limit:g} s")
@@ -151,8 +151,9 @@ class PassthroughMonitor:
             self._loop.call_soon_threadsafe(self._lose, "the domain's QEMU has ended")
 
     def _on_close(self, _handle: Any, _reason: int, _opaque: Any) -> None:
-        self._loop.call_soon_threadsafe(self._lose, "libvirt's daemon hung up")
+        self._loop.call_soon_threadsafe(self._lose, "it hung up", LibvirtGone)
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: str, kind: type[ConnectionLost] = ConnectionLost) -> None:
         if not self._lost.done():
-            self._lost.set_result(ConnectionLost(f"{self.who} is gone ({why})"))
+            who = self._connection.who if kind is LibvirtGone else self.who
+            self._lost.set_result(kind(f"{who} is gone ({why})"))
