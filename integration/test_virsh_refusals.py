@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from integration.lab import Disk, LabError, wait_until
-from integration.tool import finish
 from integration.virthosts import VirtHosts
 from integration.virtlab import IMAGES, VirtLab
 from qemu_blkmig.demo.guest import Kernel
@@ -67,7 +66,7 @@ class Idle:
 
     def problems(self, *options: object) -> str:
         """What a dry run says against it; one without problems ends with 0."""
-        outcome = finish(self.lab.start(self.name, self.lab.target, "--dry-run", "--output", "json", *options))
+        outcome = self.lab.virsh(self.name, self.lab.target, "--dry-run", "--output", "json", *options)
         told = "; ".join(outcome.result["problems"])
         assert outcome.code == (3 if told else 0), outcome
         assert outcome.result["ready"] == (not told)
@@ -107,10 +106,8 @@ def defined(lab: VirtLab) -> Iterator[list[str]]:
 
 def test_a_domain_that_can_move_is_ready_and_its_xml_for_the_destination_is_shown(idle: Idle) -> None:
     elsewhere = "/var/lib/libvirt/images/elsewhere.qcow2"
-    outcome = finish(
-        idle.lab.start(idle.name, idle.lab.target, "--persistent", "--disk", f"vda={elsewhere}", "--dry-run",
-                       "--output", "json")
-    ).succeeded()  # fmt: skip
+    outcome = idle.lab.virsh(idle.name, idle.lab.target, "--persistent", "--disk", f"vda={elsewhere}", "--dry-run",
+                       "--output", "json").succeeded()  # fmt: skip
     assert outcome.result["ready"]
     assert [disk["destination"] for disk in outcome.result["disks"]] == [elsewhere]
     for xml in (outcome.result["xml"], outcome.result["persistent_xml"]):
@@ -125,7 +122,7 @@ def test_another_domain_of_that_name_or_a_renamed_one_of_that_uuid_is_in_the_way
     assert f"another domain called {idle.name}" in told
     assert idle.problems("--dname", "other") == ""
     # A migration says the same, and so does libvirt, but only when all is copied.
-    finish(idle.lab.start(idle.name, idle.lab.target)).failed(3, f"another domain called {idle.name}", "--dname")
+    idle.lab.virsh(idle.name, idle.lab.target).failed(3, f"another domain called {idle.name}", "--dname")
     with pytest.raises(LabError, match="already exists with uuid"):
         idle.lab.hosts.virsh("migrate", "--live", "--unsafe", idle.name, "qemu+tcp://hostb/system")
     idle.lab.hosts.virsh("undefine", idle.name, far=True)
@@ -194,7 +191,7 @@ def test_a_domain_with_snapshots_or_checkpoints_or_a_job_under_way_does_not_leav
 
 def test_the_same_libvirt_under_another_name_is_no_destination(idle: Idle) -> None:
     own = "qemu+unix:///system?socket=/run/libvirt/libvirt-sock"
-    outcome = finish(idle.lab.start(idle.name, own, "--agent", "local:/", "--dry-run", "--output", "json"))
+    outcome = idle.lab.virsh(idle.name, own, "--agent", "local:/", "--dry-run", "--output", "json")
     assert "are the same host's libvirt" in outcome.result["problems"][0]
 
 
@@ -215,7 +212,7 @@ def test_uefi_variables_and_the_tpm_s_state_arrive(lab: VirtLab) -> None:
     variables = lab.outside(nvram, far=False)
     wait_until(lambda: _digest(variables) != template, "the firmware to write its variables", 120)
     _at_rest(variables)
-    told = finish(lab.start(idle.name, lab.target, "--persistent", "--undefinesource")).succeeded()
+    told = lab.virsh(idle.name, lab.target, "--persistent", "--undefinesource").succeeded()
     assert idle.name not in lab.hosts.domains()
     assert _digest(lab.outside(nvram, far=True)) == _digest(variables), told.stderr
     state = Path("/var/lib/libvirt/swtpm") / idle.uuid / "tpm2" / "tpm2-00.permall"
