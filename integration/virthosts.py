@@ -52,11 +52,25 @@ migration_address = "0.0.0.0"
 """
 
 
-class VirtHosts(Hosts):
-    """Two hosts with libvirtd; `virsh` speaks to either. Raises `LabError` where it does not work."""
+AS_DEBIAN = (
+    _QEMU_CONF.replace('"root"', '"libvirt-qemu"', 1)
+    .replace('"root"', '"kvm"', 1)
+    .replace("dynamic_ownership = 0\nremember_owner = 0", "dynamic_ownership = 1\nremember_owner = 1")
+)
+"""QEMUs run as a user of their own, and libvirt gives them their images while they run."""
+OWNED_BY_HAND = AS_DEBIAN.replace("dynamic_ownership = 1", "dynamic_ownership = 0")
+"""QEMUs run as a user of their own, and libvirt leaves images' owners alone."""
 
-    def __init__(self, near: Path, *options: str) -> None:
+
+class VirtHosts(Hosts):
+    """Two hosts with libvirtd; `virsh` speaks to either. Raises `LabError` where it does not work.
+
+    `qemu_conf`: of both libvirtds.
+    """
+
+    def __init__(self, near: Path, *options: str, qemu_conf: str = _QEMU_CONF) -> None:
         self._daemons: dict[bool, subprocess.Popen[bytes]] = {}
+        self._qemu_conf = qemu_conf
         super().__init__(near, *options)
         try:
             self._lay_out(far=False)
@@ -130,10 +144,13 @@ class VirtHosts(Hosts):
         if fresh:
             conf = _LIBVIRTD_CONF.format(uuid=uuid.uuid4(), log=self._log(far=far))
             (base / "etc/libvirtd.conf").write_text(conf)
-            (base / "etc/qemu.conf").write_text(_QEMU_CONF)
+            (base / "etc/qemu.conf").write_text(self._qemu_conf)
         for name, place in _PRIVATE.items():
             self.run("mkdir", "-p", place, far=far)
             self.run("mount", "--bind", base / name, place, far=far)
+        if self._qemu_conf != _QEMU_CONF and Path("/dev/kvm").exists():
+            # Where QEMU's user may not use it but root may, libvirt takes nothing that it has probed for lasting.
+            self.run("mount", "--bind", "/dev/null", "/dev/kvm", far=far)
 
     def _log(self, *, far: bool) -> Path:
         return (self.far if far else self.near) / "libvirt" / "libvirtd.log"
@@ -179,11 +196,11 @@ def domain_xml(name: str, disks: Sequence[Disk], orders: Orders, kernel: Kernel,
 
 
 @contextlib.contextmanager
-def two_virt_hosts(*options: str) -> Iterator[VirtHosts]:
+def two_virt_hosts(*options: str, qemu_conf: str = _QEMU_CONF) -> Iterator[VirtHosts]:
     """hosta and hostb with libvirt, in a folder of their own, which is removed in the end."""
     near = Path(tempfile.mkdtemp(prefix="virt-", dir="/tmp"))
     try:
-        hosts = VirtHosts(near, *options)
+        hosts = VirtHosts(near, *options, qemu_conf=qemu_conf)
         try:
             yield hosts
         finally:

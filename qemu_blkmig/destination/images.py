@@ -424,6 +424,9 @@ def _create(image: Image) -> Prepared:
     try:
         _claim(descriptor, image)
         _lay_out(image, descriptor)
+        if image.owner is not None:
+            with contextlib.suppress(PermissionError):
+                os.fchown(descriptor, *image.owner)
         os.fsync(descriptor)
         sync_directory(image.path)
     except OSError as error:

@@ -60,7 +60,8 @@ class Image(Message, frozen=True):
     `origin`: where the disk comes from, in words, for the ownership record. `compared`: what the existing image holds
     will be compared with the source's, so it may hold anything. `preallocation`: of an image that is created, in
     qemu-img's words; zeroes that are written later keep what was allocated. `identity`: it is taken up again where
-    another agent left it, and must be this very file; one who still holds it is waited for.
+    another agent left it, and must be this very file; one who still holds it is waited for. `owner`: uid and gid of
+    an image that is created, where the agent may give it away.
     """
 
     disk: str
@@ -75,6 +76,7 @@ class Image(Message, frozen=True):
     compared: bool = False
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
     identity: Created | None = None
+    owner: tuple[Count, Count] | None = None
 
 
 class Hello(Message, frozen=True, tag="hello", forbid_unknown_fields=False):

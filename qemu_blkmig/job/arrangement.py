@@ -21,7 +21,7 @@ from qemu_blkmig.virt.connection import Connection, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
 from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, nvram_of, rewritten
 from qemu_blkmig.virt.sharedfs import shared_file_system
-from qemu_blkmig.virt.storage import pool_directory, volume_path
+from qemu_blkmig.virt.storage import pool_directory, qemu_owner, volume_path
 
 
 def image_paths(
@@ -77,7 +77,7 @@ def _default(path: str | None, directory: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What is agreed with the destination's libvirt."""
+    """What is agreed with the destination's libvirt. `owner`: uid and gid of its QEMU, where they are known."""
 
     paths: Mapping[str, str]
     xml: str
@@ -85,11 +85,12 @@ class Arrangement:
     left_alone: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    owner: tuple[int, int] | None = None
 
     def placed(self, domain: Domain) -> dict[str, Placed]:
         """Where the images go, by the ids that the disks' devices have in the QEMU of the running `domain`."""
         aliases = {disk.target: disk.alias for disk in domain.disks}
-        return {aliases[target] or "": Placed(target, path) for target, path in self.paths.items()}
+        return {aliases[target] or "": Placed(target, path, self.owner) for target, path in self.paths.items()}
 
 
 async def arrange(
@@ -129,8 +130,9 @@ async def arrange(
     if await is_defined(target, domain.uuid):
         fate = "that definition is replaced" if options.persistent else "that definition stays as it is"
         warnings.append(f"the domain is defined at the destination already: {fate}")
+    owner = await qemu_owner(target, xml)
     left = tuple((disk.target, disk.left_alone) for disk in domain.disks if disk.left_alone is not None)
-    return Arrangement(paths, xml, persistent, left, tuple(problems), tuple(warnings))
+    return Arrangement(paths, xml, persistent, left, tuple(problems), tuple(warnings), owner)
 
 
 async def chosen(domain: Domain, options: ManagedOptions, source: Connection) -> Domain:

@@ -82,7 +82,9 @@ class Carriage:
         record.moving = self._plan.source_images(host_name(record.target_place))
         self._job.save()
         reply = await self._agent.expect(Prepare(images, record.job), PrepareReply)
-        record.created += [created for created in reply.created if created not in record.created]
+        volumes = {volume.path for volume in record.volumes}
+        made = [*reply.created, *(each for each in reply.identities if each.path in volumes)]
+        record.created += [created for created in made if created not in record.created]
         record.identities = reply.identities
         self._job.save()
 

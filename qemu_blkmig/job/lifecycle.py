@@ -414,7 +414,7 @@ class Lifecycle:
         failure = await self._explain(error)
         if self._guard is not None:
             await self._guard.stand_down()
-        if self.job.record.source_qmp is None and not self.job.record.images:
+        if self.job.record.source_qmp is None and not (self.job.record.images or self.job.record.volumes):
             await self._release_images()
             failure.state = failure.state or "nothing was touched"
             await self._forget(failure.exit_code, str(failure), failure.state)

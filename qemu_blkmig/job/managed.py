@@ -26,6 +26,7 @@ from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.rounds import Rounds
 from qemu_blkmig.job.steering import Steering
+from qemu_blkmig.job.volumes import make_volumes
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.throttle import check_can_throttle
@@ -125,6 +126,7 @@ class _Run:
             self._job, self._plan, life.host, agent, options.transfer, self._reporter, options.verify,
             life.journal.stable,
         )  # fmt: skip
+        await make_volumes(ends.target, agent, self._plan, self._job, self._arrangement.owner)
         await self._carriage.prepare()
         self._connected: Connected = await connect(life, self._plan, self._carriage, guest, options, self._clock)
         self._rounds = Rounds(life, options, self._watch, self._connected, self._plan.disks)

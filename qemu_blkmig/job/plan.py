@@ -71,10 +71,14 @@ class Plan:
 
 
 class Placed(NamedTuple):
-    """A disk as libvirt's domain knows it: the name of its target, and the path of its image at the destination."""
+    """A disk as libvirt's domain knows it: the name of its target, and the path of its image at the destination.
+
+    `owner`: uid and gid that the image is to have there, None: the agent's own.
+    """
 
     target: str
     path: str
+    owner: tuple[int, int] | None = None
 
 
 class Planner:
@@ -105,6 +109,7 @@ class Planner:
         self._tell = tell
         self._bases: dict[str, Base] = {}
         self._paths: dict[str, Path] = {}
+        self._owners: dict[str, tuple[int, int] | None] = {}
 
     async def plan(self, source: Monitor, target: TargetQemu | None, prefix: str, *, with_ram: bool) -> Plan:
         """The plan for a guest. `target`: a QEMU that waits with images of its own. `prefix`: of what is ours.
@@ -159,6 +164,7 @@ class Planner:
             else:
                 disks.append(replace(disk, name=placed.target))
                 self._paths[placed.target] = Path(placed.path)
+                self._owners[placed.target] = placed.owner
         missing = {placed.target for placed in self._placed.values()} - self._paths.keys()
         self._problems += [f"disk {target}: the source QEMU has no such disk that could be read" for target in missing]
         return Inventory(tuple(disks), tuple(left))
@@ -308,6 +314,7 @@ class Planner:
             preallocation=self._selection.preallocation,
             origin=origin(disk, self._process),
             compared=self._selection.compare,
+            owner=self._owners.get(disk.name),
         )
 
     def _base(self, disk: Disk) -> SharedBase | None:

@@ -47,6 +47,14 @@ class Managed(msgspec.Struct, frozen=True):
     name_there: str
 
 
+class Volume(msgspec.Struct, frozen=True):
+    """An image that libvirt's storage API made for the job: pool, name in it, and path."""
+
+    pool: str
+    name: str
+    path: str
+
+
 class Record(msgspec.Struct):
     """What must be known to bring both sides to rest.
 
@@ -66,6 +74,7 @@ class Record(msgspec.Struct):
     `suspended`: the guest is at rest at the source, and the job can be resumed.
     `throttled`: disks whose writes we slow, or are about to, with the limits that they had.
     `managed`: both QEMUs are libvirt's, and only libvirt pauses, resumes and ends the guest.
+    `volumes`: those of `images` that libvirt made at the destination; its pools are to forget them with the files.
     """
 
     job: str
@@ -100,6 +109,7 @@ class Record(msgspec.Struct):
     suspended: bool = False
     throttled: list[Throttled] = []
     managed: Managed | None = None
+    volumes: list[Volume] = []
 
     def rest(self, *, target_ended: bool) -> None:
         """Forget what is gone now that the job is suspended: all that was made but images and bitmaps."""

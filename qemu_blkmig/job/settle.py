@@ -85,7 +85,7 @@ async def settle(
                     beyond.leave_agent()
                     await release_images()
                 if record.owner is Owner.SOURCE and not settlement.suspended:
-                    await _discard(job, beyond, settlement)
+                    await _discard(job, sides, beyond, settlement)
                     _tell_overwritten(job, settlement)
                 elif record.owner is Owner.DESTINATION:
                     await _mark(job, sides, beyond, settlement)
@@ -184,10 +184,11 @@ async def _mark(job: Job, sides: Sides, beyond: There, settlement: Settlement) -
         settlement.facts.append(f"the images at the destination are complete, but their records do not say so: {error}")
 
 
-async def _discard(job: Job, beyond: There, settlement: Settlement) -> None:
+async def _discard(job: Job, sides: Sides, beyond: There, settlement: Settlement) -> None:
     record = job.record
     untouched = [path for path in record.images if not record.filling]
     if not record.images:
+        await sides.images_are_gone(settlement)
         return
     try:
         if untouched:
@@ -198,6 +199,8 @@ async def _discard(job: Job, beyond: There, settlement: Settlement) -> None:
         paths = ", ".join(created.path for created in record.created)
         settlement.facts.append(f"{error}; incomplete images may be left there: {paths or 'none'}")
         return
+    if not reply.left:
+        await sides.images_are_gone(settlement)
     if not record.created:
         return
     if reply.left:

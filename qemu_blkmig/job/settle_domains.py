@@ -17,6 +17,7 @@ from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused
 from qemu_blkmig.job.peers import HostUnreachable, Unreachable, until
 from qemu_blkmig.job.record import Job, Managed, Owner
 from qemu_blkmig.job.settlement import Settlement, clean_source, give_back_limits
+from qemu_blkmig.job.volumes import forget_volumes
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.monitor import PassthroughMonitor
 
@@ -136,6 +137,11 @@ class Domains:
         settlement.decided = settlement.left_there = False
         settlement.facts.append("the domain is still there at the source; never resume it: it would run twice")
         settlement.unreachable = self._by_hand()
+
+    async def images_are_gone(self, settlement: Settlement) -> None:
+        """See `Sides`."""
+        if self._job.record.volumes:
+            settlement.facts += await forget_volumes(await self._far(), self._job)
 
     async def source_is_over(self) -> bool:
         """See `Sides`."""

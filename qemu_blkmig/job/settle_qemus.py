@@ -47,6 +47,9 @@ class Qemus:
         self._beyond = beyond
         self._is_off = is_off
 
+    async def images_are_gone(self, settlement: Settlement) -> None:
+        """See `Sides`: nothing but the agent knew of them."""
+
     async def source_is_over(self) -> bool:
         """See `Sides`."""
         source = self._job.record.source_process

@@ -67,6 +67,9 @@ class Sides(Protocol):
     async def leave_to_destination(self, settlement: Settlement) -> None:
         """The guest is the destination's: at the source it is not any more, and never can be by accident."""
 
+    async def images_are_gone(self, settlement: Settlement) -> None:
+        """The incomplete images at the destination were removed: nothing there should list them any more."""
+
     async def source_is_over(self) -> bool:
         """Whether nothing at the source uses the disks any more."""
 

@@ -2,11 +2,93 @@
 
 from __future__ import annotations
 
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+
+_DIRECTORIES = ("dir", "fs", "netfs")
+"""Types of pools whose volumes are files."""
+
+
+@dataclass(frozen=True)
+class VolumeSpec:
+    """An image as libvirt is to make it; `size` in bytes. `owner`: uid and gid (None: libvirtd's own)."""
+
+    name: str
+    format: str
+    size: int
+    cluster_size: int | None = None
+    backing: tuple[str, str] | None = None
+    owner: tuple[int, int] | None = None
+
+    def xml(self) -> str:
+        """As virStorageVolCreateXML has it; sparse."""
+        root = ElementTree.Element("volume")
+        ElementTree.SubElement(root, "name").text = self.name
+        ElementTree.SubElement(root, "capacity", unit="bytes").text = str(self.size)
+        ElementTree.SubElement(root, "allocation", unit="bytes").text = "0"
+        target = ElementTree.SubElement(root, "target")
+        ElementTree.SubElement(target, "format", type=self.format)
+        permissions = ElementTree.SubElement(target, "permissions")
+        ElementTree.SubElement(permissions, "mode").text = "0600"
+        for name, number in zip(("owner", "group"), self.owner or (), strict=False):
+            ElementTree.SubElement(permissions, name).text = str(number)
+        if self.format == "qcow2":
+            ElementTree.SubElement(target, "compat").text = "1.1"
+        if self.cluster_size is not None:
+            ElementTree.SubElement(target, "clusterSize", unit="B").text = str(self.cluster_size)
+        if self.backing is not None:
+            backing = ElementTree.SubElement(root, "backingStore")
+            ElementTree.SubElement(backing, "path").text = self.backing[0]
+            ElementTree.SubElement(backing, "format", type=self.backing[1])
+        return ElementTree.tostring(root, encoding="unicode")
+
+
+async def directories(connection: Connection) -> dict[str, str]:
+    """The active pools whose volumes are files: name by directory."""
+    found = {}
+    for pool in await connection.call(
+        connection.handle.listAllStoragePools, libvirt().VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE
+    ):
+        root = ElementTree.fromstring(await connection.call(pool.XMLDesc))
+        if root.get("type") in _DIRECTORIES and (path := root.findtext("./target/path")):
+            found[posixpath.normpath(path)] = str(pool.name())
+    return found
+
+
+async def create_volume(connection: Connection, pool: str, spec: VolumeSpec) -> None:
+    """Make a volume that is not there. Raises what `Connection.call` does."""
+    handle = await _pool(connection, pool)
+    await connection.call(handle.createXML, spec.xml(), 0)
+
+
+async def delete_volume(connection: Connection, pool: str, name: str) -> None:
+    """Delete it, and what of its file is still there; nothing where it is unknown. Raises what `call` does."""
+    try:
+        volume = await connection.call((await _pool(connection, pool)).storageVolLookupByName, name)
+        await connection.call(volume.delete, 0)
+    except LibvirtError as error:
+        if error.code != libvirt().VIR_ERR_NO_STORAGE_VOL:
+            raise
+
+
+async def qemu_owner(connection: Connection, domain_xml: str) -> tuple[int, int] | None:
+    """The user and group that QEMU will run as there, and libvirt's DAC gives its images to; None where unknown."""
+    root = ElementTree.fromstring(domain_xml)
+    own = root.findtext("./seclabel[@model='dac'][@type='static']/label")
+    told = ElementTree.fromstring(await connection.call(connection.handle.getCapabilities))
+    for model in told.findall("./host/secmodel"):
+        if own is None and model.findtext("model") == "dac":
+            own = model.findtext(f"./baselabel[@type='{root.get('type')}']")
+    numbers: Sequence[str] = (own or "").replace("+", "").split(":")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        return None
+    return int(numbers[0]), int(numbers[1])
 
 
 async def volume_path(connection: Connection, pool: str, volume: str) -> str:
