@@ -18,6 +18,7 @@ from qemu_blkmig.cli.libvirt_ends import agent_place, disk_paths
 from qemu_blkmig.cli.main import EXIT_CODES, Parser, run
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.moment import AT_ONCE
 from qemu_blkmig.job.options import OnStall
 from qemu_blkmig.job.source_images import Afterwards
 
@@ -25,6 +26,11 @@ PARALLEL = 2
 """Connections of --parallel, as QEMU has it."""
 _CHANGED = ("bandwidth", "downtime", "max_rounds", "on_stall")
 """What may be other than it was when a job is resumed; None: as it was."""
+_RUNNING = (
+    "suspend", "timeout", "auto_converge", "tls", "parallel", "migrateuri", "migrateuri_option", "listen_address",
+    "abort_on_error", "graphicsuri", "switchover", "retry", "data",
+)  # fmt: skip
+"""What is of no use to a domain that does not run."""
 _OF_THIS_RUN = ("resume", "compare", "retry", "progress", "output", "verbose", "debug")
 
 
@@ -81,8 +87,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _look(wanted, arguments)
     from qemu_blkmig.job.managed import migrate_managed
+    from qemu_blkmig.job.managed_offline import move_offline
 
-    return resume_command.run(lambda *shown: migrate_managed(wanted, *shown), arguments)
+    move = move_offline if wanted.offline else migrate_managed
+    return resume_command.run(lambda *shown: move(wanted, *shown), arguments)
 
 
 def _check_resumed(arguments: argparse.Namespace) -> None:
@@ -119,6 +127,7 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
         put_off=arguments.put_off == "yes",
         source_images=Afterwards(arguments.source_images),
         live=arguments.live,
+        offline=arguments.offline,
         peer_to_peer=arguments.p2p,
         persistent=arguments.persistent,
         undefine_source=arguments.undefinesource,
@@ -155,6 +164,9 @@ def _check_together(arguments: argparse.Namespace) -> None:
     """Options that contradict each other, and those that are of no use without another one."""
     if arguments.copy_storage_all and arguments.shared_base:
         raise UsageError("--copy-storage-all and --copy-storage-inc contradict each other")
+    for option in _RUNNING if arguments.offline else ():
+        if getattr(arguments, option) not in (None, False, 0, AT_ONCE):
+            raise UsageError(f"--{option.removesuffix('_option').replace('_', '-')} is for a domain that runs")
     if arguments.timeout is not None and arguments.timeout < 1:
         raise UsageError("--timeout must be at least 1 second")
     for option, needed in (

@@ -111,6 +111,7 @@ def _add_domain(parser: argparse.ArgumentParser) -> None:
     _add_flags(
         group,
         {
+            "--offline": "the domain does not run: its images are copied, and it is defined there (with --persistent)",
             "--persistent": "the domain is defined there",
             "--undefinesource": "the domain is no longer defined here",
             "--suspend": "the guest is paused there",

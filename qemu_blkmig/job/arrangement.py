@@ -112,9 +112,9 @@ async def arrange(
     xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths)
     name = options.dname or domain.name
     problems = [
-        *await hindrances(source, handle, domain.xml),
+        *await hindrances(source, handle, domain.xml, runs=not options.offline),
         *await conflicts(target, domain.uuid, name),
-        *await lacks(target, Domain.parse(xml), domain),
+        *await lacks(target, Domain.parse(xml), None if options.offline else domain),
         *await missing(target, xml),
         *await used_by_others(target, domain.uuid, paths),
         *await absent_files(agent, xml, paths),

@@ -17,7 +17,7 @@ from qemu_blkmig.job.imagefile import ImageSource
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import CopyOptions, SaveOptions, Verify
-from qemu_blkmig.job.plan import Plan, Planner
+from qemu_blkmig.job.plan import Placed, Plan, Planner
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
@@ -91,7 +91,7 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         way = await open_way(life)
         source = await ImageSource.serve(str(options.image), options.image_format, life.job.runtime)
     try:
-        plan = await way.planner.plan_image(source.disk)
+        plan = await way.planner.plan_image(source.disk, _placed(source.disk.name, options))
         plan.require()
         carriage = way.carriage(plan)
         await carriage.prepare()
@@ -128,6 +128,12 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         verified=options.verify.value,
         warnings=list(plan.warnings),
     )
+
+
+def _placed(disk: str, options: CopyOptions | SaveOptions) -> Placed | None:
+    if isinstance(options, SaveOptions) or options.image_there is None:
+        return None
+    return Placed(disk, options.image_there, options.owner)
 
 
 class GuestCopy:

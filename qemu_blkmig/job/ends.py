@@ -29,7 +29,8 @@ class Ends:
     async def open(cls, options: ManagedOptions, stack: contextlib.AsyncExitStack) -> Ends:
         """Connect to both; they are closed with `stack`.
 
-        Raises `Refused`, also where there is no such domain or it does not run, and what `Connection.call` raises.
+        Raises `Refused`, also where there is no such domain or it does not run (or does, offline), and what
+        `Connection.call` raises.
         """
         source = await Connection.open(options.source_uri, SOURCE)
         stack.push_async_callback(source.close)
@@ -39,8 +40,13 @@ class Ends:
                 advice="run virsh-blkmigrate on that host",
             )
         handle = await source.domain(options.domain)
-        if not await source.call(handle.isActive):
-            raise Refused(f"domain {options.domain} does not run", advice=f"virsh start {options.domain}")
+        active = bool(await source.call(handle.isActive))
+        if not active and not options.offline:
+            raise Refused(
+                f"domain {options.domain} does not run", advice="virsh-blkmigrate --offline moves one that does not"
+            )
+        if active and options.offline:
+            raise Refused(f"domain {options.domain} runs", advice="without --offline it moves while it runs")
         target = await Connection.open(options.target_uri, TARGET)
         stack.push_async_callback(target.close)
         return cls(source, target, handle, Domain.parse(await source.call(handle.XMLDesc)))

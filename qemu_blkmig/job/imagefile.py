@@ -39,7 +39,7 @@ class ImageSource:
     @classmethod
     async def serve(cls, path: str, image_format: str | None, runtime: Path) -> ImageSource:
         """Serve the image at `path`, of `image_format` (None: as qemu-img recognizes it). Raises `Refused`."""
-        disk = await _describe(path, image_format)
+        disk = await describe(path, image_format)
         descriptor = _locked(path)
         try:
             return await cls._serve(disk, runtime / "image.nbd", descriptor)
@@ -138,7 +138,8 @@ def _locked(path: str) -> int:
     raise Refused(f"the image {path} is open for writing in a QEMU", advice=_IN_USE)
 
 
-async def _describe(path: str, image_format: str | None) -> Disk:
+async def describe(path: str, image_format: str | None) -> Disk:
+    """The disk that an image of `image_format` (None: as it is recognized) holds. Raises `Refused`."""
     if lacking := missing(SERVING):
         raise Refused("; ".join(lacking))
     try:

@@ -12,6 +12,7 @@ from qemu_blkmig.errors import BlkmigError
 from qemu_blkmig.job.arrangement import Arrangement, arrange
 from qemu_blkmig.job.check import CheckedDisk, checked_disks, state_directory_trouble
 from qemu_blkmig.job.ends import Ends
+from qemu_blkmig.job.managed_offline import arrange_offline, plan_offline
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.plan import Plan, Planner
@@ -46,26 +47,30 @@ class DomainCheck(msgspec.Struct, frozen=True):
 async def check_managed(options: ManagedOptions) -> DomainCheck:
     """Look at both sides and touch nothing. Problems are collected, not raised."""
     problems: list[str] = []
-    plan: Plan | None = None
+    plans: list[Plan] = []
     arrangement: Arrangement | None = None
     try:
         libnbd()
         async with contextlib.AsyncExitStack() as stack:
             ends = await Ends.open(options, stack)
             agent = await _agent(options, stack)
-            arrangement = await arrange(options, ends.domain, ends.source, ends.target, agent)
+            if options.offline:
+                arrangement = await arrange_offline(options, ends, agent)
+                plans = await plan_offline(options, ends.domain, arrangement, agent)
+            else:
+                arrangement = await arrange(options, ends.domain, ends.source, ends.target, agent)
+                plans = [await _plan(options, ends, arrangement, agent, stack)]
             problems += arrangement.problems
-            plan = await _plan(options, ends, arrangement, agent, stack)
-            problems += plan.problems
+            problems += [problem for plan in plans for problem in plan.problems]
     except BlkmigError as error:
         problems.append(f"{error}{f': {error.advice}' if error.advice else ''}")
     if (trouble := state_directory_trouble()) is not None:
         problems.append(trouble)
-    warnings = [*(arrangement.warnings if arrangement else ()), *(plan.warnings if plan else ())]
+    warnings = [*(arrangement.warnings if arrangement else ()), *(told for plan in plans for told in plan.warnings)]
     return DomainCheck(
         ready=not problems,
         domain=options.domain,
-        disks=checked_disks(plan) if plan else [],
+        disks=[disk for plan in plans for disk in checked_disks(plan)],
         left_alone=[LeftAlone(*each) for each in arrangement.left_alone] if arrangement else [],
         problems=problems,
         warnings=warnings,

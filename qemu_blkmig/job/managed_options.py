@@ -18,10 +18,11 @@ class ManagedOptions:
 
     `domain`: name or UUID. `source_uri`: this host's libvirt (None: its default); `target_uri`: the destination's, as
     this host reaches it. `place`: where the agent runs. `live` False: the guest is paused while it moves, and runs
-    there. `xml`, `persistent_xml`: contents for the destination, in place of the domain's own. `migrate_uri`: where
-    the destination's QEMU listens, as this host reaches it (None: a unix socket through ssh). `timeout`: after that the
-    guest is paused until it has moved. `paths`: of images there, by the disk's target. `pool`: of libvirt, there, that
-    takes all other images; or `directory`, there, that does.
+    there. `offline`: the domain does not run, and is to be defined there. `xml`, `persistent_xml`: contents for the
+    destination, in place of the domain's own. `migrate_uri`: where the destination's QEMU listens, as this host reaches
+    it (None: a unix socket through ssh). `timeout`: after that the guest is paused until it has moved. `paths`: of
+    images there, by the disk's target. `pool`: of libvirt, there, that takes all other images; or `directory`, there,
+    that does.
     """
 
     domain: str
@@ -38,6 +39,7 @@ class ManagedOptions:
     put_off: bool = True
     source_images: Afterwards = Afterwards.KEEP
     live: bool = True
+    offline: bool = False
     peer_to_peer: bool = False
     persistent: bool = False
     undefine_source: bool = False
@@ -64,6 +66,8 @@ class ManagedOptions:
         check_convergence(self.downtime, self.max_rounds)
         if self.paths and self.pool is None and not all(path.startswith("/") for path in self.paths.values()):
             raise UsageError("the path of an image at the destination must be absolute")
+        if self.offline and not self.persistent:
+            raise UsageError("--offline needs --persistent: a domain that does not run is defined, or it is not there")
         if self.persistent_xml is not None and not self.persistent:
             raise UsageError("--persistent-xml is of no use without --persistent")
         if self.parallel is not None and self.migrate_uri is None:

@@ -204,6 +204,7 @@ def check_convergence(downtime: float, max_rounds: int | None) -> None:
 class CopyOptions:
     """`qemu-blkmig copy`: from a running guest (`source`: QMP socket) or an image file (`image`).
 
+    `image_there`: where an image file goes, if not into the directory under its own name; `owner`: uid and gid there.
     `freeze_limit`: seconds that the guest's file systems may stay frozen, or the guest paused, at most.
     """
 
@@ -211,6 +212,8 @@ class CopyOptions:
     source: str | None = None
     image: str | None = None
     image_format: str | None = None
+    image_there: str | None = None
+    owner: tuple[int, int] | None = None
     agent: str | None = None
     selection: Selection = Selection()
     transfer: Transfer = Transfer()

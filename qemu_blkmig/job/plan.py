@@ -136,8 +136,11 @@ class Planner:
         await self._check_apart(images, own | opened_by(source.peer_pid))
         return await self._checked(disks, tuple(found.skipped), images)
 
-    async def plan_image(self, disk: Disk) -> Plan:
-        """The plan for a disk without a guest."""
+    async def plan_image(self, disk: Disk, placed: Placed | None = None) -> Plan:
+        """The plan for a disk without a guest. `placed`: where its image goes, if not into the directory."""
+        if placed is not None:
+            self._placed = {}
+            self._place(disk.name, placed)
         images = await self._directory_images((disk,))
         await self._check_apart(images, {file_id(layer.filename) for layer in disk.layers})
         return await self._checked((disk,), (), images)
@@ -163,11 +166,14 @@ class Planner:
                 left.append(Skipped(disk.name, SkippedKind.AS_IT_IS, "it was left out", disk.device, disk.qdev))
             else:
                 disks.append(replace(disk, name=placed.target))
-                self._paths[placed.target] = Path(placed.path)
-                self._owners[placed.target] = placed.owner
+                self._place(placed.target, placed)
         missing = {placed.target for placed in self._placed.values()} - self._paths.keys()
         self._problems += [f"disk {target}: the source QEMU has no such disk that could be read" for target in missing]
         return Inventory(tuple(disks), tuple(left))
+
+    def _place(self, disk: str, placed: Placed) -> None:
+        self._paths[disk] = Path(placed.path)
+        self._owners[disk] = placed.owner
 
     def _as_begun(self, image: Image) -> Image:
         identity = self._begun.get(image.path)

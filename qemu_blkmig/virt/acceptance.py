@@ -47,11 +47,11 @@ async def is_defined(target: Connection, uuid: str) -> bool:
     return found is not None and bool(await target.call(found.isPersistent))
 
 
-async def lacks(target: Connection, there: Domain, running: Domain) -> list[str]:
+async def lacks(target: Connection, there: Domain, running: Domain | None) -> list[str]:
     """What the QEMU there would lack: emulator, machine type, CPU.
 
     The CPU is that of the `running` guest: in the form that libvirt migrates, it may name features that even the
-    source has not given it.
+    source has not given it. None: it does not run, and gets what CPU there is when it starts.
     """
     root = rooted(there.xml)
     kind, machine = root.get("type", ""), root.find("./os/type")
@@ -61,7 +61,7 @@ async def lacks(target: Connection, there: Domain, running: Domain) -> list[str]
         await target.call(target.handle.getDomainCapabilities, *which)
     except LibvirtError as error:
         return [f"the destination cannot run this domain: {error}"]
-    return await _cpu_lacks(target, rooted(running.xml).find("./cpu"), which)
+    return [] if running is None else await _cpu_lacks(target, rooted(running.xml).find("./cpu"), which)
 
 
 async def _cpu_lacks(target: Connection, cpu: ElementTree.Element | None, which: list[str | None]) -> list[str]:

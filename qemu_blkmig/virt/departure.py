@@ -12,9 +12,9 @@ from qemu_blkmig.virt.domain import rooted
 _LEFT_BEHIND = "passed through from this host, which libvirt does not migrate"
 
 
-async def hindrances(source: Connection, domain: Any, xml: str) -> list[str]:
-    """Jobs of libvirt's that are under way, snapshots, checkpoints, and devices that are bound to the host."""
-    found = [*_bound(rooted(xml))]
+async def hindrances(source: Connection, domain: Any, xml: str, *, runs: bool = True) -> list[str]:
+    """Jobs of libvirt's that are under way, snapshots, checkpoints, and, where it `runs`, devices of the host's."""
+    found = [*_bound(rooted(xml))] if runs else []
     if (job := await _job(source, domain)) is not None:
         found.append(f"{job} of this domain is under way (virsh domjobinfo)")
     if snapshots := await source.call(domain.snapshotNum):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -59,6 +59,14 @@ async def directories(connection: Connection) -> dict[str, str]:
         if root.get("type") in _DIRECTORIES and (path := root.findtext("./target/path")):
             found[posixpath.normpath(path)] = str(pool.name())
     return found
+
+
+async def refresh_pools(connection: Connection, paths: Iterable[str]) -> None:
+    """Have pools look what lies in their directories, where these files are. Raises what `Connection.call` does."""
+    known = await directories(connection)
+    for directory in {posixpath.dirname(posixpath.normpath(path)) for path in paths} & known.keys():
+        handle = await _pool(connection, known[directory])
+        await connection.call(handle.refresh, 0)
 
 
 async def create_volume(connection: Connection, pool: str, spec: VolumeSpec) -> None:

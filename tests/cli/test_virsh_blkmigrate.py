@@ -111,6 +111,13 @@ def test_the_agent_is_reached_as_libvirt_is_unless_it_is_named(uri: str, agent: 
         (["web1", URI, "--disk", "vda=a"], "write TARGET=PATH"),
         (["web1", URI, "--disk", "vda=/a", "--disk", "vda=/b"], "two paths for vda"),
         (["web1", URI, "--copy-storage-all", "--copy-storage-inc"], "contradict each other"),
+        (["web1", URI, "--offline"], "--offline needs --persistent"),
+        (["web1", URI, "--offline", "--persistent", "--suspend"], "--suspend is for a domain that runs"),
+        (
+            ["web1", URI, "--offline", "--persistent", "--switchover", "manual"],
+            "--switchover is for a domain that runs",
+        ),
+        (["web1", URI, "--offline", "--persistent", "tcp://hostb"], "--migrateuri is for a domain that runs"),
         (["web1", URI, "--timeout-suspend"], "--timeout-suspend is of no use without --timeout"),
         (["web1", URI, "--timeout", "0"], "at least 1 second"),
         (["web1", URI, "--parallel-connections", "2"], "of no use without --parallel"),
@@ -151,7 +158,7 @@ def test_every_option_of_virsh_migrate_is_known() -> None:
 
 
 VIRSH = (  # libvirt 9.0
-    "--live --p2p --direct --tunnelled --persistent --undefinesource --suspend --copy-storage-all "
+    "--live --offline --p2p --direct --tunnelled --persistent --undefinesource --suspend --copy-storage-all "
     "--copy-storage-inc --copy-storage-synchronous-writes --change-protection --unsafe --verbose --compressed "
     "--auto-converge --rdma-pin-all --abort-on-error --postcopy --postcopy-after-precopy --postcopy-resume --zerocopy "
     "--migrateuri --graphicsuri --listen-address --dname --timeout --timeout-suspend --timeout-postcopy --xml "
