@@ -5,6 +5,8 @@ from __future__ import annotations
 from integration.hosts import PORT
 from integration.virtlab import IMAGES, Domain, VirtLab
 
+MIB = 1 << 20
+
 
 def test_a_domain_is_a_source_of_qemu_blkmig_and_its_images_go_to_the_directory(
     virtlab: VirtLab, domain: Domain
@@ -31,3 +33,58 @@ def test_a_domain_is_known_by_its_id_too_and_ram_goes_where_virsh_has_it(virtlab
 def test_disks_go_past_ssh_where_that_is_asked_for(virtlab: VirtLab, domain: Domain) -> None:
     virtlab.migrate(domain, "--data", "tls://").succeeded()
     virtlab.assert_arrived(domain)
+
+
+def test_disks_that_are_not_to_be_copied_are_left_alone_and_listed(virtlab: VirtLab) -> None:
+    root, spare = virtlab.disk("ways-root.qcow2", 64 * MIB), virtlab.disk("ways-spare.raw", 16 * MIB, "raw")
+    names = {name: IMAGES / f"ways-{name}" for name in ("iso", "fixed", "shared")}
+    for path in names.values():
+        for far in (False, True):
+            virtlab.outside(path, far=far).write_bytes(bytes(MIB))
+    virtlab.outside(spare.path, far=True).write_bytes(bytes(16 * MIB))
+    more = "".join(
+        f"<disk type='file' device='{device}'><driver name='qemu' type='raw'{cache}/><source file='{names[name]}'/>"
+        f"<target dev='{target}' bus='{bus}'/>{mark}</disk>"
+        for name, device, target, bus, mark, cache in (
+            ("iso", "cdrom", "sda", "sata", "<readonly/>", ""),
+            ("fixed", "disk", "vdx", "virtio", "<readonly/>", ""),
+            ("shared", "disk", "vdy", "virtio", "<shareable/>", " cache='none'"),
+        )
+    )
+    domain = virtlab.boot(root, spare, alter=lambda xml: xml.replace("<serial", f"{more}<serial", 1))
+    words = (domain.name, virtlab.target, "--migrate-disks", "vda", "--output", "json")
+    checked = virtlab.virsh(*words, "--dry-run").succeeded()
+    assert {each["target"]: each["why"] for each in checked.result["left_alone"]} == {
+        "sda": "it is a cdrom",
+        "vdb": "it is not chosen by --migrate-disks",
+        "vdx": "it is read-only",
+        "vdy": "it is shared with other guests (<shareable/>)",
+    }
+    virtlab.virsh(domain.name, virtlab.target, "--migrate-disks", "vda,vdx").failed(
+        3, "cannot be migrated", "read-only"
+    )
+    before = virtlab.outside(spare.path, far=True).read_bytes()
+    told = virtlab.migrate(domain, "--migrate-disks", "vda", "--output", "json").succeeded()
+    assert [disk["name"] for disk in told.result["disks"]] == ["vda"]
+    assert domain.runs() == ["hostb"]
+    assert virtlab.outside(names["fixed"], far=True).read_bytes() == bytes(MIB)
+    assert before == bytes(16 * MIB)
+    virtlab.hosts.virsh("destroy", domain.name, far=True)
+    domain.destroy()
+
+
+def test_the_user_s_xml_says_where_images_go_and_what_is_defined(virtlab: VirtLab, domain: Domain) -> None:
+    there, old = IMAGES / "by-xml.qcow2", str(domain.disks[0].path)
+    given = virtlab.hosts.near / "for-there.xml"
+    xml = virtlab.hosts.virsh("dumpxml", domain.name, "--migratable").replace(old, str(there))
+    given.write_text(xml.replace("<name>", "<title>moved by XML</title><name>", 1))
+    defined = virtlab.hosts.near / "defined-there.xml"
+    inactive = virtlab.hosts.virsh("dumpxml", domain.name, "--migratable", "--inactive")
+    defined.write_text(inactive)
+    words = ("--persistent", "--xml", given, "--persistent-xml", defined)
+    virtlab.migrate(domain, *words).failed(3, f"--persistent-xml says {old}, but its image will be {there}")
+    defined.write_text(inactive.replace(old, str(there)).replace("<name>", "<title>defined</title><name>", 1))
+    virtlab.migrate(domain, *words).succeeded()
+    assert "<title>moved by XML</title>" in virtlab.hosts.virsh("dumpxml", domain.name, far=True)
+    assert "<title>defined</title>" in virtlab.hosts.virsh("dumpxml", domain.name, "--inactive", far=True)
+    virtlab.assert_arrived(domain, paths=[there])
