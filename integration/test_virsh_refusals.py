@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +169,37 @@ def test_a_machine_type_an_emulator_a_network_and_files_that_are_not_there_are_a
         lab.hosts.virsh("destroy", idle.name)
 
 
+ASK = """
+import asyncio, json, sys
+from qemu_blkmig.virt.acceptance import lacks
+from qemu_blkmig.virt.connection import Connection
+from qemu_blkmig.virt.domain import Domain
+
+async def ask():
+    target = await Connection.open("qemu+tcp://hostb/system", "the destination's libvirt")
+    domain = Domain.parse(sys.argv[1])
+    return await lacks(target, domain, domain)
+
+print(json.dumps(asyncio.run(ask())))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("qemu64", None),
+        ("Skylake-Server", "the CPU is incompatible with host CPU: Host CPU does not provide required features"),
+        ("Deep-Thought", "Unknown CPU model Deep-Thought"),
+    ],
+)
+def test_a_cpu_that_the_destination_cannot_give_is_told(idle: Idle, model: str, why: str | None) -> None:
+    xml = idle.xml().replace("<model>qemu64</model>", f"<model>{model}</model>")
+    asked = subprocess.run([*idle.lab.entering, sys.executable, "-c", ASK, xml], check=True, stdout=subprocess.PIPE)
+    told = json.loads(asked.stdout)
+    assert len(told) == (why is not None)
+    assert all(why is not None and why in each for each in told), told
+
+
 def test_a_domain_with_snapshots_or_checkpoints_or_a_job_under_way_does_not_leave(lab: VirtLab) -> None:
     idle = Idle(lab, 3)
     try:
@@ -185,6 +219,10 @@ def test_a_domain_with_snapshots_or_checkpoints_or_a_job_under_way_does_not_leav
         lab.hosts.virsh("backup-begin", idle.name, backup)
         assert "a backup of this domain is under way" in idle.problems()
         lab.hosts.virsh("domjobabort", idle.name)
+        lab.hosts.virsh("blockcopy", idle.name, "vda", IMAGES / "copy.qcow2", "--transient-job")
+        assert "job" in idle.problems()
+        lab.hosts.virsh("blockjob", idle.name, "vda", "--abort")
+        assert idle.problems() == ""
     finally:
         lab.hosts.virsh("destroy", idle.name)
 

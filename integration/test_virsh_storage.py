@@ -110,3 +110,19 @@ def test_after_ctrl_c_neither_the_volume_nor_its_file_is_there(lab: VirtLab) -> 
     lab.assert_stayed(domain)
     domain.destroy()
     lab.assert_nothing_left()
+
+
+def test_a_suspended_job_keeps_its_volume_until_it_is_cleaned_up(lab: VirtLab) -> None:
+    domain = _boot(lab, lab.disk("e.qcow2", 64 * MIB, data=[(0, 48 * MIB)]))
+    running = lab.attempt(domain, "--target-pool", "vm", "--bandwidth", "1")
+    running.wait_copying()
+    running.signal(signal.SIGKILL)
+    running.outcome()
+    job = lab.job()
+    assert _volumes(lab) == ["e.qcow2"]
+    lab.tool("cleanup", job).succeeded()
+    assert _volumes(lab) == []
+    assert not lab.outside(IMAGES / "vm" / "e.qcow2", far=True).exists()
+    lab.assert_stayed(domain)
+    domain.destroy()
+    lab.assert_nothing_left()
