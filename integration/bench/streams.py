@@ -145,6 +145,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as name:
         directory = Path(name)
         os.environ["QEMU_BLKMIG_STATE_DIR"] = str(directory / "state")
+        # As installed: compiled.
+        os.environ["PYTHONPYCACHEPREFIX"] = str(directory / "bytecode")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         image = directory / "source"
         subprocess.run(["head", "-c", str(arguments.size), "/dev/urandom"], stdout=image.open("wb"), check=True)
         with qemu(

@@ -24,14 +24,18 @@ from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Classify
 from qemu_blkmig.nbd.pump import Limits
+from qemu_blkmig.nbd.throttle import Throttle
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.stream.blocking import run_blocking
 from qemu_blkmig.stream.channel import Channel, check, open_target
+from qemu_blkmig.stream.disk_sender import DiskSender, require_loadable_tail, zero_or_data
 from qemu_blkmig.stream.events import CHUNK
-from qemu_blkmig.stream.sender import ChunkThrottle, DiskSender, StreamSender, require_loadable_tail, zero_or_data
+from qemu_blkmig.stream.sender import StreamSender
 
 _T = TypeVar("_T")
 
+RANGE = 256 << 20
+"""Bytes of a bulk pass that are copied in one go."""
 PARTIAL = ".incomplete"
 """What is appended to a file's name until the stream in it is whole."""
 
@@ -44,7 +48,7 @@ class StreamCarriage:
         self._options = options
         self._machine = machine
         self._reporter = reporter
-        self._throttle = ChunkThrottle()
+        self._throttle = Throttle()
         self._senders: dict[str, DiskSender] = {}
         self._channel: Channel | None = None
         self._names = _names(plan.disks, options.names)
@@ -92,10 +96,11 @@ class StreamCarriage:
         await mover.set_bandwidth(self._options.transfer.bandwidth)
         return _Saving(
             self._stream,
-            [DiskSpec(disk.name, disk.size) for disk in self._plan.disks],
+            # Rounds divide what is dirty into what is copied now and what is put off: in whole chunks, here.
+            [DiskSpec(disk.name, disk.size, unit=CHUNK) for disk in self._plan.disks],
             log, mover, guest, clock,
             # A stream that has broken off is not gone on with: flushing it on the way spares nothing.
-            Tuning(chunk_size=CHUNK, range_size=128 << 20, flushes=1),
+            Tuning(chunk_size=CHUNK, range_size=RANGE, flushes=1, granule=CHUNK),
             self._reporter.figures,
         )  # fmt: skip
 
@@ -222,7 +227,7 @@ class StreamCarriage:
 class StreamMover:
     """Implements `engine.ports.Mover` on a stream: what was sent is not asked for again, so a failure is final."""
 
-    def __init__(self, stream: StreamSender, senders: Mapping[str, DiskSender], throttle: ChunkThrottle) -> None:
+    def __init__(self, stream: StreamSender, senders: Mapping[str, DiskSender], throttle: Throttle) -> None:
         self._stream = stream
         self._senders = senders
         self._throttle = throttle

@@ -45,13 +45,23 @@ class Lease:
         self._pool.append(self._slot)
 
 
+class Driven(Protocol):
+    """What a poll loop waits for and drives: an NBD connection, or whatever else a sink waits for."""
+
+    def register(self, poller: select.poll) -> object:
+        """Have `poller` watch for it."""
+
+    def drive(self) -> None:
+        """Do what it is ready for, without waiting."""
+
+
 class Sink(Protocol):
     """Where the pieces go. Its methods keep the first failure in `failure` instead of raising."""
 
     failure: Exception | None
 
     @property
-    def connections(self) -> Sequence[Connection]:
+    def connections(self) -> Sequence[Driven]:
         """What the loop has to drive for it."""
 
     @property
@@ -172,7 +182,7 @@ class Pump:
         return True
 
     def _poll(self, plan: Plan, sink: Sink, control: Control, *, draining: bool) -> None:
-        connections = [*self._connections, *sink.connections]
+        connections: list[Driven] = [*self._connections, *sink.connections]
         poller = select.poll()
         for connection in connections:
             connection.register(poller)

@@ -132,7 +132,7 @@ class Receiver:
         self._landings, self._connections = {}, []
         for event in self._events:
             if isinstance(event, Passed) and self._forward is not None:
-                self._forward.write(event.data, self._control)
+                self._forward.write([event.data], self._control)
 
     def _read(self) -> Iterator[Event]:
         while True:
@@ -152,7 +152,7 @@ class Receiver:
                 self._begin(event)
             case Passed():
                 if self._forward is not None:
-                    self._forward.write(event.data, self._control)
+                    self._forward.write([event.data], self._control)
             case Percent():
                 self._on_progress(event.percent)
             case Section():
@@ -318,7 +318,7 @@ class Receiver:
         if not self._source.is_socket:
             return
         if count:
-            self._source.write(bytes(answer[:count]), self._control)
+            self._source.write([bytes(answer[:count])], self._control)
         else:
             self._source.end_writing()
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from qemu_blkmig.nbd.control import Control
-from qemu_blkmig.nbd.throttle import Throttle
 from qemu_blkmig.stream.channel import open_target
 from qemu_blkmig.stream.events import CHUNK, Block, Configuration, EndOfPart, Event, Kind, Percent, Section, SectionOver
-from qemu_blkmig.stream.sender import ChunkThrottle, StreamSender
+from qemu_blkmig.stream.sender import StreamSender
 from tests.stream.streams import decode, disks
 
 DATA = memoryview(os.urandom(CHUNK))
@@ -23,17 +22,17 @@ def sent(path: Path, *, machine: str | None = "pc", footers: bool = True, zero_b
     channel = open_target(f"file:{path}")
     sender = StreamSender(channel, machine=machine, footers=footers, zero_blocks=zero_blocks, total=4 * CHUNK)
     sender.begin(control)
-    sender.data(b"d", 0, DATA, control)
+    sender.chunks(b"d", [(0, DATA)], control)
     sender.advance(2 * CHUNK, control)
-    sender.zeroes(b"d", range(CHUNK, 3 * CHUNK, CHUNK), control)
+    sender.chunks(b"d", [(CHUNK, None), (2 * CHUNK, None)], control)
     sender.end_part(control)
     sender.end_part(control)
-    sender.data(b"d", 3 * CHUNK, DATA[:512], control)
+    sender.chunks(b"d", [(3 * CHUNK, DATA[:512])], control)
     sender.end_part(control)
     sender.begin_completion()
-    sender.data(b"d", CHUNK, DATA, control)
+    sender.chunks(b"d", [(CHUNK, DATA)], control)
     sender.end_part(control)
-    sender.zeroes(b"d", range(0, CHUNK, CHUNK), control)
+    sender.chunks(b"d", [(0, None)], control)
     sender.end_part(control)
     sender.finish(control)
     channel.finish()
@@ -82,12 +81,3 @@ def test_without_zero_blocks_the_same_is_held(tmp_path: Path) -> None:
     events = sent(tmp_path / "a", zero_blocks=False)
     assert not any(event.zero for event in events if isinstance(event, Block))
     assert disks(events) == disks(sent(tmp_path / "b"))
-
-
-@pytest.mark.parametrize("rate", [None, 1, 1 << 20, 25 << 20, 1 << 40])
-def test_however_low_the_limit_requests_are_of_whole_chunks(rate: int | None) -> None:
-    throttle = ChunkThrottle()
-    throttle.limit(rate)
-    request = throttle.largest_request(4 * CHUNK)
-    assert request % CHUNK == 0
-    assert CHUNK <= request <= max(CHUNK, Throttle().largest_request(4 * CHUNK))
