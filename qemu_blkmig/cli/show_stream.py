@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qemu_blkmig.units import show_bytes
 
 if TYPE_CHECKING:
-    from qemu_blkmig.job.load import LoadResult
+    from qemu_blkmig.job.load_result import LoadResult
     from qemu_blkmig.stream.chunkmap import ChunkMaps
     from qemu_blkmig.stream.events import Block
     from qemu_blkmig.stream.survey import Inspection

@@ -139,7 +139,8 @@ def _add_load(commands: Commands) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> int:
-    from qemu_blkmig.job.load import LoadOptions, load
+    from qemu_blkmig.job.load import load
+    from qemu_blkmig.job.load_options import LoadOptions
 
     if arguments.list:
         return _list(arguments.source, arguments.page_size)

@@ -16,7 +16,9 @@ import pytest
 
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, MigrationError, Refused, StreamError, UsageError
 from qemu_blkmig.job.interrupts import Interrupts
-from qemu_blkmig.job.load import LoadOptions, LoadResult, load
+from qemu_blkmig.job.load import load
+from qemu_blkmig.job.load_options import LoadOptions
+from qemu_blkmig.job.load_result import LoadResult
 from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.stream.events import CHUNK, BlockData, DeviceState
 from tests.stream.streams import block, captured, captured_chunk, decode, disks_only, passed
