@@ -6,6 +6,7 @@ one chunk are never in flight together, so an older block cannot land after a ne
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from collections import Counter
@@ -182,7 +183,7 @@ class Receiver:
             raise StreamError(f"a block of device {block.device!r}, expected {known}", offset=block.offset)
         if block.position >= landing.size:
             self._grow(landing, block)
-        chunks = range(block.position // CHUNK, (block.position + CHUNK - 1) // CHUNK + 1)
+        chunks = _chunks(block.position, CHUNK)
         if any(landing.in_flight[chunk] for chunk in chunks):
             self._drain()
         self._fresh = landing.reads_as_zero and all(landing.chunks.state(chunk) == 0 for chunk in chunks)
@@ -221,23 +222,24 @@ class Receiver:
     def _zero(self, landing: Landing, position: int, length: int) -> None:
         landing.zeroed += length
         if not self._fresh:
-            landing.writer.zero(position, length, self._begun(landing, position, None))
+            landing.writer.zero(position, length, self._begun(landing, position, length, None))
 
     def _write(self, landing: Landing, position: int, data: memoryview) -> None:
         landing.written += len(data)
-        landing.writer.write(data, position, self._begun(landing, position, self._buffer))
+        landing.writer.write(data, position, self._begun(landing, position, len(data), self._buffer))
 
-    def _begun(self, landing: Landing, position: int, buffer: _Buffer | None) -> Callable[[int], None]:
+    def _begun(self, landing: Landing, position: int, length: int, buffer: _Buffer | None) -> Callable[[int], None]:
         """Note that a write has begun; the result notes that it is over."""
-        chunk = position // CHUNK
-        landing.in_flight[chunk] += 1
+        chunks = _chunks(position, length)
+        landing.in_flight.update(chunks)
         if buffer is not None:
             buffer.writes += 1
 
         def done(error: int) -> None:
-            landing.in_flight[chunk] -= 1
-            if not landing.in_flight[chunk]:
-                del landing.in_flight[chunk]
+            landing.in_flight.subtract(chunks)
+            for chunk in chunks:
+                if not landing.in_flight[chunk]:
+                    del landing.in_flight[chunk]
             if buffer is not None:
                 buffer.writes -= 1
             if error and self._failure is None:
@@ -260,11 +262,20 @@ class Receiver:
             raise self._failure
 
     def _let_writes_end(self) -> None:
-        """After a failure: buffers must outlive the writes that use them."""
+        """After a failure, of a write perhaps: buffers must outlive the writes that use them."""
         while any(landing.in_flight for landing in self._landings.values()):
-            if all(connection.lost for connection in self._connections):
+            alive = [connection for connection in self._connections if not connection.lost]
+            if not alive:
                 return
-            self._poll(None, cancelled=True)
+            poller = select.poll()
+            for connection in alive:
+                connection.register(poller)
+            poller.poll()
+            for connection in alive:
+                with contextlib.suppress(ConnectionLost):
+                    connection.drive()
+            for landing in self._landings.values():
+                landing.writer.settle()
 
     def _wait_for_input(self) -> None:
         """Return when the source has something to read; meanwhile writes go on, and answers go back."""
@@ -274,11 +285,10 @@ class Receiver:
         while not self._poll(self._source):
             pass
 
-    def _poll(self, source: Channel | None, *, cancelled: bool = False) -> bool:
+    def _poll(self, source: Channel | None) -> bool:
         """Wait for anything; whether `source` has something to read."""
         poller = select.poll()
-        if not cancelled:
-            poller.register(self._control.wake, select.POLLIN)
+        poller.register(self._control.wake, select.POLLIN)
         for connection in self._connections:
             if connection.lost:
                 raise connection.loss("the image's NBD server is gone")
@@ -290,7 +300,7 @@ class Receiver:
         if answering is not None:
             poller.register(answering.descriptor, select.POLLIN)
         ready = dict(poller.poll())
-        if self._control.cancelled and not cancelled:
+        if self._control.cancelled:
             raise Cancelled
         if answering is not None and answering.descriptor in ready:
             self._return_answers(answering)
@@ -321,6 +331,11 @@ class Receiver:
             self._source.write([bytes(answer[:count])], self._control)
         else:
             self._source.end_writing()
+
+
+def _chunks(position: int, length: int) -> range:
+    """Of which chunks the range holds some; of two where a sender does not align its blocks."""
+    return range(position // CHUNK, (position + length - 1) // CHUNK + 1)
 
 
 def grower(descriptor: int) -> Callable[[int], None]:

@@ -109,6 +109,18 @@ async def test_of_blocks_that_come_again_the_last_one_counts(tmp_path: Path, ima
     assert raw(image, image_format) == OTHER + bytes(CHUNK)
 
 
+async def test_of_blocks_that_lie_across_others_the_last_one_counts(tmp_path: Path, image_format: str) -> None:
+    image = tmp_path / "image"
+    half = CHUNK // 2
+    records = [block(b"d", 0, DATA), block(b"d", CHUNK, DATA), block(b"d", half, None), block(b"d", CHUNK, OTHER)] * 10
+    options = LoadOptions(
+        saved(tmp_path, disks_only(records)), {"d": str(image)}, create=True, format=image_format,
+        sizes={None: 2 * CHUNK},
+    )  # fmt: skip
+    await loaded(options)
+    assert raw(image, image_format) == DATA[:half] + bytes(half) + OTHER
+
+
 async def test_zeroes_are_written_over_what_an_image_holds(tmp_path: Path, image_format: str) -> None:
     image = tmp_path / "image"
     make_image(image, image_format, 3 * CHUNK, fill=7)
