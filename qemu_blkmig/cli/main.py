@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -71,6 +72,9 @@ def run(make: Callable[[], argparse.ArgumentParser], given: Sequence[str]) -> in
     except KeyboardInterrupt:
         failure = Interrupted(signal.SIGINT)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _discard_output()
+            return 128 + signal.SIGPIPE
         failure = BlkmigError(
             f"a defect of qemu-blkmig: {type(error).__name__}: {error}",
             advice="please report it, with what --verbose shows; `qemu-blkmig jobs` tells whether a job was left",
@@ -112,8 +116,19 @@ def _print_json(error: BlkmigError) -> None:
     try:
         print(msgspec.json.format(msgspec.json.encode({"error": report(error)})).decode(), flush=True)
     except OSError:
-        # Python would try to flush it once more when it exits, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads our output any more (`| head`)."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)
+    return bool(poller.poll(0))
+
+
+def _discard_output() -> None:
+    """Python would try to flush it once more when it exits, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:

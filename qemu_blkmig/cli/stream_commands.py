@@ -131,7 +131,7 @@ def _add_load(commands: Commands) -> None:
     parser.add_argument(
         "--forward", metavar="URI", help="pass RAM and devices on to a new QEMU's -incoming, once the images are closed"
     )
-    parser.add_argument("--list", action="store_true", help="print the stream's blocks, write nothing")
+    parser.add_argument("--list", action="store_true", help="print the stream's blocks, a line each, write nothing")
     _add_page_size(parser)
     parser.add_argument("--progress", choices=["auto", "bar", "json", "none"], default="auto")
     parser.add_argument("--output", choices=["text", "json"], default="text")
@@ -143,7 +143,7 @@ def _load(arguments: argparse.Namespace) -> int:
     from qemu_blkmig.job.load_options import LoadOptions
 
     if arguments.list:
-        return _list(arguments.source, arguments.page_size)
+        return _list(arguments.source, arguments.page_size, as_json=arguments.output == "json")
     if not arguments.images:
         raise UsageError("no image is named", advice="write NAME=IMAGE; --list shows the names in a stream")
     options = LoadOptions(
@@ -164,7 +164,7 @@ def _load(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _list(source: str, page_size: int) -> int:
+def _list(source: str, page_size: int, *, as_json: bool) -> int:
     control = Control()
     channel = open_source(source, control, lambda text: print(text, file=sys.stderr))
     try:
@@ -173,7 +173,7 @@ def _list(source: str, page_size: int) -> int:
         while count := channel.read(buffer, control):
             for event in decoder.feed(buffer[:count]):
                 if isinstance(event, Block):
-                    print(show_stream.block(event))
+                    print(msgspec.json.encode(event).decode() if as_json else show_stream.block(event))
         list(decoder.close())
     finally:
         channel.abandon()

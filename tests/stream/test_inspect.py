@@ -60,6 +60,18 @@ def test_list_prints_every_block_and_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_list_prints_objects_with_output_json() -> None:
+    done = blkmig("load", "--from", "fd:0", "--list", "--output", "json", stdin=disks_only([block(b"d", CHUNK, None)]))
+    assert json.loads(done.stdout) == {"offset": 52, "device": "d", "position": CHUNK, "zero": True}
+
+
+def test_a_reader_of_the_list_that_has_seen_enough_is_no_failure_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(disks_only([block(b"d", number * CHUNK, None) for number in range(100_000)]))
+    command = f"{sys.executable} -m qemu_blkmig load --from file:{tmp_path}/s --list | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, b"d\t0\tzero\n", b"")
+
+
 @given(st.lists(st.tuples(st.integers(0, 3 * REGION), st.booleans())), st.integers(1, 4 * REGION * CHUNK))
 def test_the_map_knows_what_never_came(marks: list[tuple[int, bool]], size: int) -> None:
     chunks = ChunkMap()
