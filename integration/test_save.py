@@ -159,6 +159,8 @@ def test_a_running_qemu_is_saved_while_its_disks_are_written(tmp_path: Path, ima
             assert '"switchover"' not in progress.read_text(), "`stop` does not hold up the writes of qemu-io"
             output, _ = saving.communicate()
             assert saving.returncode == 0, progress.read_text()
+        percents = {event.get("percent") for event in map(json.loads, progress.read_text().splitlines())}
+        assert len(percents) > 5, "how far a pass is is told within it, too"
         assert source("query-status")["status"] == "running"
         assert not source("query-block-exports")
         result = json.loads(output)

@@ -1,23 +1,22 @@
-"""What carries disks into a stream of the old wire format: the engine's mover, and the stream's frame around it."""
+"""What carries disks into a stream of the old wire format: from a checked name to a closed channel."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qemu_blkmig.destination import images
 from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.device import DiskSpec
-from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
-from qemu_blkmig.engine.ports import Clock, CopyKind, CopyReport, DirtyLog, Guest
-from qemu_blkmig.errors import ConnectionLost, MigrationError, Refused, UsageError
+from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
+from qemu_blkmig.errors import MigrationError, Refused, UsageError
 from qemu_blkmig.job.options import SaveOptions
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
+from qemu_blkmig.job.stream_mover import Saving, StreamMover
 from qemu_blkmig.job.verification import Verification
 from qemu_blkmig.nbd.address import Address
 from qemu_blkmig.nbd.connection import Connection, connect
@@ -41,7 +40,7 @@ PARTIAL = ".incomplete"
 
 
 class StreamCarriage:
-    """The disks' way into a stream, from a checked name to a closed channel. See `job.carriage.Carriage`."""
+    """The disks' way into a stream. See `job.carriage.Carriage`."""
 
     def __init__(self, plan: Plan, options: SaveOptions, machine: str | None, reporter: Reporter) -> None:
         self._plan = plan
@@ -92,9 +91,9 @@ class StreamCarriage:
 
     async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
         """The engine over these disks, with the bandwidth limit set."""
-        mover = StreamMover(self._stream, self._senders, self._throttle)
+        mover = StreamMover(self._stream, self._senders, self._throttle, self._reporter.moving)
         await mover.set_bandwidth(self._options.transfer.bandwidth)
-        return _Saving(
+        return Saving(
             self._stream,
             # Rounds divide what is dirty into what is copied now and what is put off: in whole chunks, here.
             [DiskSpec(disk.name, disk.size, unit=CHUNK) for disk in self._plan.disks],
@@ -222,59 +221,6 @@ class StreamCarriage:
             return await run_blocking(lambda: work(control), control)
         finally:
             control.close()
-
-
-class StreamMover:
-    """Implements `engine.ports.Mover` on a stream: what was sent is not asked for again, so a failure is final."""
-
-    def __init__(self, stream: StreamSender, senders: Mapping[str, DiskSender], throttle: Throttle) -> None:
-        self._stream = stream
-        self._senders = senders
-        self._throttle = throttle
-        self._failed: BaseException | None = None
-
-    async def copy(self, disk: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
-        """See `Mover`. The extents must be aligned to chunks."""
-        sender = self._senders[disk]
-        control = Control()
-        began = time.monotonic()
-        await self._attempt(control, lambda: sender.copy(extents, control, bulk=kind is CopyKind.BULK))
-        tally = control.tally
-        return CopyReport(tally.copied, tally.zeroed, tally.skipped, time.monotonic() - began)
-
-    async def flush(self, disk: str) -> None:
-        """See `Mover`: the part of the section that is open is closed. `StreamCarriage.close` makes it stable."""
-        control = Control()
-        await self._attempt(control, lambda: self._stream.end_part(control))
-
-    async def set_bandwidth(self, rate: int | None) -> None:
-        """See `Mover`."""
-        self._throttle.limit(rate)
-
-    async def _attempt(self, control: Control, work: Callable[[], None]) -> None:
-        """A stream that broke off in the middle of a record cannot be gone on with."""
-        try:
-            if self._failed is not None:
-                raise ConnectionLost(f"the stream has broken off: {self._failed}")
-            await run_blocking(work, control)
-        except BaseException as error:
-            self._failed = self._failed or error
-            raise
-        finally:
-            control.close()
-
-
-class _Saving(BlockMigration):
-    """Tells the stream when completion begins: its records belong in the section's END."""
-
-    def __init__(self, stream: StreamSender, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._stream = stream
-
-    async def complete(self) -> None:
-        """See `BlockMigration`."""
-        self._stream.begin_completion()
-        await super().complete()
 
 
 def _names(disks: Sequence[Disk], wanted: Mapping[str, str]) -> dict[str, str]:
