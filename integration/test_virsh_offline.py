@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from integration.hosts import PORT
 from integration.lab import Disk, LabError, wait_until
 from integration.virtlab import IMAGES, Domain, VirtLab
 from qemu_blkmig.demo.guest import Orders
@@ -97,3 +99,34 @@ def test_a_domain_that_is_started_meanwhile_cannot_or_is_not_defined_there(virtl
     assert outcome.code in (1, 3), outcome
     assert off.state(far=True) is None
     virtlab.hosts.virsh("destroy", off.name)
+
+
+def test_uefi_variables_are_copied_and_a_tpm_with_a_state_is_refused(virtlab: VirtLab, off: Domain) -> None:
+    nvram = Path("/var/lib/libvirt/qemu/nvram/off.fd")
+    variables = os.urandom(528 << 10)
+    virtlab.outside(nvram, far=False).write_bytes(variables)
+    firmware = (
+        "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
+        f"<nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>{nvram}</nvram>"
+    )
+    tpm = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+    xml = virtlab.hosts.virsh("dumpxml", off.name).replace("</type>", f"</type>{firmware}", 1)
+    file = virtlab.hosts.near / "uefi.xml"
+    file.write_text(xml.replace("</devices>", f"{tpm}</devices>"))
+    virtlab.hosts.virsh("define", file)
+    uuid = virtlab.hosts.virsh("domuuid", off.name).strip()
+    state = Path("/var/lib/libvirt/swtpm") / uuid / "tpm2" / "tpm2-00.permall"
+    virtlab.outside(state, far=False).parent.mkdir(parents=True)
+    virtlab.outside(state, far=False).write_bytes(b"state")
+    # libvirt's URI does not tell how images get there, so --agent does.
+    words = (off.name, "qemu+tcp://hostb/system", "--agent", f"ssh://hostb:{PORT}", *ENDS, "--output", "json")
+    virtlab.virsh(*words).failed(3, "its TPM has a state", str(state.parent.parent))
+    assert not virtlab.images_there(off)
+    virtlab.outside(state, far=False).unlink()
+    virtlab.outside(state, far=False).parent.rmdir()
+    told = virtlab.virsh(*words).succeeded()
+    assert "UEFI variables" in {disk["name"] for disk in told.result["disks"]}
+    assert virtlab.outside(nvram, far=True).read_bytes() == variables
+    assert off.state(far=True) == "shut off"
+    for far in (False, True):
+        virtlab.hosts.virsh("undefine", off.name, "--nvram", far=far)

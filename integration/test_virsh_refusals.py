@@ -159,10 +159,15 @@ def test_a_machine_type_an_emulator_a_network_and_files_that_are_not_there_are_a
         told = idle.problems()
         assert f"Cannot check QEMU binary {private}" in told
         assert f"disk sda: {iso} is not there at the destination" in told
-        network = "<interface type='network'><source network='lan'/></interface>"
+        network = (
+            "<interface type='network'><source network='lan'/></interface>"
+            "<interface type='bridge'><source bridge='br-lan'/></interface>"
+            "<interface type='bridge'><source bridge='lo'/></interface>"
+        )
         told = idle.problems("--xml", idle.file(machine="pc-q35-99.0", more=network))
         assert "the machine 'pc-q35-99.0' is not supported" in told
         assert "the destination has no network lan" in told
+        assert "bridge br-lan: " in told and "bridge lo: " not in told
         assert "its disks are vda, the domain's are sda, vda" in told
         assert "its name is x" in idle.problems("--xml", idle.file(name="x"))
     finally:
