@@ -30,6 +30,7 @@ from qemu_blkmig.job.volumes import make_volumes
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.throttle import check_can_throttle
+from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.monitor import PassthroughMonitor
 
 
@@ -101,14 +102,24 @@ class _Run:
         self._rounds.hurry()
         await over.hurry()
 
+    async def _connect(self) -> tuple[Ends, AgentClient]:
+        """To both libvirts and the agent, at once: each takes its time over ssh."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                ends = group.create_task(Ends.open(self._options, self._stack))
+                agent = group.create_task(self._life.start_agent(self._options.place))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        return ends.result(), agent.result()
+
     async def _prepare(self) -> None:
         options, life, record = self._options, self._life, self._job.record
-        self._ends = ends = await Ends.open(options, self._stack)
+        ends, agent = await self._connect()
+        self._ends = ends
         domain = ends.domain
         record.managed = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
         monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
         life.adopt_source(monitor)
-        agent = await life.start_agent(options.place)
         self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target, agent)
         placed = self._arrangement.placed(domain)
         planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)

@@ -119,17 +119,19 @@ class ManagedSwitchover:
         way = await gateway(self._options, self._life.host, self._job.record.job, attempt)
         wish = await self._wish(way)
         with self._life.source.events("MIGRATION") as events:
-            gate = Gate(way.listener, way.connect)
-            migration = DomainMigration(self._ends.source, self._ends.handle, self._ends.target, wish)
+            gate, ends = Gate(way.listener, way.connect), self._ends
             try:
-                yield _Passage(migration, gate, events)
-            except (BlkmigError, asyncio.CancelledError) as error:
-                raise await self._reason(error, migration, gate) from error
+                migration = await DomainMigration.begin(ends.source, ends.handle, ends.target, wish)
+                try:
+                    yield _Passage(migration, gate, events)
+                except (BlkmigError, asyncio.CancelledError) as error:
+                    raise await self._reason(error, migration, gate) from error
+                finally:
+                    self._moving = False
+                    if not migration.ended:
+                        gate.drop()
+                        await migration.failed()
             finally:
-                self._moving = False
-                if not migration.ended:
-                    gate.drop()
-                    await migration.failed()
                 await asyncio.to_thread(gate.close)
                 way.close()
 

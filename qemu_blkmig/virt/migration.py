@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,18 +84,19 @@ class Wish:
 class DomainMigration:
     """A migration of `domain` under way; libvirt's two daemons do it, or undo it, together."""
 
-    def __init__(self, source: Connection, domain: Any, target: Connection, wish: Wish) -> None:
-        """Begin it. Must be called in a running event loop."""
+    def __init__(self, source: Connection, domain: Any, work: Coroutine[Any, Any, None]) -> None:
+        """Use `begin`."""
         self._source = source
         self._domain = domain
-        flags, parameters = wish.flags(), wish.parameters()
-        if wish.peer_to_peer:
-            work = source.call(domain.migrateToURI3, target.uri, parameters, flags)
-        else:
-            work = source.call(domain.migrate3, target.handle, parameters, flags)
-        self._task: asyncio.Task[Any] = asyncio.create_task(work)
+        self._task: asyncio.Task[None] = asyncio.create_task(work)
         # Whoever waits for it is told; nobody may.
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    @classmethod
+    async def begin(cls, source: Connection, domain: Any, target: Connection, wish: Wish) -> DomainMigration:
+        """Begin it, over a connection of its own to the source's libvirt. Raises `Refused`, and as `call` does."""
+        own = await Connection.open(source.uri, source.who)
+        return cls(source, domain, _migrate(own, await own.domain(domain.UUIDString()), target, wish))
 
     @property
     def ended(self) -> bool:
@@ -126,6 +127,17 @@ class DomainMigration:
             statistics = await self._source.call(self._domain.jobStats)
             return int(statistics.get(libvirt().VIR_DOMAIN_JOB_MEMORY_ITERATION, 0))
         return 0
+
+
+async def _migrate(own: Connection, domain: Any, target: Connection, wish: Wish) -> None:
+    flags, parameters = wish.flags(), wish.parameters()
+    try:
+        if wish.peer_to_peer:
+            await own.call(domain.migrateToURI3, target.uri, parameters, flags)
+        else:
+            await own.call(domain.migrate3, target.handle, parameters, flags)
+    finally:
+        await own.close()
 
 
 @contextlib.asynccontextmanager

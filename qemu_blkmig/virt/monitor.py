@@ -26,7 +26,6 @@ class PassthroughMonitor:
         self._domain = domain
         self._loop = asyncio.get_running_loop()
         self._lost: asyncio.Future[ConnectionLost] = self._loop.create_future()
-        self._order = asyncio.Lock()
         self._streams: list[EventStream] = []
         self._registered: list[tuple[str, int]] = []
 
@@ -124,17 +123,14 @@ class PassthroughMonitor:
 
     async def _ask(self, text: str, files: list[int]) -> str:
         extra = libvirt("libvirt_qemu")
-        async with self._order:
-            if not files:
-                reply: str = await self._connection.call(extra.qemuMonitorCommand, self._domain, text, 0)
-                return reply
-            reply, returned = await self._connection.call(
-                extra.qemuMonitorCommandWithFiles, self._domain, text, files, 0
-            )
-            for descriptor in returned or []:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+        if not files:
+            reply: str = await self._connection.call(extra.qemuMonitorCommand, self._domain, text, 0)
             return reply
+        reply, returned = await self._connection.call(extra.qemuMonitorCommandWithFiles, self._domain, text, files, 0)
+        for descriptor in returned or []:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        return reply
 
     def _on_event(
         self, _handle: Any, _domain: Any, name: str, seconds: int, micros: int, details: str | None, _opaque: Any
