@@ -1,10 +1,11 @@
 # Every target does its own set-up; `make demo` and `make test` are all that a newcomer needs.
-.PHONY: help setup demo lab test matrix docs deb clean
+.PHONY: help setup demo lab test bench matrix docs deb clean
 
 help:
 	@echo "make demo    watch a running guest move to another QEMU with its disk"
 	@echo "make lab     two hosts and guests to try things with, as root: docs/tutorial.md"
 	@echo "make test    lint, quick tests, oldest dependencies, integration tests with real guests"
+	@echo "make bench   how fast whole copies are, ours and others', in one run: docs/explanation/benchmarks.md"
 	@echo "make matrix  the tests again on Debian 13 (QEMU 10), in a debootstrapped folder"
 	@echo "make docs    the manual as HTML and man pages, in build/docs"
 	@echo "make deb     a Debian package, in dist/"
@@ -21,6 +22,9 @@ lab: setup
 
 test: setup
 	.venv/bin/tox $(TOX_ARGS)
+
+bench: setup
+	.venv/bin/python -m integration.bench $(BENCH_ARGS)
 
 matrix: setup
 	scripts/matrix $(MATRIX_ARGS)

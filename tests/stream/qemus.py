@@ -58,7 +58,9 @@ def qemu(directory: Path, *arguments: str, machine: str = "pc") -> Iterator[Qemu
     command = ["qemu-system-x86_64", "-M", machine, "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none"]
     for name in ("qmp", "monitor"):
         command += ["-qmp", f"unix:{directory}/{name},server=on,wait=off"]
-    process = subprocess.Popen([*command, *arguments], cwd=directory, stderr=(directory / "stderr").open("wb"))
+    process = subprocess.Popen(
+        [*command, *arguments], cwd=directory, stdout=subprocess.DEVNULL, stderr=(directory / "stderr").open("wb")
+    )
     try:
         yield Qemu(directory, process)
     finally:

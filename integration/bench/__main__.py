@@ -1,0 +1,100 @@
+"""How fast whole copies are: qemu-blkmig and its peers on the same images in one run, in rotated order.
+
+Run as `make bench`, or `python -m integration.bench [--quick] [--cases full-tcp,...] [--peers blkmig,...]`. All files
+are in memory (--directory), so that no tool waits for storage and nobody has to sync; every result's content is
+checked. A ratio compares times of the same round. The first round warms and is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from integration.bench.cases import Case, chosen
+from integration.bench.images import make
+from integration.bench.peers import BASELINE, PEERS, Peer, Setting
+from integration.bench.table import Measured, as_json, picture, table
+from qemu_blkmig.units import parse_size
+
+
+def measure(case: Case, peers: list[Peer], amount: int, rounds: int, directory: Path) -> Iterator[Measured]:
+    """Copy by each of the peers in every round; `amount`: bytes of data in all disks together."""
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        folder = Path(name)
+        target, scratch, sources = (folder / each for each in ("target", "scratch", "source"))
+        for each in (target, scratch, sources):
+            each.mkdir()
+        images = [make(case.contents, sources / f"disk{number}.{case.format}", case.format, amount // case.disks)
+                  for number in range(case.disks)]  # fmt: skip
+        setting = Setting(case, images, target, scratch)
+        for number in range(-1, rounds):
+            turn = number % len(peers)
+            for peer in peers[turn:] + peers[:turn]:
+                rows = peer.copy(setting)
+                setting.check()
+                if number >= 0:
+                    data = sum(image.data for image in images)
+                    yield from (Measured(case.name, row, number, data, usage) for row, usage in rows.items())
+
+
+@contextlib.contextmanager
+def as_installed(directory: Path) -> Iterator[None]:
+    """Ours as it is when installed, compiled, with its jobs noted in `directory`."""
+    kept = dict(os.environ)
+    os.environ["QEMU_BLKMIG_STATE_DIR"] = str(directory / "state")
+    os.environ["PYTHONPYCACHEPREFIX"] = str(directory / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def options() -> argparse.ArgumentParser:
+    """The command's."""
+    parser = argparse.ArgumentParser(prog="integration.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="three cases of 512 MiB, three rounds: some minutes")
+    parser.add_argument("--cases", help="only these, separated by commas")
+    parser.add_argument("--peers", help="blockdev-mirror and these")
+    parser.add_argument("--size", type=parse_size, help="data of each case (default: 2G; --quick: 512M)")
+    parser.add_argument("--rounds", type=int, help="that are counted (default: 5; --quick: 3)")
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where all files are")
+    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder for bench.json and bench.svg")
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    parser = options()
+    arguments = parser.parse_args()
+    try:
+        cases = chosen(arguments.cases, quick=arguments.quick)
+    except ValueError as error:
+        parser.error(str(error))
+    names = [peer.name for peer in PEERS] if arguments.peers is None else [*arguments.peers.split(","), BASELINE]
+    size = arguments.size or (512 << 20 if arguments.quick else 2 << 30)
+    rounds = arguments.rounds or (3 if arguments.quick else 5)
+    measured: list[Measured] = []
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as name, as_installed(Path(name)):
+        for case in cases:
+            peers = [peer for peer in PEERS if peer.name in names and peer.applies(case)]
+            for each in measure(case, peers, size, rounds, Path(name)):
+                measured.append(each)
+                print(f"{each.case} {each.row}: {each.usage.seconds:.2f} s", file=sys.stderr, flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "bench.json").write_text(as_json(measured))
+    (arguments.output / "bench.svg").write_text(picture(measured, BASELINE))
+    print(table(measured, BASELINE))
+    print(f"\nload average before {before:.1f}, after {os.getloadavg()[0]:.1f}, of {os.cpu_count()} CPUs; "
+          f"contents checked {len(measured)} times; figures and picture in {arguments.output}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
