@@ -35,8 +35,11 @@ class Usage:
 
 @dataclass
 class _Process:
+    """`parent`: whose side it is on unless its words tell otherwise, which they do only once it has begun them."""
+
     side: Side
     before: float
+    parent: int | None = None
     cpu: float = 0.0
     memory: int = 0
 
@@ -64,7 +67,7 @@ class Meter:
     def add(self, pid: int, side: Side, *, anew: bool = False) -> None:
         """Count this process and its descendants; what it has used before only if it was started `anew`."""
         with self._lock:
-            self._processes[pid] = _Process(side, 0.0 if anew else _cpu(pid) or 0.0)
+            self._processes[pid] = _Process(side, 0.0 if anew else cpu_seconds(pid))
 
     @property
     def usage(self) -> Usage:
@@ -87,11 +90,13 @@ class Meter:
             while waiting:
                 pid = waiting.pop()
                 process = self._processes[pid]
-                process.cpu = _cpu(pid) or process.cpu
+                if process.parent is not None:
+                    process.side = _side(pid, self._processes[process.parent].side, process.side)
+                process.cpu = max(process.cpu, cpu_seconds(pid))
                 process.memory = max(process.memory, _memory(pid))
                 for child in _children(pid):
                     if child not in self._processes:
-                        self._processes[child] = _Process(_side(child, process.side), 0.0)
+                        self._processes[child] = _Process(process.side, 0.0, parent=pid)
                         waiting.append(child)
 
 
@@ -102,10 +107,10 @@ def _read(pid: int, name: str) -> bytes:
         return b""
 
 
-def _cpu(pid: int) -> float | None:
-    """Seconds that the process, without its children, has used."""
+def cpu_seconds(pid: int) -> float:
+    """What the process, without its children, has used; 0 once it is gone."""
     fields = _read(pid, "stat").rpartition(b")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICK if fields else None
+    return (int(fields[11]) + int(fields[12])) / TICK if fields else 0.0
 
 
 def _memory(pid: int) -> int:
@@ -120,5 +125,8 @@ def _children(pid: int) -> list[int]:
     return [int(each) for each in _read(pid, f"task/{pid}/children").split()]
 
 
-def _side(pid: int, inherited: Side) -> Side:
-    return "destination" if any(word in _read(pid, "cmdline") for word in OUR_AGENT) else inherited
+def _side(pid: int, inherited: Side, told: Side) -> Side:
+    words = _read(pid, "cmdline")
+    if not words:
+        return told
+    return "destination" if any(word in words for word in OUR_AGENT) else inherited

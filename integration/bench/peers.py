@@ -19,10 +19,11 @@ from typing import Any, Protocol
 
 from integration.bench.cases import Case
 from integration.bench.images import Image, spoil
-from integration.bench.measuring import Meter, Usage
+from integration.bench.measuring import Meter, Usage, cpu_seconds
 from tests.stream.qemus import Qemu, qemu
 
 POLL = 0.005
+REST = 0.4
 FIRST_PORT = 10809
 
 
@@ -252,12 +253,24 @@ PEERS: tuple[Peer, ...] = (
 
 @contextlib.contextmanager
 def source(setting: Setting, *devices: str) -> Iterator[tuple[Qemu, Meter]]:
-    """A QEMU that runs nothing and has the images open, and a meter that counts it."""
+    """A QEMU that runs nothing and has the images open, and a meter that counts it.
+
+    It has come to rest: its BIOS takes a CPU for a second or two until it has found nothing to boot.
+    """
     with qemu(setting.scratch / "source", *(devices or blockdevs(setting))) as running:
+        wait_for_rest(running.process.pid)
         meter = Meter()
         meter.add(running.process.pid, "source")
         yield running, meter
     shutil.rmtree(setting.scratch / "source")
+
+
+def wait_for_rest(pid: int) -> None:
+    """Wait until a process has used (almost) no CPU for `REST` seconds."""
+    used, now = -1.0, cpu_seconds(pid)
+    while now - used > REST / 20:
+        time.sleep(REST)
+        used, now = now, cpu_seconds(pid)
 
 
 def blockdevs(setting: Setting) -> list[str]:

@@ -199,7 +199,7 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--requests", type=argument(count), default=usual.requests, metavar="N",
                        help=f"requests in flight on a connection, 1 to 64 (default: {usual.requests})")  # fmt: skip
     group.add_argument("--request-size", type=argument(parse_size), default=usual.request_size, metavar="SIZE",
-                       help="largest request, 64k to 32M (default: 4M)")  # fmt: skip
+                       help="largest request, 64k to 32M (default: 1M)")  # fmt: skip
     group.add_argument("--chunk-size", type=argument(parse_size), default=usual.chunk_size, metavar="SIZE",
                        help="unit of the first pass, 64k to 32M (default: 1M)")  # fmt: skip
     group.add_argument("--granularity", type=argument(parse_size), default=usual.granularity, metavar="SIZE",

@@ -66,8 +66,8 @@ class Transfer:
     chunk_size: int = 1 << 20
     granularity: int = 64 << 10
     connections: int = 1
-    requests: int = 4
-    request_size: int = 4 << 20
+    requests: int = 8
+    request_size: int = 1 << 20
     bandwidth: int | None = None
     hash: Algorithm = USUAL
     data: DataPath | None = None
