@@ -1,7 +1,7 @@
 """Who copies: qemu-blkmig and its peers, each as its users would run it, from a QEMU that has the images open.
 
 A peer's servers are started, and its images made, before the clock is. Ours makes its own, and all of its command
-counts, but for the row `blkmig, pass`: the time of the first pass alone, as the tool told it.
+counts, but for the row `blkmig (pass)`: the time of the first pass alone, as the tool told it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Blkmig:
         alone = json.loads(told)["phases"]["bulk"]
         whole = meter.usage
         usage = Usage(alone, whole.source_cpu, whole.destination_cpu, whole.source_memory, whole.destination_memory)
-        return {self.name: whole, f"{self.name}, pass": usage}
+        return {self.name: whole, f"{self.name} (pass)": usage}
 
 
 class Pull:
@@ -241,7 +241,7 @@ class Files:
 BASELINE = Mirror.name
 PEERS: tuple[Peer, ...] = (
     Blkmig("blkmig", "none"),
-    Blkmig("blkmig, verified", "written"),
+    Blkmig("blkmig verified", "written"),
     Mirror(),
     Pull("nbdcopy"),
     Pull("nbdcopy to qemu-nbd", through_server=True),
