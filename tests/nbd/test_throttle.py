@@ -46,6 +46,20 @@ def test_over_a_long_time_the_rate_is_kept() -> None:
     assert abs(taken - 1000 * MIB) <= 2 * MIB
 
 
+def test_no_second_after_a_rest_holds_more_than_a_twentieth_beyond_the_limit() -> None:
+    clock = Clock()
+    throttle = Throttle(clock)
+    throttle.limit(10 * MIB)
+    clock.now = 5.0
+    taken = 0
+    while clock.now <= 6.0:
+        size = throttle.largest_request(4 * MIB)
+        throttle.take(size)
+        taken += size
+        clock.now += throttle.delay()
+    assert taken <= 10.5 * MIB
+
+
 def test_idle_time_is_not_saved_up() -> None:
     clock = Clock()
     throttle = Throttle(clock)
@@ -81,6 +95,6 @@ def test_a_low_limit_makes_requests_small() -> None:
     throttle = Throttle(Clock())
     assert throttle.largest_request(4 * MIB) == 4 * MIB
     throttle.limit(10 * MIB)
-    assert throttle.largest_request(4 * MIB) == MIB
+    assert throttle.largest_request(4 * MIB) == 256 << 10
     throttle.limit(1)
     assert throttle.largest_request(4 * MIB) == 64 << 10
