@@ -145,7 +145,8 @@ class Bench:
         return found
 
     def _observe(self, guest: Guest) -> Speed:
-        guest.execute("block-latency-histogram-set", {"id": "dev0", "boundaries-write": BOUNDARIES})
+        (drive,) = guest.execute("query-block")
+        guest.execute("block-latency-histogram-set", {"id": drive["qdev"], "boundaries-write": BOUNDARIES})
         before = operations(guest)
         began = time.monotonic()
         time.sleep(self.seconds)
