@@ -63,6 +63,8 @@ class ExportServer:
         listener = socket.socket(_family(address), socket.SOCK_STREAM)
         if isinstance(address, TcpAddress):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # The port that a firewall lets in is used for one job after the other.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address.path if isinstance(address, UnixAddress) else (address.host, address.port))
             listener.listen(_BACKLOG)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
 
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.nbd.address import TcpAddress
 from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.removal import remove_all
@@ -31,6 +33,16 @@ async def test_a_server_that_runs_already_is_refused_and_left_alone(qemu: Qemu, 
     await exports.stop()
     assert await qemu.server_runs()
     assert not (tmp_path / "ours").exists()
+
+
+async def test_a_port_can_be_used_again_right_after_the_last_job_on_it(qemu: Qemu) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as last, socket.create_connection(last.getsockname()) as client:
+        port = last.getsockname()[1]
+        last.accept()[0].close()  # the end that closes first waits for a minute, on this port
+        assert client.recv(1) == b""
+    exports = ExportServer(qemu.monitor, TcpAddress("127.0.0.1", port))
+    await exports.start()
+    await exports.stop()
 
 
 async def test_an_export_is_removed_under_its_client(qemu: Qemu, tmp_path: Path) -> None:
