@@ -33,7 +33,10 @@ exit codes:
 
 
 class ErrorReport(msgspec.Struct, frozen=True):
-    """The error in `{"error": ...}` on stdout, with --output json. `kind`: a class of errors.py, as in source-read."""
+    """The error in `{"error": ...}` on stdout, with --output json. `kind`: a class of errors.py, as in source-read.
+
+    `suspended`: the job that `resume` goes on with.
+    """
 
     exit_code: int
     kind: str
@@ -41,6 +44,7 @@ class ErrorReport(msgspec.Struct, frozen=True):
     disk: str | None
     state: str | None
     advice: str | None
+    suspended: str | None
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,7 +108,9 @@ def show_error(error: BlkmigError, *, verbose: bool, program: str = "qemu-blkmig
 def report(error: BlkmigError) -> ErrorReport:
     """`error` as programs get it."""
     kind = next(each for each in type(error).__mro__ if each.__module__ == errors.__name__)
-    return ErrorReport(error.exit_code, kind_of(kind), error.what, error.disk, error.state, error.advice)
+    return ErrorReport(
+        error.exit_code, kind_of(kind), error.what, error.disk, error.state, error.advice, error.suspended
+    )
 
 
 def kind_of(error: type[BlkmigError]) -> str:

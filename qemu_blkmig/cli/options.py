@@ -291,7 +291,8 @@ def add_form(parser: argparse.ArgumentParser) -> None:
     """How the result is told."""
     parser.add_argument("--output", choices=["text", "json"], default="text",
                         help="the result on stdout, as text (default) or one JSON object; with json an error is one, "
-                        'too: {"error": {"exit_code", "kind", "what", "disk", "state", "advice"}}')  # fmt: skip
+                        'too: {"error": {"exit_code", "kind", "what", "disk", "state", "advice", '
+                        '"suspended"}}')  # fmt: skip
 
 
 def count(text: str) -> int:

@@ -36,6 +36,7 @@ from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.job.settlement import Settlement, unsettled
+from qemu_blkmig.job.status import noted
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.telling import Telling
@@ -163,13 +164,8 @@ class Lifecycle:
     async def agree(self, plan: Plan) -> None:
         """Note what is about to be done; somebody will clean up after us from now on. Raises `Refused`."""
         await self.watchdog.stand()
-        record = self.job.record
-        if record.source_qmp is not None:
-            self.journal.fact("source", f"qmp:{record.source_qmp}")
-        if record.managed is not None:
-            self.journal.fact("source", f"libvirt:{record.managed.name}")
-        if record.target_place is not None:
-            self.journal.fact("destination", str(record.target_place))
+        for name, value in noted(self.job.record).items():
+            self.journal.fact(name, value)
         self.journal.fact("bitmaps", f"{self.job.record.prefix}-b")
         self.journal.agree(
             [

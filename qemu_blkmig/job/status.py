@@ -35,13 +35,22 @@ class DiskStatus(msgspec.Struct, frozen=True):
     stable: int | None = None
 
 
+class DomainMoved(msgspec.Struct, frozen=True):
+    """The domain of libvirt's that a job moves: its names here and there, and the libvirt there."""
+
+    name: str
+    uuid: str
+    name_there: str
+    target_uri: str
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field="event"):
     """A job at one moment: bytes, bytes a second, seconds, `since` in seconds since 1970; null: not known.
 
     `percent`: of the bulk pass. `predicted_downtime`: of the disks' last round now, to be held against `downtime`,
     the limit. `converges_in`: until it is predicted to fit that; `confidence`: what such predictions were worth, from 0
     to 1. `put_off`: the part of `pending` that is copied last, because it is written all the time. `guest`: who has the
-    guest. `next`: what may be done. `outcome`: how it ended.
+    guest. `next`: what may be done. `outcome`: how it ended. `domain`: null where it is none of libvirt's.
     `libvirt`: what libvirt did here with its domain, as the hook noted it.
     """
 
@@ -67,6 +76,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field=
     next: str | None = None
     note: str | None = None
     outcome: Outcome | None = None
+    domain: DomainMoved | None = None
     libvirt: list[str] = []
 
 
@@ -97,6 +107,7 @@ def live(record: Record, telling: Telling, steering: Steering) -> Status:
         guest=_guest(record, alive=True),
         next=f"qemu-blkmig switchover {record.job} moves the guest" if waits else None,
         note=telling.last_note,
+        domain=_domain(record),
     )
 
 
@@ -117,6 +128,7 @@ def at_rest(record: Record, directory: Path, *, busy: bool) -> Status:
         destination=_destination(record),
         guest=_guest(record, alive=busy),
         next=advice,
+        domain=_domain(record),
     )
     return _with_journal(status, Chronicle(directory / FILE))
 
@@ -131,6 +143,7 @@ def past(path: Path) -> Status:
         source=facts.get("source"),
         destination=facts.get("destination"),
         guest=outcome.guest if outcome else "its last processes did not note how it ended",
+        domain=_past_domain(facts),
     )
     return _with_journal(status, chronicle)
 
@@ -176,8 +189,31 @@ def _percent(disks: list[DiskStatus]) -> float | None:
     return round(sum(disk.percent * disk.size for disk in disks) / total, 1) if total else None
 
 
+def noted(record: Record) -> dict[str, str]:
+    """What the journal keeps of both ends, so that it can be told when the job is over."""
+    facts = {"source": _source(record), "destination": _destination(record)}
+    if (domain := _domain(record)) is not None:
+        facts |= {f"domain {name}": value for name, value in msgspec.structs.asdict(domain).items()}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
 def _source(record: Record) -> str | None:
+    if record.managed is not None:
+        return f"libvirt:{record.managed.name}"
     return f"qmp:{record.source_qmp}" if record.source_qmp else None
+
+
+def _domain(record: Record) -> DomainMoved | None:
+    managed = record.managed
+    if managed is None:
+        return None
+    return DomainMoved(managed.name, managed.uuid, managed.name_there, managed.options.target_uri)
+
+
+def _past_domain(facts: dict[str, str]) -> DomainMoved | None:
+    told = [facts.get(f"domain {name}") for name in DomainMoved.__struct_fields__]
+    known = [value for value in told if value is not None]
+    return DomainMoved(*known) if len(known) == len(told) else None
 
 
 def _destination(record: Record) -> str | None:
@@ -185,8 +221,9 @@ def _destination(record: Record) -> str | None:
 
 
 def _guest(record: Record, *, alive: bool) -> str:
-    if record.source_qmp is None:
-        return "no guest is concerned"
+    if record.source_qmp is None and record.managed is None:
+        image = record.copy is not None and record.copy.image is not None
+        return "no guest is concerned" if image else "nothing was done to a guest"
     if record.owner is Owner.DESTINATION:
         return "the guest is the destination's"
     if record.owner is Owner.UNDECIDED:

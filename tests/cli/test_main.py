@@ -71,6 +71,7 @@ def test_with_output_json_an_error_is_an_object_on_stdout(
         "disk": None,
         "state": "nothing was touched",
         "advice": error["advice"],
+        "suspended": None,
     }
     assert f"qemu-blkmig: {error['what']}" in told.err
 
@@ -84,6 +85,12 @@ def test_the_kind_of_an_error_is_the_nearest_of_the_documented_tree() -> None:
     assert report(SourceReadError("bad sector", disk="vda", offset=0)).kind == "source-read"
     assert report(CommandFailed("source QEMU", "stop", "GenericError", "no")).kind == "request"
     assert report(MigrationError("failed")).kind == "migration"
+
+
+def test_the_job_to_be_resumed_is_named_for_programs() -> None:
+    error = MigrationError("the other host is full")
+    error.suspended = "1a2b3c4d"
+    assert report(error).suspended == "1a2b3c4d"
 
 
 def test_verbose_may_stand_before_or_behind_the_command(capsys: pytest.CaptureFixture[str]) -> None:
