@@ -21,7 +21,7 @@ from qemu_blkmig.destination.protocol import (
 )
 from qemu_blkmig.engine.device import DiskSpec
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
-from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
+from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
 from qemu_blkmig.errors import DestinationFailed
 from qemu_blkmig.job.compare import Comparison
 from qemu_blkmig.job.options import Transfer, Verify
@@ -115,9 +115,11 @@ class Carriage:
                 )
             )
 
-    async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
+    async def engine(
+        self, log: DirtyLog, guest: Guest, clock: Clock, watched: Callable[[Mover], Mover]
+    ) -> BlockMigration:
         """The engine over these disks, with the bandwidth limit set."""
-        mover = RemoteMover(self._agent, self._on_progress)
+        mover = watched(RemoteMover(self._agent, self._on_progress))
         await mover.set_bandwidth(self._transfer.bandwidth)
         return BlockMigration(
             [DiskSpec(disk.name, disk.size, self._unit(disk)) for disk in self._plan.disks],

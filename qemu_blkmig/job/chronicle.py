@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.diskmap import Cells
 
 PATIENCE = 2.0
 """Seconds that a reader waits for a writer that is just changing the file's form."""
@@ -45,7 +46,11 @@ class DiskState(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The figures at `time` (seconds since 1970): bytes, bytes a second, seconds (`predicted`)."""
+    """The figures at `time` (seconds since 1970): bytes, bytes a second, seconds (`predicted`).
+
+    `copied`: payload in all; `put_off`: the part of `pending` that is copied last. `downtime`, `bandwidth`: the limits
+    in force. An earlier version's journal lacks these.
+    """
 
     time: float
     percent: int
@@ -55,6 +60,10 @@ class Sample(msgspec.Struct, frozen=True):
     speed: float | None
     dirty_rate: float | None
     predicted: float | None
+    copied: int | None = None
+    put_off: int | None = None
+    downtime: float | None = None
+    bandwidth: int | None = None
 
 
 class PhaseChange(msgspec.Struct, frozen=True):
@@ -88,6 +97,19 @@ class Outcome(msgspec.Struct, frozen=True):
     guest: str | None = None
 
 
+class Story(msgspec.Struct, frozen=True):
+    """All that is known of a job, of one moment; `maps` by disk."""
+
+    facts: dict[str, str]
+    phases: list[PhaseChange]
+    rounds: list[RoundDone]
+    samples: list[Sample]
+    notes: list[Note]
+    agreed: list[AgreedDisk]
+    maps: dict[str, Cells]
+    last: Last
+
+
 class Last(msgspec.Struct, frozen=True):
     """The latest that is known."""
 
@@ -117,7 +139,7 @@ class Chronicle:
     def agreed(self) -> list[AgreedDisk]:
         """What was agreed, disk by disk."""
         with self._reading() as database:
-            return _all(database, AgreedDisk, "SELECT name, size, source, destination, format FROM disk")
+            return _all(database, AgreedDisk, _AGREED)
 
     def facts(self) -> dict[str, str]:
         """What was noted of the job as a whole."""
@@ -127,40 +149,47 @@ class Chronicle:
     def phases(self) -> list[PhaseChange]:
         """The phases in their order."""
         with self._reading() as database:
-            return _all(database, PhaseChange, "SELECT time, name FROM phase ORDER BY id")
+            return _all(database, PhaseChange, f"{_PHASE} ORDER BY id")
 
     def rounds(self) -> list[RoundDone]:
         """The dirty rounds in their order, the older ones thinned out."""
         with self._reading() as database:
-            return _all(database, RoundDone, "SELECT time, number, bytes FROM round ORDER BY id")
+            return _all(database, RoundDone, _ROUNDS)
 
     def samples(self) -> list[Sample]:
         """The figures in their order, about one a second, the older ones thinned out."""
         with self._reading() as database:
             return _all(database, Sample, f"{_SAMPLE} ORDER BY id")
 
+    def maps(self) -> dict[str, Cells]:
+        """When and how often each part of a disk was copied, by disk."""
+        with self._reading() as database:
+            return _maps(database)
+
     def notes(self) -> list[Note]:
         """What was told, the latest thousand."""
         with self._reading() as database:
-            return _all(database, Note, "SELECT time, text FROM note ORDER BY id")
+            return _all(database, Note, f"{_NOTE} ORDER BY id")
 
     def last(self) -> Last:
         """The latest of everything, of one moment."""
         with self._reading() as database:
             database.execute("BEGIN")
-            stable = _stable(database)
-            disks = [
-                DiskState(name, size, stable.get(name, 0), *(figures or ()))
-                for name, size, *figures in database.execute(
-                    "SELECT name, size, copied, zeroed, skipped, bulk_done, dirty, rounds FROM disk ORDER BY rowid"
-                )
-            ]
-            return Last(
-                phase=_latest(database, PhaseChange, "SELECT time, name FROM phase"),
-                sample=_latest(database, Sample, _SAMPLE),
-                disks=disks,
-                note=_latest(database, Note, "SELECT time, text FROM note"),
-                outcome=_latest(database, Outcome, "SELECT time, exit_code, text, guest FROM outcome"),
+            return _last(database)
+
+    def story(self) -> Story:
+        """Everything, of one moment."""
+        with self._reading() as database:
+            database.execute("BEGIN")
+            return Story(
+                facts=dict(database.execute("SELECT name, value FROM fact")),
+                phases=_all(database, PhaseChange, f"{_PHASE} ORDER BY id"),
+                rounds=_all(database, RoundDone, _ROUNDS),
+                samples=_all(database, Sample, f"{_SAMPLE} ORDER BY id"),
+                notes=_all(database, Note, f"{_NOTE} ORDER BY id"),
+                agreed=_all(database, AgreedDisk, _AGREED),
+                maps=_maps(database),
+                last=_last(database),
             )
 
     @contextlib.contextmanager
@@ -173,7 +202,40 @@ class Chronicle:
             raise Refused(f"the journal {self.path} cannot be read: {error}") from error
 
 
-_SAMPLE = "SELECT time, percent, total, pending, round, speed, dirty_rate, predicted FROM sample"
+_SAMPLE = "SELECT * FROM sample"
+_AGREED = "SELECT name, size, source, destination, format FROM disk ORDER BY rowid"
+_PHASE = "SELECT time, name FROM phase"
+_NOTE = "SELECT time, text FROM note"
+_ROUNDS = "SELECT time, number, bytes FROM round ORDER BY id"
+
+
+def columns(database: sqlite3.Connection, table: str) -> list[str]:
+    """The names of a table's columns; none where there is no such table."""
+    return [name for _, name, *_ in database.execute(f"PRAGMA table_info({table})")]
+
+
+def _last(database: sqlite3.Connection) -> Last:
+    stable = _stable(database)
+    disks = [
+        DiskState(name, size, stable.get(name, 0), *(figures or ()))
+        for name, size, *figures in database.execute(
+            "SELECT name, size, copied, zeroed, skipped, bulk_done, dirty, rounds FROM disk ORDER BY rowid"
+        )
+    ]
+    return Last(
+        phase=_latest(database, PhaseChange, _PHASE),
+        sample=_latest(database, Sample, _SAMPLE),
+        disks=disks,
+        note=_latest(database, Note, _NOTE),
+        outcome=_latest(database, Outcome, "SELECT time, exit_code, text, guest FROM outcome"),
+    )
+
+
+def _maps(database: sqlite3.Connection) -> dict[str, Cells]:
+    if not columns(database, "map"):
+        return {}
+    rows = database.execute("SELECT disk, cell, slot, began, passes, sent, picture FROM map")
+    return {disk: msgspec.convert(dict(zip(Cells.__struct_fields__, row, strict=True)), Cells) for disk, *row in rows}
 
 
 def _stable(database: sqlite3.Connection) -> dict[str, int]:
@@ -185,8 +247,9 @@ def _stable(database: sqlite3.Connection) -> dict[str, int]:
 
 
 def _all(database: sqlite3.Connection, kind: Any, query: str) -> list[Any]:
-    fields = kind.__struct_fields__
-    return [msgspec.convert(dict(zip(fields, row, strict=True)), kind, strict=True) for row in database.execute(query)]
+    rows = database.execute(query)
+    names = [name for name, *_ in rows.description]
+    return [msgspec.convert(dict(zip(names, row, strict=True)), kind, strict=True) for row in rows]
 
 
 def _latest(database: sqlite3.Connection, kind: Any, query: str) -> Any:

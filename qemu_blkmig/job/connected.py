@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from qemu_blkmig.engine.migration import BlockMigration
-from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
+from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.lifecycle import Lifecycle
@@ -28,8 +29,10 @@ class Carrying(Protocol):
     async def open(self, source: Address, exports: dict[str, str]) -> None:
         """Connect to the source's exports (by disk name) at `source`."""
 
-    async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
-        """The engine over the disks."""
+    async def engine(
+        self, log: DirtyLog, guest: Guest, clock: Clock, watched: Callable[[Mover], Mover]
+    ) -> BlockMigration:
+        """The engine over the disks; its mover is what `watched` makes of ours."""
 
     async def keep(self) -> bool:
         """From now on what was brought over stays, whatever becomes of us; False: it cannot."""
@@ -80,7 +83,7 @@ async def connect(
         if life.job.record.recording:
             error.advice = error.advice or compare_instead(life.job.record.job)
         raise
-    engine = await carriage.engine(log, guest, clock)
+    engine = await carriage.engine(log, guest, clock, life.reporter.maps.watched)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
     return Connected(guest, carriage, guard, engine, carriage.verification(engine, clock))
 

@@ -97,7 +97,7 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         await carriage.prepare()
         await carriage.open(UnixAddress(str(source.socket)), {source.disk.name: ""})
         await life.agree(plan)
-        engine = await carriage.engine(source, source, clock)
+        engine = await carriage.engine(source, source, clock, life.reporter.maps.watched)
         life.steering.on_change(lambda: engine.limit(life.steering.rate))
         async with Sharing(life.job.record.job, options.transfer, life.steering, life.reporter):
             with watch.phase("bulk"):
@@ -217,14 +217,17 @@ class GuestCopy:
         await self._life.watchdog.arm(self._options.freeze_limit + FREEZE)
         async with self._frozen() if was_running and self._options.agent else contextlib.nullcontext():
             began = self._clock.now()
+            self._watch.paused(began)
             async with self._paused() if was_running else contextlib.nullcontext():
+                self._watch.step("pausing")
                 await self._complete()
+            self._watch.step("resuming")
             took = self._clock.now() - began
         self._life.watchdog.disarm()
         if not was_running:
             return None
         verify = self._watch.phases.get("verify", 0.0)
-        return Downtime(total=took, disk=took - verify, verify=verify, ram=0.0)
+        return Downtime(took, disk=took - verify, verify=verify, ram=0.0, steps=self._watch.steps)
 
     async def _read_back(self) -> bool:
         """Whether what lies at the destination is what was written."""
@@ -241,9 +244,11 @@ class GuestCopy:
                     await self._engine.complete()
             except TimeoutError:
                 raise Stalled(f"the last round did not end within {limit:.0f} s; the guest was given back") from None
+        self._watch.step("last round")
         if self._options.verify is Verify.FULL:
             with self._watch.phase("verify"):
                 await self._carriage.compare()
+            self._watch.step("both sides compared")
 
     @contextlib.asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:

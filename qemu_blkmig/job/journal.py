@@ -21,7 +21,8 @@ from pathlib import Path
 
 from qemu_blkmig.engine.migration import Figures
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.chronicle import AgreedDisk, Chronicle, seal
+from qemu_blkmig.job.chronicle import AgreedDisk, Chronicle, columns, seal
+from qemu_blkmig.job.diskmap import Cells
 
 FILE = "journal.sqlite"
 KEPT, RECENT = 4096, 1024
@@ -48,10 +49,16 @@ CREATE TABLE IF NOT EXISTS outcome (id INTEGER PRIMARY KEY, time REAL NOT NULL, 
     text TEXT NOT NULL, guest TEXT);
 CREATE TABLE IF NOT EXISTS sample (id INTEGER PRIMARY KEY, time REAL NOT NULL, percent INTEGER NOT NULL,
     total INTEGER NOT NULL, pending INTEGER NOT NULL, round INTEGER NOT NULL, speed REAL, dirty_rate REAL,
-    predicted REAL);
+    predicted REAL, copied INTEGER, put_off INTEGER, downtime REAL, bandwidth INTEGER);
+CREATE TABLE IF NOT EXISTS map (disk TEXT PRIMARY KEY, cell INTEGER NOT NULL, slot REAL NOT NULL, began REAL NOT NULL,
+    passes BLOB NOT NULL, sent BLOB NOT NULL, picture BLOB NOT NULL);
 """
+LATER = (("sample", "copied INTEGER"), ("sample", "put_off INTEGER"), ("sample", "downtime REAL"),
+         ("sample", "bandwidth INTEGER"))  # fmt: skip
+"""Columns that a journal lacks which an earlier version has begun."""
 
 STABLE = "INSERT OR REPLACE INTO stable VALUES (?, ?, ?)"
+MAP = "INSERT OR REPLACE INTO map VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 Entry = tuple[str, tuple[object, ...]]
 """A statement and its values."""
@@ -125,13 +132,18 @@ class Journal(Chronicle):
         self._tell("INSERT INTO outcome (time, exit_code, text, guest) VALUES (?, ?, ?, ?)",
                    time.time(), exit_code, text, guest)  # fmt: skip
 
-    def sample(self, figures: Figures) -> None:
-        """The figures of this moment."""
+    def map(self, disk: str, cells: Cells) -> None:
+        """Where, when and how often `disk` has been copied so far."""
+        self._tell(MAP, disk, cells.cell, cells.slot, cells.began, cells.passes, cells.sent, cells.picture)
+
+    def sample(self, figures: Figures, downtime: float | None = None, bandwidth: int | None = None) -> None:
+        """The figures of this moment, and the limits in force: seconds, bytes a second."""
         self._tell(
-            "INSERT INTO sample (time, percent, total, pending, round, speed, dirty_rate, predicted)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO sample (time, percent, total, pending, round, speed, dirty_rate, predicted, copied, put_off,"
+            " downtime, bandwidth) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             time.time(), figures.percent, figures.total, figures.pending, figures.round, figures.speed,
-            figures.dirty_rate, figures.predicted,
+            figures.dirty_rate, figures.predicted, sum(disk.copied for disk in figures.disks),
+            sum(disk.put_off for disk in figures.disks), downtime, bandwidth,
         )  # fmt: skip
         for disk in figures.disks:
             self._tell(
@@ -165,7 +177,7 @@ class _Keeper:
         self._warn = warn
         self._database: sqlite3.Connection | None = None
         self._waiting: deque[Entry] = deque(maxlen=WAITING)
-        self._stable: dict[object, Entry] = {}
+        self._latest: dict[tuple[str, object], Entry] = {}
         self._ailing = False
 
     def keep(self, told: queue.SimpleQueue[Told]) -> None:
@@ -194,8 +206,8 @@ class _Keeper:
 
     def _take(self, entry: Entry) -> None:
         statement, values = entry
-        if statement == STABLE:
-            self._stable[values[0]] = entry
+        if statement in (STABLE, MAP):
+            self._latest[statement, values[0]] = entry
         else:
             self._waiting.append(entry)
 
@@ -203,7 +215,7 @@ class _Keeper:
         try:
             database = self._database = self._database or _connect(self._path)
             with database:
-                for statement, values in (*self._waiting, *self._stable.values()):
+                for statement, values in (*self._waiting, *self._latest.values()):
                     database.execute(statement, values)
                 _thin_out(database)
         except (sqlite3.Error, OSError) as error:
@@ -216,7 +228,7 @@ class _Keeper:
             self._ailing = True
             return False
         self._waiting.clear()
-        self._stable.clear()
+        self._latest.clear()
         if self._ailing:
             self._warn("the job's journal can be written again")
         self._ailing = False
@@ -235,6 +247,9 @@ def _connect(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         database.executescript(SCHEMA)
+        for table, column in LATER:
+            if column.split()[0] not in columns(database, table):
+                database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
     except BaseException:
         database.close()
         raise

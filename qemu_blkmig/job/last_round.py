@@ -97,7 +97,9 @@ class LastRound:
         if self._options.verify is Verify.FULL:
             with self._watch.phase("verify"):
                 await self._carriage.compare()
+            self._watch.step("both sides compared")
         if self._verification.wanted:
             with self._watch.phase("verify"):
                 while not await self._verification.rest():
                     await self.complete()
+            self._watch.step("read back")

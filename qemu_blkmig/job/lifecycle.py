@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 
+import msgspec
+
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import AliveReply, EndProcess, Mark
 from qemu_blkmig.errors import (
@@ -24,6 +26,8 @@ from qemu_blkmig.errors import (
 from qemu_blkmig.job.chronicle import AgreedDisk
 from qemu_blkmig.job.control import SOCKET, ControlServer, Ended
 from qemu_blkmig.job.datapath import INSECURE, DataPath, open_data_path
+from qemu_blkmig.job.diskmap import Cells
+from qemu_blkmig.job.environment import environment, terms
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import Journal
@@ -79,6 +83,8 @@ class Lifecycle:
         self._ended_there = False
         self._signals = contextlib.ExitStack()
         self.target: TargetQemu | None = None
+        self.environment: dict[str, str] = {}
+        """What is known of where the job runs, beside what is asked for anyway."""
 
     async def __aenter__(self) -> Lifecycle:
         self._signals.enter_context(self._interrupts.watching())
@@ -96,7 +102,7 @@ class Lifecycle:
                 raise
             begin = Journal.create if self._suspended is None else Journal.open
             self.journal = begin(self.job.directory, self._warner())
-            self.reporter = Telling(self._display, self.journal)
+            self.reporter = Telling(self._display, self.journal, self.steering)
             try:
                 await self._listen()
             except BaseException:
@@ -167,6 +173,7 @@ class Lifecycle:
         for name, value in noted(self.job.record).items():
             self.journal.fact(name, value)
         self.journal.fact("bitmaps", f"{self.job.record.prefix}-b")
+        await self._note_plan(plan)
         self.journal.agree(
             [
                 AgreedDisk(
@@ -179,6 +186,19 @@ class Lifecycle:
                 for disk in plan.disks
             ]
         )
+
+    async def _note_plan(self, plan: Plan) -> None:
+        """What a report shows of the plan and of where it is carried out."""
+        there = self._agent.there if self._agent is not None else None
+        target = self.target.monitor if self.target is not None else None
+        found = await environment(self._source, target, there)
+        self.journal.fact("environment", msgspec.json.encode(found | self.environment).decode())
+        self.journal.fact("plan", msgspec.json.encode(terms(self.job.record)).decode())
+        kept: dict[str, Cells] = {}
+        if self._suspended is not None:
+            with contextlib.suppress(Refused):
+                kept = self.journal.maps()
+        self.reporter.maps.begin({disk.name: disk.size for disk in plan.disks}, kept)
 
     def stable(self) -> dict[str, int]:
         """What of the bulk pass is known to be flushed, by disk; if the journal cannot be read, nothing is."""
@@ -370,6 +390,7 @@ class Lifecycle:
             self._agent = None
         await self._let_go()
         name = self.job.record.job
+        self.journal.fact("result", msgspec.json.encode(result).decode())
         if settlement.decided:
             await self._forget(0, result.outcome, result.guest)
         elif settlement.left_there:
@@ -400,7 +421,7 @@ class Lifecycle:
 
     async def _forget(self, exit_code: int, outcome: str, guest: str | None) -> None:
         """All is at rest: nothing is left for a watchdog or `cleanup` to do; how it ended goes down in history."""
-        self.reporter.sample()
+        self.reporter.close()
         self.journal.outcome(exit_code, outcome, guest)
         await asyncio.to_thread(self.journal.close)
         await asyncio.to_thread(self.job.remove)
@@ -417,6 +438,8 @@ class Lifecycle:
             return failure
         suspend = failure.mendable or (self._suspended is not None and isinstance(failure, Refused))
         if suspend:
+            self.journal.note(f"the job rests: {failure}")
+            self.reporter.close()
             await self.journal.written()
         else:
             self._give_up()

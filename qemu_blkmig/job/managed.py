@@ -15,6 +15,7 @@ from qemu_blkmig.job.arrangement import Arrangement, arrange
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import Connected, connect
 from qemu_blkmig.job.ends import Ends
+from qemu_blkmig.job.environment import libvirt_version
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
@@ -139,6 +140,8 @@ class _Run:
         )  # fmt: skip
         await make_volumes(ends.target, agent, self._plan, self._job, self._arrangement.owner)
         await self._carriage.prepare()
+        for name, end in (("Source libvirt", ends.source), ("Destination libvirt", ends.target)):
+            life.environment[name] = libvirt_version(await end.call(end.handle.getLibVersion))
         self._connected: Connected = await connect(life, self._plan, self._carriage, guest, options, self._clock)
         self._rounds = Rounds(life, options, self._watch, self._connected, self._plan.disks)
 

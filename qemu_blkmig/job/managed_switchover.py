@@ -99,10 +99,14 @@ class ManagedSwitchover:
             async with self._under_way(attempt) as passage:
                 with self._watch.phase("ram"):
                     paused = await self._last.keep_in_step(self._paused(passage), self._beside(passage))
+                self._watch.paused(paused)
+                self._watch.step("round under way")
                 async with self._pulse():
                     if await self._last.fits(paused):
+                        self._watch.step("what is dirty counted")
                         with self._watch.phase("switchover"):
                             await self._last.complete()
+                        self._watch.step("last round")
                         await self._last.verify()
                         return await self._hand_over(passage, paused)
             await self._too_dirty(attempt)
@@ -238,12 +242,15 @@ class ManagedSwitchover:
         record = self._job.record
         with self._watch.phase("handover"), self._interrupts.deferred():
             await self._carriage.close()
+            self._watch.step("images closed")
             await self._life.exports.stop()
+            self._watch.step("exports ended")
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
             async with starts_of(self._ends.target, self._ends.domain.uuid, self._clock.now) as started:
                 record.owner = Owner.UNDECIDED
                 self._job.save()
+                self._watch.step("record synced")
                 try:
                     async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
                         passage.gate.open()
@@ -259,7 +266,9 @@ class ManagedSwitchover:
             return None
         verify = self._watch.phases.get("verify", 0.0)
         total = arrived - paused
-        return Downtime(total=total, disk=disks_took - verify, verify=verify, ram=max(0.0, total - disks_took))
+        ram = max(0.0, total - disks_took)
+        steps = self._watch.steps | {"RAM, devices, start": max(0.0, total - sum(self._watch.steps.values()))}
+        return Downtime(total, disk=disks_took - verify, verify=verify, ram=ram, steps=steps)
 
     async def _take_run_state(self) -> None:
         """Before any pause: the watchdog is armed, and the record says that a migration is ours.

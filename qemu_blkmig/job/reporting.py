@@ -30,12 +30,17 @@ class Reporter(Protocol):
 
 
 class Stopwatch:
-    """Seconds by phase, told by `clock`; phases follow each other, one that comes again is added up."""
+    """Seconds by phase, told by `clock`; phases follow each other, one that comes again is added up.
+
+    `steps`: seconds by what a guest stands still for, in the last pause.
+    """
 
     def __init__(self, clock: Clock, reporter: Reporter) -> None:
         self.clock = clock
         self._reporter = reporter
         self.phases: dict[str, float] = {}
+        self.steps: dict[str, float] = {}
+        self._stepped = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -46,3 +51,14 @@ class Stopwatch:
             yield
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + self.clock.now() - began
+
+    def paused(self, since: float) -> None:
+        """The guest stands still since then; `step` tells what for."""
+        self.steps = {}
+        self._stepped = since
+
+    def step(self, name: str) -> None:
+        """The time since the last step went into this."""
+        now = self.clock.now()
+        self.steps[name] = self.steps.get(name, 0.0) + now - self._stepped
+        self._stepped = now

@@ -34,13 +34,14 @@ class Downtime(msgspec.Struct, frozen=True):
     """Seconds that the guest stood still.
 
     `disk`: for the last round, flush and close; `verify`: for reading back or comparing; `ram`: for RAM and device
-    state, all the rest.
+    state, all the rest. `steps`: the same in more detail, in order, as the coordinator saw it.
     """
 
     total: float
     disk: float
     verify: float
     ram: float
+    steps: dict[str, float] = {}
 
 
 class Slowed(msgspec.Struct, frozen=True):

@@ -55,6 +55,7 @@ class Rounds:
         max_rounds = None if options.on_stall is OnStall.WAIT else options.max_rounds
         self._policy = Policy(downtime=0.0, max_rounds=max_rounds, put_off=options.put_off)
         self._hurried = False
+        life.journal.fact("disks' share", str(disks_budget(options, 1.0)))
         self.brake = Brake(life, disks, options.transfer.granularity, self._clock)
 
     async def lead_to(self, switch_over: Callable[[], Awaitable[Downtime | None]]) -> Downtime | None:

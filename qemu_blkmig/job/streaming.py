@@ -10,7 +10,7 @@ from qemu_blkmig.destination import images
 from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.device import DiskSpec
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
-from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest
+from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
 from qemu_blkmig.errors import MigrationError, Refused, UsageError
 from qemu_blkmig.job.options import SaveOptions
 from qemu_blkmig.job.plan import Plan
@@ -89,9 +89,11 @@ class StreamCarriage:
             self._senders[disk.name] = self._sender(disk, connections[disk.name])
         await self._attempt(self._stream.begin)
 
-    async def engine(self, log: DirtyLog, guest: Guest, clock: Clock) -> BlockMigration:
+    async def engine(
+        self, log: DirtyLog, guest: Guest, clock: Clock, watched: Callable[[Mover], Mover]
+    ) -> BlockMigration:
         """The engine over these disks, with the bandwidth limit set."""
-        mover = StreamMover(self._stream, self._senders, self._throttle, self._reporter.moving)
+        mover = watched(StreamMover(self._stream, self._senders, self._throttle, self._reporter.moving))
         await mover.set_bandwidth(self._options.transfer.bandwidth)
         return Saving(
             self._stream,

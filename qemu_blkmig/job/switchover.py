@@ -94,12 +94,17 @@ class Switchover:
         self._guard.ignore_pauses()
         with self._watch.phase("switchover"):
             paused = self._clock.now()
+            self._watch.paused(paused)
             await self._guest.pause()
+            self._watch.step("pausing")
             await self._last.complete()
+            self._watch.step("last round")
         await self._last.verify()
         await self._carriage.close()
+        self._watch.step("images closed")
         await self._check_still_paused()
         await self._engine.finish()
+        self._watch.step("recording ended")
         took = self._clock.now() - paused
         return self._downtime(took, took)
 
@@ -119,10 +124,14 @@ class Switchover:
             async with self._called_off_on_error(ram):
                 with self._watch.phase("ram"):
                     paused = await self._migrate_ram(ram)
+                self._watch.paused(paused)
+                self._watch.step("round under way")
                 async with self._pulse():
                     if await self._last.fits(paused):
+                        self._watch.step("what is dirty counted")
                         with self._watch.phase("switchover"):
                             await self._last.complete()
+                        self._watch.step("last round")
                         await self._last.verify()
                         break
                 # The destination QEMU exits when its stream breaks off; that is no failure now.
@@ -242,20 +251,25 @@ class Switchover:
         with self._watch.phase("handover"), self._interrupts.deferred(), target.monitor.events("RESUME") as starts:
             async with self._pulse():
                 await self._carriage.close()
+            self._watch.step("images closed")
             await self._life.exports.stop()
+            self._watch.step("exports ended")
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
             record.owner = Owner.UNDECIDED
             self._job.save()
+            self._watch.step("record synced")
             try:
                 async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)), self._pulse():
                     await ram.proceed()
                     await ram.wait_completed()
+                self._watch.step("RAM and devices")
                 await self._activate(target)
                 record.owner = Owner.DESTINATION
                 self._job.save()
                 with contextlib.suppress(TimeoutError):
                     resumed = (await starts.get(timeout=5)).seconds if record.was_running else None
+                self._watch.step("guest started")
                 arrived = self._clock.now()
             except (BlkmigError, TimeoutError, OSError) as error:
                 if (await self._life.settle()).owner is not Owner.DESTINATION:
@@ -270,7 +284,8 @@ class Switchover:
 
     def _downtime(self, total: float, until_closed: float) -> Downtime:
         verify = self._watch.phases.get("verify", 0.0)
-        return Downtime(total=total, disk=until_closed - verify, verify=verify, ram=max(0.0, total - until_closed))
+        ram = max(0.0, total - until_closed)
+        return Downtime(total, disk=until_closed - verify, verify=verify, ram=ram, steps=self._watch.steps)
 
     async def _activate(self, target: TargetQemu) -> None:
         """The proof of success: the guest starts, or, if it is to stay paused, the images are held for writing."""

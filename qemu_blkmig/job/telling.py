@@ -5,23 +5,34 @@ from __future__ import annotations
 import time
 
 from qemu_blkmig.engine.migration import Figures
+from qemu_blkmig.job.diskmap import Maps
 from qemu_blkmig.job.journal import Journal
 from qemu_blkmig.job.reporting import Reporter
+from qemu_blkmig.job.steering import Steering
 
-SAMPLE = 1.0
-"""Least seconds between two samples in the journal."""
+SAMPLE = (0.2, 1.0)
+"""Least seconds between two samples in the journal: at first, and when a job has lasted for minutes."""
+SHORT = 240
+"""Samples that a job of any length begins with, before they become seldom."""
+MAPS = 5.0
+"""Least seconds between two maps in the journal."""
+STILL = ("switchover", "verify", "handover")
+"""Phases in which a guest may stand still: no more is noted in them than their beginning."""
 LEAST_MEASURED = 0.5
 """Seconds of copying that an average speed is told after."""
 
 
 class Telling:
     """Implements `Reporter`: passes everything on, and keeps the journal. `phase`, `since` (seconds since 1970),
-    `latest` and `moved` (bytes settled in the copy under way, by disk) are what `status` shows."""
+    `latest` and `moved` (bytes settled in the copy under way, by disk) are what `status` shows. `maps`: of what is
+    copied."""
 
-    def __init__(self, reporter: Reporter, journal: Journal) -> None:
+    def __init__(self, reporter: Reporter, journal: Journal, steering: Steering) -> None:
         self._reporter = reporter
         self._journal = journal
-        self._sampled = 0.0
+        self._steering = steering
+        self._sampled = self._mapped = 0.0
+        self.maps = Maps(journal.map)
         self._round = 0
         self._copied_dirty = 0
         self.phase = "prepare"
@@ -45,8 +56,8 @@ class Telling:
         self._began = self._began or time.monotonic()
         if figures.round != self._round:
             self._end_round(figures)
-        if time.monotonic() - self._sampled >= SAMPLE:
-            self.sample()
+        if self.phase not in STILL:
+            self._sample_sometimes(self._began)
         self._reporter.figures(figures)
 
     def moving(self, disk: str, settled: int) -> None:
@@ -73,7 +84,21 @@ class Telling:
         """Put the latest figures into the journal now."""
         if self.latest is not None:
             self._sampled = time.monotonic()
-            self._journal.sample(self.latest)
+            self._journal.sample(self.latest, self._steering.downtime, self._steering.rate)
+
+    def close(self) -> None:
+        """The job ends or rests: put the latest of everything into the journal."""
+        self.sample()
+        self.maps.keep()
+
+    def _sample_sometimes(self, began: float) -> None:
+        now = time.monotonic()
+        least, most = SAMPLE
+        if now - self._sampled >= max(least, min(most, (now - began) / SHORT)):
+            self.sample()
+        if now - self._mapped >= MAPS:
+            self._mapped = now
+            self.maps.keep()
 
     def _end_round(self, figures: Figures) -> None:
         """Another round has begun: what the one before has copied is known."""

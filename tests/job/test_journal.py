@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 import sqlite3
 import sys
@@ -10,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qemu_blkmig.engine.migration import DiskFigures, Figures, Phase
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import journal as journal_module
 from qemu_blkmig.job.chronicle import AgreedDisk, Chronicle
-from qemu_blkmig.job.journal import FILE, Journal
+from qemu_blkmig.job.diskmap import DiskMap
+from qemu_blkmig.job.journal import FILE, LATER, SCHEMA, Journal
 
 MIB = 1 << 20
 VDA = AgreedDisk("vda", 64 * MIB, "/old/vda", "/new/vda", "raw")
@@ -65,6 +68,30 @@ async def test_what_is_told_can_be_read_while_it_is_written_and_after(tmp_path: 
     last = other.last()
     assert last.outcome is not None and last.outcome.exit_code == 0
     assert other.stable_by_disk() == {"vda": 16 * MIB}
+
+
+async def test_a_map_is_kept_once_for_each_disk_and_an_earlier_versions_journal_is_gone_on_with(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database, database:
+        database.executescript(f"{SCHEMA}; DROP TABLE map")
+        for table, column in LATER:
+            database.execute(f"ALTER TABLE {table} DROP COLUMN {column.split()[0]}")
+        database.execute("INSERT INTO sample VALUES (1, 5.0, 1, 2, 3, 4, NULL, NULL, NULL)")
+    assert Chronicle(tmp_path / FILE).maps() == {}
+    assert [each.copied for each in Chronicle(tmp_path / FILE).samples()] == [None]
+    cells = DiskMap(64 * MIB, 7.0).kept()
+    with kept(tmp_path) as journal:
+        journal.agree([VDA])
+        journal.map("vda", cells)
+        journal.map("vda", msgspec.structs.replace(cells, slot=0.25))
+        journal.sample(figures(MIB), 0.3, 1000)
+        assert await journal.written()
+        story = journal.story()
+    assert story.maps == {"vda": msgspec.structs.replace(cells, slot=0.25)}
+    assert [(each.copied, each.downtime, each.bandwidth) for each in story.samples] == [
+        (None, None, None),
+        (MIB, 0.3, 1000),
+    ]
+    assert story.agreed == [VDA] and story.last.disks[0].name == "vda"
 
 
 async def test_a_journal_survives_the_kill_of_its_writer(tmp_path: Path) -> None:

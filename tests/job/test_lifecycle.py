@@ -14,6 +14,7 @@ from qemu_blkmig.errors import Undecided
 from qemu_blkmig.job import lifecycle
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.record import Job, Owner
+from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.settlement import Settlement
 from qemu_blkmig.places import STATE_VARIABLE
 
@@ -30,12 +31,14 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     life.job = Job.create()
     life.job.record.owner = Owner.DESTINATION
     life._control = SimpleNamespace(end=end)
+    life.journal = SimpleNamespace(fact=lambda _name, _value: None)
     yield life
     life.job.remove()
 
 
-async def migrated() -> Any:
-    return SimpleNamespace(warnings=[], outcome="migrated", guest="there")
+async def migrated() -> Result:
+    """What came of the work."""
+    return Result("1a2b3c4d", "migrated", "there", [], 0, {}, None, "none", [])
 
 
 def settling(monkeypatch: pytest.MonkeyPatch, settlement: Settlement) -> None:
