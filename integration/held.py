@@ -69,8 +69,8 @@ def _hold_around(owner: type, name: str, when: str, hold: Hold) -> None:
 def _hold_when_decided(hold: Callable[[], None]) -> None:
     save = Job.save
 
-    def held(self: Job, *, synced: bool = True) -> None:
-        save(self, synced=synced)
+    async def held(self: Job, *, synced: bool = True, within: float | None = None) -> None:
+        await save(self, synced=synced, within=within)
         if self.record.owner is Owner.DESTINATION:
             hold()
 

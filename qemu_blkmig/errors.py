@@ -11,6 +11,7 @@
      |   +- SourceReadError                 the source disk cannot be read (offset)
      |   +- DestinationWriteError           the destination image cannot be written (offset, errno)
      |   +- DestinationFailed               the destination's QEMU or agent failed
+     |   +- RecordFailed                    the job's record, without which nothing may be done, cannot be written
      |   +- LibvirtFailed                   libvirt could not migrate the domain, and gave the guest back
      +- Refused                    exit 3   preflight: nothing that existed before was touched
      +- Undecided                  exit 4   which side owns the guest cannot be known; a person must look
@@ -111,6 +112,12 @@ class DestinationFailed(MigrationError):
 
 class HostSilent(DestinationFailed):
     """The destination host did not answer while the guest stood still, which was not made to wait for it."""
+
+
+class RecordFailed(MigrationError):
+    """What must be on disk before the next step cannot be written there."""
+
+    mendable = True
 
 
 class LibvirtFailed(MigrationError):

@@ -87,7 +87,7 @@ class Brake:
         await self._life.watchdog.arm(PATIENCE)
         if not record.throttled:
             record.throttled = await limits(self._life.source, self._disks)
-            self._life.job.save()
+            await self._life.job.save()
         groups: dict[str, float] = {}
         for number, disk in enumerate(record.throttled):
             key = disk.group or f"{record.prefix}-throttle{number}"

@@ -80,13 +80,13 @@ class Carriage:
         record = self._job.record
         record.images = [image.path for image in images]
         record.moving = self._plan.source_images(host_name(record.target_place))
-        self._job.save()
+        await self._job.save()
         reply = await self._agent.expect(Prepare(images, record.job), PrepareReply)
         volumes = {volume.path for volume in record.volumes}
         made = [*reply.created, *(each for each in reply.identities if each.path in volumes)]
         record.created += [created for created in made if created not in record.created]
         record.identities = reply.identities
-        self._job.save()
+        await self._job.save()
 
     async def keep(self) -> bool:
         """From now on the images stay, whatever becomes of us or of the agent."""
@@ -96,7 +96,7 @@ class Carriage:
     async def open(self, source: Address, exports: dict[str, str]) -> None:
         """Connect the mover to the source's exports (by disk name), reached from here at `source`."""
         self._job.record.filling = True
-        self._job.save()
+        await self._job.save()
         self._comparison = Comparison(self._agent, source, exports, self._transfer.hash)
         there = UnixAddress(await self._host.expose(source.path)) if isinstance(source, UnixAddress) else source
         for disk in self._plan.disks:

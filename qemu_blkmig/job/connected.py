@@ -8,7 +8,7 @@ from typing import Protocol
 
 from qemu_blkmig.engine.migration import BlockMigration
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
-from qemu_blkmig.errors import Refused
+from qemu_blkmig.errors import RecordFailed, Refused
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
@@ -100,7 +100,12 @@ async def begin(life: Lifecycle, connected: Connected) -> None:
         await life.forget_stable()
         await connected.engine.setup()
         record.recording = await connected.carriage.keep()
-        life.job.save()
+        try:
+            await life.job.save()
+        except RecordFailed:
+            # What the record does not say cannot be gone on with.
+            record.recording = False
+            raise
 
 
 async def _go_on(life: Lifecycle, connected: Connected) -> None:

@@ -257,14 +257,15 @@ class GuestCopy:
         await self._guest.check_still_here()
         await self._guest.check_awake()
         record.run_state_taken = True
-        self._job.save()
+        await self._job.save(within=self._options.freeze_limit)
         try:
             await self._guest.pause()
             yield
         finally:
             await self._guest.resume()
             record.run_state_taken = False
-            self._job.save()
+            # File systems may be frozen still.
+            await self._job.save(within=self._options.freeze_limit)
 
     @contextlib.asynccontextmanager
     async def _frozen(self) -> AsyncIterator[None]:
@@ -275,33 +276,36 @@ class GuestCopy:
             self._warn(f"no guest agent, the copy is crash-consistent: {error}")
             yield
             return
-        self._job.record.frozen_by = path
-        self._job.save()
         try:
+            self._job.record.frozen_by = path
+            await self._job.save()
             try:
-                count = await agent.freeze(FREEZE)
-                self._consistency = "file systems"
-                self._reporter.note(f"the guest agent froze {count} file systems")
-            except BlkmigError as error:
-                self._warn(f"the guest agent was given up on, the copy is crash-consistent: {error}")
-            yield
-        finally:
-            try:
-                await self._thaw(agent)
+                await self._freeze(agent)
+                yield
             finally:
-                await agent.close()
+                await self._thaw(agent)
+        finally:
+            await agent.close()
+
+    async def _freeze(self, agent: GuestAgent) -> None:
+        try:
+            count = await agent.freeze(FREEZE)
+            self._consistency = "file systems"
+            self._reporter.note(f"the guest agent froze {count} file systems")
+        except BlkmigError as error:
+            self._warn(f"the guest agent was given up on, the copy is crash-consistent: {error}")
 
     async def _thaw(self, agent: GuestAgent) -> None:
         for remaining in reversed(range(THAW_TRIES)):
             try:
                 await agent.thaw(FREEZE)
-                self._job.record.frozen_by = None
-                self._job.save()
-                return
+                break
             except BlkmigError as error:
                 if self._consistency == "crash" or not remaining:
                     self._warn(f"the guest agent does not answer to thaw: {error}")
                     return
+        self._job.record.frozen_by = None
+        await self._job.save()
 
     def _warn(self, text: str) -> None:
         """Tell at once, and in the result."""

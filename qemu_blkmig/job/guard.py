@@ -90,7 +90,7 @@ class Guard:
         if state in ENDED:
             raise GuestStateError(f"the guest {ENDED[state]} (run state {state})")
         if not self._pauses_are_ours and (state == "running" or state in STOPPED_BY_OTHERS):
-            self._note(running=state == "running")
+            await self._note(running=state == "running")
 
     async def _consider(self, event: Event) -> None:
         if event.name == "SHUTDOWN":
@@ -103,18 +103,18 @@ class Guard:
 
     async def _note_run_state(self, event: str) -> None:
         if event == "RESUME":
-            self._note(running=True)
+            await self._note(running=True)
             return
         state = await run_state(self._source)
         if state in MIGRATED and not self._job.record.migrating:
             raise GuestStateError(f"somebody else migrates the guest away (run state {state})")
         if state in STOPPED_BY_OTHERS:
-            self._note(running=False)
+            await self._note(running=False)
 
-    def _note(self, *, running: bool) -> None:
+    async def _note(self, *, running: bool) -> None:
         if self._job.record.was_running is not running:
             self._job.record.was_running = running
-            self._job.save()
+            await self._job.save()
 
     async def _watch_target(self, target: TargetQemu) -> NoReturn:
         await target.monitor.wait_lost()

@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 MOMENT = 0.5
 """Seconds in which the end of a connection shows everywhere."""
+INSISTED = 5.0
+"""Seconds that who insists on our end is kept waiting for our storage."""
 
 
 class Lifecycle:
@@ -93,12 +95,12 @@ class Lifecycle:
                 self.job = Job.create()
             else:
                 self.job = self._suspended
-                self.job.wake()
+                await self.job.wake()
             self._interrupts.on_insisted = self._give_up
             try:
                 self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
             except BaseException:
-                self._give_back()
+                await self._give_back()
                 raise
             begin = Journal.create if self._suspended is None else Journal.open
             self.journal = begin(self.job.directory, self._warner())
@@ -108,7 +110,7 @@ class Lifecycle:
             except BaseException:
                 await asyncio.to_thread(self.journal.close)
                 await self.watchdog.dismiss()
-                self._give_back()
+                await self._give_back()
                 raise
         except BaseException as error:
             self._signals.close()
@@ -129,24 +131,25 @@ class Lifecycle:
                 await self.watchdog.dismiss()
                 self.job.release()
             elif self._unsettled:
+                await asyncio.to_thread(self.job.finish_saving)
                 self.watchdog.take_over()
                 self.job.release()
         finally:
             self._signals.close()
 
-    def _give_back(self) -> None:
+    async def _give_back(self) -> None:
         """The job never came to life: a suspended one goes back to rest."""
         if self._suspended is None:
             self.job.remove()
         else:
-            self.job.rest()
+            await self.job.rest()
             self.job.release()
 
     def _give_up(self) -> None:
-        """Whatever settles the job does not suspend it."""
+        """The watchdog, which settles the job, is not to suspend it."""
         self.job.record.recording = False
         with contextlib.suppress(OSError):
-            self.job.save()
+            self.job.save_blocking(INSISTED)
 
     def _warner(self) -> Callable[[str], None]:
         """What the journal's thread may call to tell the user something."""
@@ -236,7 +239,7 @@ class Lifecycle:
         self._source = await SocketMonitor.connect(path, who="source QEMU")
         self.job.record.source_qmp = path
         self.job.record.source_process = ProcessId.of(self._source.peer_pid) if self._source.peer_pid else None
-        self.job.save()
+        await self.job.save()
         return self._source
 
     def adopt_source(self, monitor: Monitor) -> None:
@@ -246,7 +249,7 @@ class Lifecycle:
     async def start_agent(self, place: Place) -> AgentClient:
         """Start the agent beside the destination's storage at `place`. Raises `Refused`, `DestinationFailed`."""
         self.job.record.target_place = place
-        self.job.save()
+        await self.job.save()
         self._host = host_of(place, self.job.runtime, self.job.record.job)
         standing = asyncio.create_task(self.watchdog.stand())
         self._agent = await self._host.start_agent()
@@ -272,7 +275,7 @@ class Lifecycle:
         self.target = await TargetQemu.attach(self.host, self.agent, path)
         self.job.record.target_qmp = path
         self.job.record.target_process = self.target.process
-        self.job.save()
+        await self.job.save()
 
     async def launch_target(self, command: str, directory: str) -> TargetQemu:
         """Start the destination QEMU. Raises `Refused`."""
@@ -332,12 +335,12 @@ class Lifecycle:
     async def _start_server(self, exports: ExportServer) -> None:
         """The record says that the server is ours before it is, so that no crash leaves one behind."""
         self.job.record.nbd_server = True
-        self.job.save()
+        await self.job.save()
         try:
             await exports.start()
         except Refused:
             self.job.record.nbd_server = False
-            self.job.save()
+            await self.job.save()
             raise
 
     async def conduct(self, work: Coroutine[None, None, Result]) -> Result:
@@ -441,8 +444,6 @@ class Lifecycle:
             self.journal.note(f"the job rests: {failure}")
             self.reporter.close()
             await self.journal.written()
-        else:
-            self._give_up()
         settlement = await self.settle(suspend=suspend)
         # An agent that goes on would keep our end waiting for it.
         await self._release_images()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from qemu_blkmig.errors import RecordFailed
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.throttle import restore
@@ -18,7 +19,7 @@ async def give_back(job: Job, source: Monitor) -> None:
     await restore(source, job.record.throttled)
     job.record.throttled = []
     try:
-        job.save()
-    except OSError as error:
+        await job.save()
+    except RecordFailed as error:
         # To give them back once more would do no harm.
-        log.warning("the record of job %s cannot be written: %s", job.record.job, error)
+        log.warning("job %s: %s", job.record.job, error)

@@ -233,7 +233,7 @@ class ManagedSwitchover:
             raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}: trying again")
         self._job.record.run_state_taken = self._job.record.migrating = False
-        self._job.save()
+        await self._job.save()
         if not self._job.record.throttled:
             self._life.watchdog.disarm()
         await self._converge()
@@ -248,15 +248,14 @@ class ManagedSwitchover:
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
             async with starts_of(self._ends.target, self._ends.domain.uuid, self._clock.now) as started:
-                record.owner = Owner.UNDECIDED
-                self._job.save()
+                await self._job.undecided(PATIENCE)
                 self._watch.step("record synced")
                 try:
                     async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
                         passage.gate.open()
                         await passage.migration.wait()
                     record.owner = Owner.DESTINATION
-                    self._job.save()
+                    await self._job.save()
                 except (BlkmigError, TimeoutError, OSError) as error:
                     if (await self._life.settle()).owner is not Owner.DESTINATION:
                         raise
@@ -282,7 +281,7 @@ class ManagedSwitchover:
             self._guard.ignore_pauses()
         self._job.record.run_state_taken = True
         self._job.record.migrating = True
-        self._job.save()
+        await self._job.save()
 
     def _pulse(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Another host must answer all the while."""

@@ -6,6 +6,7 @@ synced, with its directory) *before* the step that makes it true.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import enum
 import fcntl
@@ -20,7 +21,8 @@ import msgspec
 
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
-from qemu_blkmig.errors import Refused
+from qemu_blkmig.errors import RecordFailed, Refused
+from qemu_blkmig.job.durable import DurableFile
 from qemu_blkmig.job.history import archive
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions
@@ -28,6 +30,8 @@ from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.source_images import Afterwards, SourceImage
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
 from qemu_blkmig.qmp.throttle import Throttled
+
+RECORD = "record.json"
 
 
 class Owner(enum.Enum):
@@ -133,6 +137,7 @@ class Job:
         self.directory = directory
         self.record = record
         self.lock = lock
+        self._file = DurableFile(directory / RECORD)
         self.starts_over = False
         """What was recorded is of no use any more: both sides are compared."""
 
@@ -146,7 +151,7 @@ class Job:
             directory.mkdir(mode=0o700, parents=True)
             job.record.runtime = tempfile.mkdtemp(prefix=f"blkmig-{name}-")
             job.lock = _lock(directory)
-            job.save()
+            job.save_blocking()
         except OSError as error:
             job.remove()
             raise Refused(
@@ -160,7 +165,7 @@ class Job:
     def load(cls, name: str) -> Job:
         """A job that was left behind. Raises `Refused` if there is none, it lives, or its record is damaged."""
         directory = state_directory() / name
-        if not (directory / "record.json").exists():
+        if not (directory / RECORD).exists():
             raise Refused(f"there is no job {name!r} in {state_directory()}", advice="qemu-blkmig jobs lists them")
         try:
             lock = _lock(directory)
@@ -180,18 +185,30 @@ class Job:
                 f"the record of job {name} cannot be read: {error}", advice=f"look at {directory / 'record.json'}"
             ) from error
 
-    def wake(self) -> None:
+    async def undecided(self, within: float) -> None:
+        """From now on the destination may take the guest, which stands still: `within` so many seconds.
+
+        Raises `RecordFailed`; the guest is the source's then.
+        """
+        self.record.owner = Owner.UNDECIDED
+        try:
+            await self.save(within=within)
+        except RecordFailed:
+            self.record.owner = Owner.SOURCE
+            raise
+
+    async def wake(self) -> None:
         """Go on with a suspended job. Raises `Refused`."""
         self.record.suspended = False
         try:
-            self.save()
-        except OSError as error:
-            raise Refused(f"job {self.record.job} cannot be resumed: {error.strerror or error}") from error
+            await self.save()
+        except RecordFailed as error:
+            raise Refused(f"job {self.record.job} cannot be resumed: {error}", advice=error.advice) from error
 
-    def rest(self, *, target_ended: bool = True) -> None:
-        """Suspend the job: its record says so, and its sockets are gone. Raises `OSError`."""
+    async def rest(self, *, target_ended: bool = True) -> None:
+        """Suspend the job: its record says so, and its sockets are gone. Raises `RecordFailed`."""
         self.record.rest(target_ended=target_ended)
-        self.save()
+        await self.save()
         shutil.rmtree(self.record.runtime, ignore_errors=True)
 
     @property
@@ -201,30 +218,38 @@ class Job:
             self.record.runtime = tempfile.mkdtemp(prefix=f"blkmig-{self.record.job}-")
         return Path(self.record.runtime)
 
-    def save(self, *, synced: bool = True) -> None:
-        """Make the record durable: written aside, synced, renamed, directory synced.
+    async def save(self, *, synced: bool = True, within: float | None = None) -> None:
+        """Make the record as it is now durable; one save after the other, in the order in which they were asked for.
 
-        Not `synced` it outlives any process, but not this host. Raises `OSError`.
+        The event loop goes on meanwhile: where a guest stands still until it is done, it must be `within` so many
+        seconds. Asked for once, it is tried, whether it is waited for or not. Not `synced` it outlives any process, but
+        not this host. Raises `RecordFailed`.
         """
-        aside = self.directory / "record.new"
-        with aside.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(self.record)))
-            file.flush()
-            if synced:
-                os.fsync(file.fileno())
-        aside.rename(self.directory / "record.json")
-        if synced:
-            self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        directory = os.open(self.directory, os.O_RDONLY)
+        writing = asyncio.wrap_future(self._file.write(self._encoded(), synced=synced))
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            async with asyncio.timeout(within):
+                await asyncio.shield(writing)
+        except OSError as error:
+            late = isinstance(error, TimeoutError) and error.errno is None
+            why = f"its storage did not take it within {within:g} s" if late else error.strerror
+            raise RecordFailed(
+                f"the job's record cannot be written: {why or error}", advice=f"see to {self.directory}, where it lies"
+            ) from error
+
+    def save_blocking(self, within: float | None = None) -> None:
+        """`save` where no event loop runs, or none is to go on. Raises `OSError`, also after `within` seconds."""
+        self._file.write(self._encoded(), synced=True).result(within)
+
+    def finish_saving(self) -> None:
+        """Return when every save that was asked for has been tried; the record may be another process's to write."""
+        self._file.finish()
+
+    def _encoded(self) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(self.record))
 
     def remove(self) -> None:
         """Forget the job: nothing of it is left anywhere, but for its journal in the history."""
+        self.finish_saving()
         if self.record.runtime:
             shutil.rmtree(self.record.runtime, ignore_errors=True)
         archive(self.directory)
@@ -233,6 +258,7 @@ class Job:
 
     def release(self) -> None:
         """Let go of the lock and leave the record."""
+        self.finish_saving()
         if self.record.suspended:
             shutil.rmtree(self.record.runtime, ignore_errors=True)
         if self.lock >= 0:
@@ -242,12 +268,12 @@ class Job:
 
 def read_record(directory: Path) -> Record:
     """The record in a job's directory. Raises `OSError`, `msgspec.DecodeError`."""
-    return msgspec.json.decode((directory / "record.json").read_bytes(), type=Record)
+    return msgspec.json.decode((directory / RECORD).read_bytes(), type=Record)
 
 
 def left_behind() -> Iterator[Record]:
     """Records of the jobs that are in the state directory, alive or not."""
-    for path in sorted(state_directory().glob("*/record.json")):
+    for path in sorted(state_directory().glob(f"*/{RECORD}")):
         with contextlib.suppress(OSError, msgspec.DecodeError):
             yield read_record(path.parent)
 

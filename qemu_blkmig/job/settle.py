@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from qemu_blkmig.destination.protocol import Discard, DiscardReply, Done, Mark
-from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused
+from qemu_blkmig.errors import BlkmigError, ConnectionLost, RecordFailed, Refused
 from qemu_blkmig.job.chronicle import Chronicle
 from qemu_blkmig.job.journal import FILE
 from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable
@@ -75,7 +75,7 @@ async def settle(
     if record.recording and not settlement.suspended:
         # What is removed now is not there to be resumed by whoever settles next.
         record.recording = False
-        save_decision(job)
+        await save_decision(job)
     try:
         for attempt in range(ATTEMPTS):
             settlement.facts.clear()
@@ -112,7 +112,7 @@ async def settle(
         if record.source_qmp is not None or record.managed is not None:
             _tell_why(record, before, settlement)
         if settlement.suspended:
-            _rest(job, settlement)
+            await _rest(job, settlement)
         if settlement.owner is Owner.UNDECIDED:
             settlement.decided = False
         await sides.close()
@@ -129,15 +129,16 @@ def _by_hand(job: Job, host: str) -> str:
     )
 
 
-def _rest(job: Job, settlement: Settlement) -> None:
+async def _rest(job: Job, settlement: Settlement) -> None:
     """Suspend the job, if the source is at rest; what could not be tidied up at the destination is left for later."""
     if not (settlement.decided or settlement.left_there):
         settlement.suspended = False
         return
     try:
-        job.rest(target_ended=settlement.decided)
-    except OSError as error:
-        log.warning("the record of job %s cannot be written: %s", job.record.job, error)
+        await job.rest(target_ended=settlement.decided)
+    except RecordFailed as error:
+        # It is brought to rest once more before it goes on.
+        log.warning("job %s: %s", job.record.job, error)
     settlement.decided, settlement.left_there = True, False
     settlement.facts.append(f"what was copied is kept at the destination, {kept(job)}")
 
@@ -156,7 +157,7 @@ async def _settle(job: Job, sides: Sides, settlement: Settlement) -> None:
     if job.record.owner is Owner.UNDECIDED:
         job.record.owner = await sides.decide(settlement)
         job.record.taken_back = job.record.owner is Owner.SOURCE
-        save_decision(job)
+        await save_decision(job)
     if job.record.owner is Owner.SOURCE:
         await sides.return_to_source(settlement)
     elif job.record.owner is Owner.DESTINATION:

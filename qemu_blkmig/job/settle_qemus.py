@@ -153,13 +153,13 @@ class Qemus:
             return True
         try:
             self._job.record.started_there = True
-            save_decision(self._job, synced=False)
+            await save_decision(self._job, synced=False)
             await destination.execute("cont", timeout=ANSWER)
             return True
         except RequestError as error:
             log.warning("the destination cannot start the guest: %s", error)
             self._job.record.started_there = False
-            save_decision(self._job)
+            await save_decision(self._job)
             return False
 
     async def return_to_source(self, settlement: Settlement) -> None:

@@ -6,13 +6,16 @@ import logging
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qemu_blkmig.errors import RequestError, Undecided
+from qemu_blkmig.errors import RecordFailed, RequestError, Undecided
 from qemu_blkmig.job.limits import give_back
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.removal import remove_all, remove_server
 
 log = logging.getLogger(__name__)
+
+DECISION = 10.0
+"""Seconds that storage has for a decision: the guest may stand still meanwhile."""
 
 
 @dataclass
@@ -77,12 +80,12 @@ class Sides(Protocol):
         """Let go of both."""
 
 
-def save_decision(job: Job, *, synced: bool = True) -> None:
+async def save_decision(job: Job, *, synced: bool = True) -> None:
     """A decision that cannot be saved is acted upon all the same: another try would come to the same one."""
     try:
-        job.save(synced=synced)
-    except OSError as error:
-        log.warning("the record of job %s cannot be written: %s", job.record.job, error)
+        await job.save(synced=synced, within=DECISION)
+    except RecordFailed as error:
+        log.warning("job %s: %s", job.record.job, error)
 
 
 async def clean_source(job: Job, source: Monitor, settlement: Settlement) -> None:

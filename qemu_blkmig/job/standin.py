@@ -84,7 +84,7 @@ def _persist(job: Job, settlement: Settlement) -> Settlement:
     """Try again until it is decided, the source QEMU is gone, or somebody takes over."""
     job.record.settler = ProcessId.of(os.getpid())
     with contextlib.suppress(OSError):
-        job.save()
+        job.save_blocking()
     pause, source_lives = FIRST_PAUSE, True
     while source_lives and not settlement.decided:
         if signal.sigtimedwait([LEAVE], pause) is not None:

@@ -200,7 +200,7 @@ class Switchover:
         except BaseException as error:
             if not ram.begun:
                 self._job.record.migrating = False
-                self._job.save()
+                await self._job.save()
             if isinstance(error, RequestError):
                 await self._guest.check_still_here()
             raise
@@ -239,7 +239,7 @@ class Switchover:
             raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}: trying again")
         self._job.record.run_state_taken = self._job.record.migrating = False
-        self._job.save()
+        await self._job.save()
         if not self._job.record.throttled:
             self._life.watchdog.disarm()
         await self._life.drop_target()
@@ -256,8 +256,7 @@ class Switchover:
             self._watch.step("exports ended")
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
-            record.owner = Owner.UNDECIDED
-            self._job.save()
+            await self._job.undecided(PATIENCE)
             self._watch.step("record synced")
             try:
                 async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)), self._pulse():
@@ -266,7 +265,7 @@ class Switchover:
                 self._watch.step("RAM and devices")
                 await self._activate(target)
                 record.owner = Owner.DESTINATION
-                self._job.save()
+                await self._job.save()
                 with contextlib.suppress(TimeoutError):
                     resumed = (await starts.get(timeout=5)).seconds if record.was_running else None
                 self._watch.step("guest started")
@@ -292,12 +291,12 @@ class Switchover:
         if self._job.record.was_running:
             self._job.record.started_there = True
             # This host's end would be the source QEMU's end, too: there is nothing to be told apart after it.
-            self._job.save(synced=False)
+            await self._job.save(synced=False, within=PATIENCE)
             try:
                 await target.start_guest()
             except (RequestError, NotSent) as error:
                 self._job.record.started_there = False
-                self._job.save(synced=False)
+                await self._job.save(synced=False)
                 raise await target.describe(error) from error
         else:
             await activate(target.monitor, target.idle, self._job.record.images)
@@ -312,7 +311,7 @@ class Switchover:
         await self._guest.check_awake()
         self._job.record.run_state_taken = True
         self._job.record.migrating = migrating
-        self._job.save()
+        await self._job.save()
 
     def _pulse(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Another host must answer all the while."""

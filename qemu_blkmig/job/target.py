@@ -66,10 +66,10 @@ class TargetQemu:
         job.record.target_launched = True
         job.record.target_qmp = launched.qmp
         job.record.target_process = launched.process
-        job.save()
+        await job.save()
         process = (await agent.expect(Go(), Identified)).process or launched.process
         job.record.target_process = process
-        job.save()
+        await job.save()
         return await cls._waiting(await cls._connect(await host.reach(launched.qmp)), process, agent)
 
     @classmethod

@@ -42,7 +42,7 @@ async def make_volumes(
             raise Refused(f"libvirt cannot make it in pool {pool}: {error}", disk=disk) from error
         # Only what surely is ours is ever deleted: said after it was made, not before.
         job.record.volumes.append(Volume(pool, name, image.path))
-        job.save()
+        await job.save()
         plan.images[disk] = msgspec.structs.replace(image, known_zero=True)
 
 

@@ -41,7 +41,7 @@ async def nothing(*_: object, **__: object) -> None:
 
 
 async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
-    job: Any = SimpleNamespace(record=SimpleNamespace(), save=lambda: None)
+    job: Any = SimpleNamespace(record=SimpleNamespace(), save=nothing)
     life: Any = SimpleNamespace(
         job=job,
         watchdog=SimpleNamespace(arm=nothing),

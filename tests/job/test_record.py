@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from qemu_blkmig.destination.process import ProcessId
-from qemu_blkmig.errors import Refused
+from qemu_blkmig.errors import RecordFailed, Refused
 from qemu_blkmig.job.record import Job, Owner, left_behind, read_record
 from qemu_blkmig.places import STATE_VARIABLE
 
@@ -24,7 +28,7 @@ def test_what_is_saved_is_what_is_read(state: Path) -> None:
     job = Job.create()
     job.record.owner = Owner.UNDECIDED
     job.record.source_process = ProcessId(1, 2)
-    job.save()
+    job.save_blocking()
     assert read_record(job.directory) == job.record
     assert [record.job for record in left_behind()] == [job.record.job]
     job.remove()
@@ -90,4 +94,79 @@ def test_a_damaged_record_is_told(state: Path) -> None:
     job.release()
     with pytest.raises(Refused, match="cannot be read"):
         Job.load(job.record.job)
+    job.remove()
+
+
+class Storage:
+    """What a record is written to: it takes nothing until `ready` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ready = threading.Event()
+        fsync = os.fsync
+
+        def stalled(descriptor: int) -> None:
+            self.ready.wait()
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", stalled)
+
+
+async def test_storage_that_stalls_does_not_stop_the_event_loop(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job.create()
+    storage = Storage(monkeypatch)
+    saving = asyncio.create_task(job.save())
+    await asyncio.sleep(0)
+    assert not saving.done()
+    storage.ready.set()
+    await saving
+    job.remove()
+
+
+async def test_saves_are_written_in_the_order_in_which_they_were_asked_for(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job.create()
+    storage = Storage(monkeypatch)
+    job.record.filling = True
+    abandoned = asyncio.create_task(job.save())
+    await asyncio.sleep(0)
+    abandoned.cancel()
+    job.record.recording = True
+    last = asyncio.create_task(job.save())
+    await asyncio.sleep(0)
+    job.record.recording = False
+    assert not read_record(job.directory).filling
+    storage.ready.set()
+    await last
+    found = read_record(job.directory)
+    assert (found.filling, found.recording) == (True, True)
+    job.remove()
+
+
+async def test_a_guest_that_stands_still_does_not_wait_for_storage_that_stalls(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job.create()
+    storage = Storage(monkeypatch)
+    with pytest.raises(RecordFailed, match=r"did not take it within 0.01 s"):
+        await job.undecided(0.01)
+    assert job.record.owner is Owner.SOURCE
+    storage.ready.set()
+    await job.save()
+    assert read_record(job.directory).owner is Owner.SOURCE
+    job.remove()
+
+
+async def test_a_full_disk_is_told_and_the_record_stays_as_it_was(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job.create()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        job.record.filling = True
+        with pytest.raises(RecordFailed, match="cannot be written: No space left on device"):
+            await job.save()
+    assert not read_record(job.directory).filling
     job.remove()

@@ -37,7 +37,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
     job = Job.create()
     job.record.source_process = ProcessId.of(os.getpid())
-    job.save()
+    job.save_blocking()
     yield job
     job.remove()
 

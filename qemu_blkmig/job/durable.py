@@ -1,0 +1,47 @@
+"""A small file that is written anew again and again, durably, and never in the event loop: storage may stall.
+
+A coordinator whose loop stood still for it could not tell its watchdog that it lives, nor give a guest back.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+
+class DurableFile:
+    """Versions of the file at `path` come to be in the order in which they were told, by one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=path.stem)
+
+    def write(self, content: bytes, *, synced: bool) -> Future[None]:
+        """Have it hold `content`, or what it held before: written aside, synced, renamed, directory synced.
+
+        Not `synced` it outlives any process, but not this host. The future raises `OSError`.
+        """
+        return self._thread.submit(self._write, content, synced)
+
+    def finish(self) -> None:
+        """Return when all that was told has been tried."""
+        self._thread.submit(lambda: None).result()
+
+    def _write(self, content: bytes, synced: bool) -> None:
+        aside = self._path.with_suffix(".new")
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if synced:
+                os.fsync(file.fileno())
+        aside.rename(self._path)
+        if synced:
+            self._sync_directory()
+
+    def _sync_directory(self) -> None:
+        directory = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
