@@ -5,6 +5,7 @@
     <!-- exit codes -->                        the exit codes
     <!-- errors -->                            the kinds of errors
     <!-- journal -->                           the journal's tables
+    <!-- metrics -->                           Prometheus' metrics
 
 They are comments, so that the pages can also be read as they are. Options become the standard domain's, which can be
 referred to: {option}`qemu-blkmig migrate --launch`.
@@ -18,11 +19,12 @@ from collections.abc import Iterator
 
 from manuals.parsers import programs, subcommands
 from qemu_blkmig import errors
-from qemu_blkmig.cli.main import EXIT_CODES, kind_of
-from qemu_blkmig.errors import BlkmigError
+from qemu_blkmig.cli.main import EXIT_CODES
+from qemu_blkmig.errors import BlkmigError, kind_of
 from qemu_blkmig.job.journal import SCHEMA
+from qemu_blkmig.observe.metrics import Metrics
 
-MARK = re.compile(r"^<!-- (commands|options|exit codes|errors|journal)(?:: (.+?))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (commands|options|exit codes|errors|journal|metrics)(?:: (.+?))? -->$", re.MULTILINE)
 
 
 def filled(text: str) -> str:
@@ -41,6 +43,9 @@ def _asked(what: str, of: str | None) -> Iterator[str]:
         return
     if what == "journal":
         yield from _tables()
+        return
+    if what == "metrics":
+        yield from _metrics()
         return
     program, _, command = (of or "").partition(" ")
     parser = programs()[program]
@@ -70,6 +75,12 @@ def _tables() -> Iterator[str]:
     for name, columns in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+) \((.*?)\);", SCHEMA, re.DOTALL):
         words = [column.split()[0] for column in columns.split(",")]
         yield f"`{name}`\n: {', '.join(f'`{word}`' for word in words)}\n"
+
+
+def _metrics() -> Iterator[str]:
+    for family in Metrics("", "", "").collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        yield f"`{name}`\n: {marked_up(family.documentation)}\n"
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:

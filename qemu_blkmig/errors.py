@@ -24,6 +24,7 @@ The layers below `job` fill in *what* and *disk*; `job` adds *state* and *advice
 
 from __future__ import annotations
 
+import re
 import signal
 
 
@@ -162,3 +163,9 @@ class Interrupted(BlkmigError):
         self.signum = signum
         self.exit_code = 128 + signum
         self.mendable = signum == signal.SIGHUP
+
+
+def kind_of(error: type[BlkmigError]) -> str:
+    """What programs know an error by: the nearest class of this tree, such as `source-read`."""
+    kind = next(each for each in error.__mro__ if each.__module__ == __name__)
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__.removesuffix("Error")).lower()

@@ -72,6 +72,7 @@ def _add_migrate(commands: Commands) -> None:
     options.add_data_path(parser)
     resume_command.add_retry(parser)
     options.add_output(parser)
+    options.add_metrics(parser)
     parser.set_defaults(run=_migrate)
 
 
@@ -91,7 +92,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         source_images=Afterwards(arguments.source_images),
         **options.common(arguments),
     )
-    return resume_command.run(lambda *shown: migrate(wanted, *shown), arguments)
+    return resume_command.run(lambda *shown: migrate(wanted, *shown), arguments, arguments.source, wanted.target.place)
 
 
 def _add_copy(commands: Commands) -> None:
@@ -121,6 +122,7 @@ def _add_copy(commands: Commands) -> None:
     options.add_data_path(parser)
     resume_command.add_retry(parser)
     options.add_output(parser)
+    options.add_metrics(parser)
     parser.set_defaults(run=_copy)
 
 
@@ -137,7 +139,7 @@ def _copy(arguments: argparse.Namespace) -> int:
         freeze_limit=arguments.freeze_limit,
         **options.common(arguments),
     )
-    return resume_command.run(lambda *shown: copy(wanted, *shown), arguments)
+    return resume_command.run(lambda *shown: copy(wanted, *shown), arguments, arguments.source, wanted.target.place)
 
 
 def _add_check(commands: Commands) -> None:

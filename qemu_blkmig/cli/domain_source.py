@@ -43,7 +43,9 @@ def migrate_domain(arguments: argparse.Namespace) -> int:
         directory=asked[2].directory,
         **options.common(arguments),
     )
-    return resume_command.run(lambda *shown: migrate_managed(wanted, *shown), arguments)
+    return resume_command.run(
+        lambda *shown: migrate_managed(wanted, *shown), arguments, arguments.source, wanted.target_uri
+    )
 
 
 def check_domain(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import logging
 import os
-import re
 import select
 import signal
 import sys
@@ -16,9 +15,9 @@ from typing import NoReturn
 
 import msgspec
 
-from qemu_blkmig import __version__, errors
+from qemu_blkmig import __version__
 from qemu_blkmig.cli import commands
-from qemu_blkmig.errors import BlkmigError, Interrupted, UsageError
+from qemu_blkmig.errors import BlkmigError, Interrupted, UsageError, kind_of
 
 EXIT_CODES = """\
 exit codes:
@@ -107,15 +106,9 @@ def show_error(error: BlkmigError, *, verbose: bool, program: str = "qemu-blkmig
 
 def report(error: BlkmigError) -> ErrorReport:
     """`error` as programs get it."""
-    kind = next(each for each in type(error).__mro__ if each.__module__ == errors.__name__)
     return ErrorReport(
-        error.exit_code, kind_of(kind), error.what, error.disk, error.state, error.advice, error.suspended
+        error.exit_code, kind_of(type(error)), error.what, error.disk, error.state, error.advice, error.suspended
     )
-
-
-def kind_of(error: type[BlkmigError]) -> str:
-    """A class of errors.py as programs know it."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "-", error.__name__.removesuffix("Error")).lower()
 
 
 def _print_json(error: BlkmigError) -> None:

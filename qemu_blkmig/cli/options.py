@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ from qemu_blkmig.job.moment import Moment, parse_moment
 from qemu_blkmig.job.options import BaseCheck, OnStall, Selection, Target, Transfer, Verify
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
 from qemu_blkmig.job.source_images import Afterwards
+from qemu_blkmig.observe.watch import Asked, parse_listen
 from qemu_blkmig.units import parse_rate, parse_size
 
 _T = TypeVar("_T")
@@ -58,6 +60,7 @@ def command(commands: Commands, name: str, what: str, usage: str, examples: str 
         "-v", "--verbose", dest="debug", action="store_true", default=argparse.SUPPRESS,
         help="show causes and what is done in detail",
     )  # fmt: skip
+    parser.set_defaults(command=name)
     return parser
 
 
@@ -285,6 +288,25 @@ def add_output(parser: argparse.ArgumentParser) -> None:
                         help="on stderr: a bar, one JSON object a line, or nothing (default: auto, a bar on a "
                         "terminal, else a line for each phase)")  # fmt: skip
     add_form(parser)
+
+
+def add_metrics(parser: argparse.ArgumentParser) -> None:
+    """Where metrics go."""
+    group = parser.add_argument_group("metrics, for Prometheus")
+    group.add_argument("--metrics-file", type=Path, metavar="FILE",
+                       help="keep them in FILE, renewed every 5 s, for node_exporter's textfile collector (which wants "
+                       "it to end in .prom); it stays, and tells of the last job")  # fmt: skip
+    group.add_argument("--metrics-listen", metavar="[HOST:]PORT",
+                       help="answer Prometheus at http://HOST:PORT/metrics as long as the job lasts; whoever reaches "
+                       "it can read them (default HOST: 127.0.0.1; PORT 0: any free one, which is told)")  # fmt: skip
+
+
+def asked(arguments: argparse.Namespace, source: str, destination: str) -> Asked:
+    """What is to watch a job from `source` to `destination`. Raises `UsageError`."""
+    listen = None
+    if arguments.metrics_listen is not None:
+        listen = parse_listen(arguments.metrics_listen)
+    return Asked(arguments.progress, arguments.command, source, destination, arguments.metrics_file, listen)
 
 
 def add_form(parser: argparse.ArgumentParser) -> None:

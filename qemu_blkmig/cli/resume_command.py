@@ -11,9 +11,10 @@ from qemu_blkmig.cli import options, show
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import UsageError
+from qemu_blkmig.job import others
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import OnStall
-from qemu_blkmig.observe.progress import progress
+from qemu_blkmig.observe.watch import watching
 from qemu_blkmig.units import parse_rate
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--on-stall", choices=[choice.value for choice in OnStall], help="as of migrate")
     add_retry(parser)
     options.add_output(parser)
+    options.add_metrics(parser)
     parser.set_defaults(run=_resume)
 
 
@@ -64,14 +66,16 @@ def add_retry(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(work: Work, arguments: argparse.Namespace) -> int:
-    """Do the work, and resume it as often as `--retry` says; show the result."""
+def run(work: Work, arguments: argparse.Namespace, source: str, destination: object) -> int:
+    """Do the work, and resume it as often as `--retry` says; show the result. `source`, `destination`: as metrics are
+    to name them."""
     from qemu_blkmig.job.resume import Changes, persist, resume
 
     if arguments.retry < 0:
         raise UsageError("--retry must not be negative")
     clock = RealClock()
-    with progress(arguments.progress) as reporter:
+    with watching(options.asked(arguments, source, str(destination))) as watch:
+        reporter = watch.reporter
 
         def interrupts() -> Interrupts:
             return Interrupts(reporter.note)
@@ -83,8 +87,10 @@ def run(work: Work, arguments: argparse.Namespace) -> int:
                 arguments.retry,
                 reporter,
                 clock,
+                watch.failed,
             )
         )
+        watch.done(result)
     return options.print_outcome(result, arguments.output, show.result)
 
 
@@ -104,4 +110,10 @@ def resume_job(job: str, arguments: argparse.Namespace, launch: str | None = Non
         launch=launch,
         compare=arguments.compare,
     )
-    return run(lambda reporter, interrupts, clock: resume(job, changes, reporter, interrupts, clock), arguments)
+    stood = asyncio.run(others.stand(job))
+    return run(
+        lambda reporter, interrupts, clock: resume(job, changes, reporter, interrupts, clock),
+        arguments,
+        stood.source or "",
+        stood.destination or "",
+    )

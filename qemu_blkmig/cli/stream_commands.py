@@ -10,13 +10,14 @@ from typing import Any
 
 import msgspec
 
-from qemu_blkmig.cli import show, show_stream
+from qemu_blkmig.cli import options, show, show_stream
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import SaveOptions, Selection, Transfer
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.observe.progress import progress
+from qemu_blkmig.observe.watch import watching
 from qemu_blkmig.stream.channel import FORMS, SOCKETS, check, open_source
 from qemu_blkmig.stream.events import CHUNK, Block
 from qemu_blkmig.stream.framing import PAGE_SIZE, Decoder
@@ -70,7 +71,8 @@ def _add_save(commands: Commands) -> None:
                        help="longest time that the guest may be frozen or paused (default 10)")  # fmt: skip
     parser.add_argument("--progress", choices=["auto", "bar", "json", "none"], default="auto")
     parser.add_argument("--output", choices=["text", "json"], default="text")
-    parser.set_defaults(run=_save)
+    options.add_metrics(parser)
+    parser.set_defaults(run=_save, command="save")
 
 
 def _save(arguments: argparse.Namespace) -> int:
@@ -80,7 +82,7 @@ def _save(arguments: argparse.Namespace) -> int:
     if kind not in ("qmp", "image") or not place:
         raise UsageError(f"not a source: {arguments.source!r}", advice="write qmp:/path/to.sock or image:/path")
     names = arguments.migrate_disks
-    options = SaveOptions(
+    wanted = SaveOptions(
         to=arguments.to,
         source=place if kind == "qmp" else None,
         image=place if kind == "image" else None,
@@ -110,8 +112,9 @@ def _save(arguments: argparse.Namespace) -> int:
         zero_blocks=not arguments.no_zero_blocks,
         names=dict(_assignments(arguments.name)),
     )
-    with progress(arguments.progress) as reporter:
-        result = asyncio.run(save(options, reporter, Interrupts(reporter.note), RealClock()))
+    with watching(options.asked(arguments, arguments.source, arguments.to)) as watch:
+        result = asyncio.run(save(wanted, watch.reporter, Interrupts(watch.reporter.note), RealClock()))
+        watch.done(result)
     print(_json(result) if arguments.output == "json" else show.result(result))
     return 0
 
@@ -146,7 +149,7 @@ def _load(arguments: argparse.Namespace) -> int:
         return _list(arguments.source, arguments.page_size, as_json=arguments.output == "json")
     if not arguments.images:
         raise UsageError("no image is named", advice="write NAME=IMAGE; --list shows the names in a stream")
-    options = LoadOptions(
+    wanted = LoadOptions(
         source=arguments.source,
         images=dict(_assignments(arguments.images)),
         create=arguments.create,
@@ -159,7 +162,7 @@ def _load(arguments: argparse.Namespace) -> int:
         page_size=arguments.page_size,
     )
     with progress(arguments.progress) as reporter:
-        result = asyncio.run(load(options, reporter, Interrupts(reporter.note)))
+        result = asyncio.run(load(wanted, reporter, Interrupts(reporter.note)))
     print(_json(result) if arguments.output == "json" else show_stream.loaded(result))
     return 0
 

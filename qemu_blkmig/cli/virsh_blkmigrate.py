@@ -31,7 +31,17 @@ _RUNNING = (
     "abort_on_error", "graphicsuri", "switchover", "retry", "data",
 )  # fmt: skip
 """What is of no use to a domain that does not run."""
-_OF_THIS_RUN = ("resume", "compare", "retry", "progress", "output", "verbose", "debug")
+_OF_THIS_RUN = (
+    "resume",
+    "compare",
+    "retry",
+    "progress",
+    "output",
+    "verbose",
+    "debug",
+    "metrics_file",
+    "metrics_listen",
+)
 
 
 class _Parser(Parser):
@@ -73,7 +83,7 @@ examples:
     )
     root.add_argument("--version", action="version", version=f"virsh-blkmigrate {__version__}")
     virsh_options.add_all(root)
-    root.set_defaults(run=_run)
+    root.set_defaults(run=_run, command=root.prog)
     return root
 
 
@@ -90,7 +100,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from qemu_blkmig.job.managed_offline import move_offline
 
     move = move_offline if wanted.offline else migrate_managed
-    return resume_command.run(lambda *shown: move(wanted, *shown), arguments)
+    return resume_command.run(
+        lambda *shown: move(wanted, *shown), arguments, f"libvirt:{wanted.domain}", wanted.target_uri
+    )
 
 
 def _check_resumed(arguments: argparse.Namespace) -> None:

@@ -74,6 +74,7 @@ def add_all(parser: argparse.ArgumentParser) -> None:
     options.add_data_path(parser)
     resume_command.add_retry(parser)
     options.add_output(parser)
+    options.add_metrics(parser)
     _add_refused(parser)
 
 

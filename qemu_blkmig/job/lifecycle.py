@@ -105,6 +105,9 @@ class Lifecycle:
             begin = Journal.create if self._suspended is None else Journal.open
             self.journal = begin(self.job.directory, self._warner())
             self.reporter = Telling(self._display, self.journal, self.steering)
+            self.reporter.job(self.job.record.job)
+            await self._tell_limits()
+            self.steering.on_change(self._tell_limits)
             try:
                 await self._listen()
             except BaseException:
@@ -160,6 +163,9 @@ class Lifecycle:
                 loop.call_soon_threadsafe(display.note, text)
 
         return warn
+
+    async def _tell_limits(self) -> None:
+        self.reporter.limits(self.steering.downtime, self.steering.rate)
 
     async def _listen(self) -> None:
         """Open the control socket; a job that has none can still be interrupted, and is no failure."""

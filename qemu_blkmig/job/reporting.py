@@ -16,6 +16,12 @@ STANDBY = "standby"
 class Reporter(Protocol):
     """Called from the job's event loop; must not block."""
 
+    def job(self, name: str) -> None:
+        """A job begins, or is gone on with, by this name; what the engine counts begins anew."""
+
+    def limits(self, downtime: float, rate: int | None) -> None:
+        """In force from now on: seconds that the guest may stand still, bytes a second (None: no limit)."""
+
     def stage(self, name: str) -> None:
         """A phase begins: prepare, waiting (for a slot), bulk, standby, dirty, ram, switchover, verify, handover."""
 

@@ -77,8 +77,12 @@ async def persist(
     retries: int,
     reporter: Reporter,
     clock: Clock,
+    on_failure: Callable[[BlkmigError], None],
 ) -> Result:
-    """Run `first`, and up to `retries` times `again` with the job's name while the job comes to be suspended."""
+    """Run `first`, and up to `retries` times `again` with the job's name while the job comes to be suspended.
+
+    `on_failure` is told of each failure that another attempt follows.
+    """
     suspended: str | None = None
     for number in itertools.count():
         try:
@@ -87,6 +91,7 @@ async def persist(
             suspended = error.suspended
             if suspended is None or number >= retries or isinstance(error, Interrupted):
                 raise
+            on_failure(error)
             seconds = WAITS[min(number, len(WAITS) - 1)]
             reporter.note(f"{error}; trying again in {seconds:g} s ({number + 1} of {retries})")
             await _wait(clock, seconds, error)

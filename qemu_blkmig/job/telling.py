@@ -42,6 +42,14 @@ class Telling:
         self._began: float | None = None
         self.last_note: str | None = None
 
+    def job(self, name: str) -> None:
+        """The job's name."""
+        self._reporter.job(name)
+
+    def limits(self, downtime: float, rate: int | None) -> None:
+        """The limits in force."""
+        self._reporter.limits(downtime, rate)
+
     def stage(self, name: str) -> None:
         """A phase begins."""
         self.phase, self.since = name, time.time()

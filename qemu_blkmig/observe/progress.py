@@ -34,9 +34,15 @@ class Summary:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.stage = "prepare"
         self.figures: Figures | None = None
+        self.downtime: float | None = None
+        self.rate: int | None = None
         self._now = now
         self._began: float | None = None
         self._moving: dict[str, int] = {}
+
+    def limits(self, downtime: float, rate: int | None) -> None:
+        """The limits in force."""
+        self.downtime, self.rate = downtime, rate
 
     def update(self, figures: Figures) -> None:
         """New figures of the engine: what was under way is part of them now."""
@@ -147,6 +153,13 @@ class Bar:
         self._draw()
         self._write("\n")
 
+    def job(self, name: str) -> None:
+        """Not shown."""
+
+    def limits(self, downtime: float, rate: int | None) -> None:
+        """The limits in force."""
+        self.summary.limits(downtime, rate)
+
     def stage(self, name: str) -> None:
         """A phase begins."""
         self.summary.stage = name
@@ -190,6 +203,13 @@ class Lines:
         self._stream = stream
         self._told = 0.0
 
+    def job(self, name: str) -> None:
+        """Not shown."""
+
+    def limits(self, downtime: float, rate: int | None) -> None:
+        """The limits in force."""
+        self.summary.limits(downtime, rate)
+
     def stage(self, name: str) -> None:
         """A phase begins."""
         self.summary.stage = name
@@ -225,12 +245,24 @@ class Quiet(Lines):
 
 
 class JsonLines:
-    """One JSON object a line: stage, figures (some five a second; bytes, seconds, percent of the bulk pass), note."""
+    """One JSON object a line: job, limits, stage, figures (some five a second), note.
+
+    Bytes, seconds, percent of the bulk pass.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.summary = Summary()
         self._stream = stream
         self._last = 0.0
+
+    def job(self, name: str) -> None:
+        """The job's name, which other commands take."""
+        self._write(event="job", job=name)
+
+    def limits(self, downtime: float, rate: int | None) -> None:
+        """The limits in force."""
+        self.summary.limits(downtime, rate)
+        self._write(event="limits", downtime=downtime, bandwidth=rate)
 
     def stage(self, name: str) -> None:
         """A phase begins."""

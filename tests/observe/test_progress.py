@@ -6,16 +6,8 @@ import io
 
 import pytest
 
-from qemu_blkmig.engine.migration import DiskFigures, Figures, Phase
 from qemu_blkmig.observe.progress import Bar, Summary
-
-MIB = 1 << 20
-
-
-def figures(*, speed: float | None = None, bulk_done: int = 0, pending: int = 100 * MIB, **more: object) -> Figures:
-    disk = DiskFigures("vda", 100 * MIB, 0, 0, 0, 0, bulk_done, 0, 0)
-    known = {"round": 0, "dirty_rate": None, "predicted": None} | more
-    return Figures(Phase.BULK, 0, 100 * MIB, pending, (disk,), speed=speed, **known)  # type: ignore[arg-type]
+from tests.observe.sample import MIB, disk, figures
 
 
 def busy() -> Summary:
@@ -55,7 +47,7 @@ def test_the_bar_is_one_line_that_notes_stand_above_of() -> None:
     stream = io.StringIO()
     with Bar(stream, lambda: 60) as bar:
         bar.stage("bulk")
-        bar.figures(figures(bulk_done=50 * MIB, pending=50 * MIB))
+        bar.figures(figures(disk(bulk_done=50 * MIB), pending=50 * MIB))
         bar.note("a note")
     shown = [line.rpartition("\r\x1b[K")[2] for line in stream.getvalue().split("\n")]
     assert shown[0] == "a note"
