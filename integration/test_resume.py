@@ -222,8 +222,11 @@ def test_a_copy_that_was_interrupted_goes_on(bench: Bench) -> None:
     guest = bench.guest()
     attempt = Attempt(bench.lab, guest, "--bandwidth", "4M", verb="copy", launch=False)
     wait_share(attempt, 50)
+    command("set", attempt.job(), "--bandwidth", "2M", "--downtime", "77").succeeded()
     attempt.signal(signal.SIGKILL)
     attempt.outcome()
+    told = command("status", attempt.job(), "--output", "json").succeeded().result
+    assert (told["state"], told["bandwidth"], told["downtime"]) == ("suspended", 2 * MIB, 0.077)
     (disk,) = resumed(attempt, "--bandwidth", "1000")["disks"]
     assert disk["resumed"] >= 7 * MIB
     guest.pause()

@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
   qemu-blkmig resume 1a2b3c4d
   The source QEMU was restarted meanwhile, so nobody knows what the guest has written since:
     qemu-blkmig resume 1a2b3c4d --compare
-  What is not given is as it was asked for at first.
+  What is not given is as it was asked for at first, or by `qemu-blkmig set` since.
 """,
     )
     parser.add_argument("job", metavar="JOB", help="as `qemu-blkmig jobs` lists it")

@@ -19,6 +19,7 @@ from qemu_blkmig.errors import (
     HostSilent,
     Interrupted,
     MigrationError,
+    RecordFailed,
     Refused,
     RequestError,
     Undecided,
@@ -35,7 +36,7 @@ from qemu_blkmig.job.limits import give_back
 from qemu_blkmig.job.live import Live
 from qemu_blkmig.job.place import Place, host_of
 from qemu_blkmig.job.plan import Plan
-from qemu_blkmig.job.record import Job, Owner
+from qemu_blkmig.job.record import Job, Owner, Steered
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.settle import settle
@@ -91,10 +92,9 @@ class Lifecycle:
     async def __aenter__(self) -> Lifecycle:
         self._signals.enter_context(self._interrupts.watching())
         try:
-            if self._suspended is None:
-                self.job = Job.create()
-            else:
-                self.job = self._suspended
+            self.job = self._suspended or Job.create()
+            self.job.record.steered = self._steered()
+            if self._suspended is not None:
                 await self.job.wake()
             self._interrupts.on_insisted = self._give_up
             try:
@@ -108,6 +108,7 @@ class Lifecycle:
             self.reporter.job(self.job.record.job)
             await self._tell_limits()
             self.steering.on_change(self._tell_limits)
+            self.steering.on_change(self._keep_steered)
             try:
                 await self._listen()
             except BaseException:
@@ -139,6 +140,17 @@ class Lifecycle:
                 self.job.release()
         finally:
             self._signals.close()
+
+    def _steered(self) -> Steered:
+        return Steered(self.steering.bandwidth, self.steering.downtime)
+
+    async def _keep_steered(self) -> None:
+        """What was changed holds when the job is resumed, too."""
+        self.job.record.steered = self._steered()
+        try:
+            await self.job.save()
+        except RecordFailed as error:
+            self.reporter.note(f"a resume will go by what was asked for before: {error}")
 
     async def _give_back(self) -> None:
         """The job never came to life: a suspended one goes back to rest."""

@@ -59,6 +59,13 @@ class Volume(msgspec.Struct, frozen=True):
     path: str
 
 
+class Steered(msgspec.Struct, frozen=True):
+    """What may be changed while a job runs: bytes a second (None: no limit), seconds."""
+
+    bandwidth: int | None
+    downtime: float
+
+
 class Record(msgspec.Struct):
     """What must be known to bring both sides to rest.
 
@@ -74,6 +81,7 @@ class Record(msgspec.Struct):
     `moving`: the source's own images. `source_images`: what becomes of them.
     `marked`: the ownership records at the destination say that it has the guest.
     `identities`: the files that `images` are. `migrate`, `copy`: what was asked for, so that it can be resumed.
+    `steered`: what of that holds now.
     `recording`: our bitmaps record on the source what the destination, which holds a part, has not got.
     `suspended`: the guest is at rest at the source, and the job can be resumed.
     `throttled`: disks whose writes we slow, or are about to, with the limits that they had.
@@ -109,6 +117,7 @@ class Record(msgspec.Struct):
     identities: list[Created] = []
     migrate: MigrateOptions | None = None
     copy: CopyOptions | None = None
+    steered: Steered | None = None
     recording: bool = False
     suspended: bool = False
     throttled: list[Throttled] = []

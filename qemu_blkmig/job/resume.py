@@ -17,7 +17,7 @@ from qemu_blkmig.job.managed import forget_recording, migrate_managed
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.migrate import migrate
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
-from qemu_blkmig.job.record import Job
+from qemu_blkmig.job.record import Job, Steered
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.settle import settle
@@ -55,7 +55,7 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
                 advice=f"run: qemu-blkmig cleanup {name}",
             )
         await _come_to_rest(job)
-        options = _changed(options, changes)
+        options = _changed(_as_steered(options, job.record.steered), changes)
         if changes.compare:
             await _forget_recording(job)
             options = replace(options, selection=replace(options.selection, compare=True, target_is_zero=False))
@@ -159,6 +159,14 @@ async def _forget_recording(job: Job) -> None:
         await remove_bitmaps(monitor, f"{job.record.prefix}-")
     finally:
         await monitor.close()
+
+
+def _as_steered(options: _Options, steered: Steered | None) -> _Options:
+    """What was asked for, as it was changed while the job ran."""
+    if steered is None:
+        return options
+    transfer = replace(options.transfer, bandwidth=steered.bandwidth)
+    return replace(options, transfer=transfer, downtime=steered.downtime)
 
 
 def _changed(options: _Options, changes: Changes) -> _Options:

@@ -121,9 +121,12 @@ def at_rest(record: Record, directory: Path, *, busy: bool) -> Status:
         advice = f"qemu-blkmig resume {job} goes on where it was, qemu-blkmig cleanup {job} gives it up"
     else:
         state, advice = LEFT, f"qemu-blkmig cleanup {job} brings it to rest and removes what it made"
+    steered = record.steered
     status = Status(
         job=job,
         state=state,
+        downtime=steered.downtime if steered is not None else None,
+        bandwidth=steered.bandwidth if steered is not None else None,
         source=_source(record),
         destination=_destination(record),
         guest=_guest(record, alive=busy),

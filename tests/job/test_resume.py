@@ -9,7 +9,9 @@ import pytest
 
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import resume
-from qemu_blkmig.job.record import Job, Owner
+from qemu_blkmig.job.options import CopyOptions, Target, Transfer
+from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.record import Job, Owner, Steered
 from qemu_blkmig.job.settlement import Settlement
 from qemu_blkmig.places import STATE_VARIABLE
 
@@ -29,3 +31,27 @@ async def test_a_job_that_turns_out_to_have_handed_the_guest_over_is_told_to_be_
         await resume._come_to_rest(job)
     assert told.value.state == "the guest runs at the destination"
     assert not job.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "bandwidth"), [(resume.Changes(), None), (resume.Changes(bandwidth=3 << 20), 3 << 20)]
+)
+async def test_what_was_set_while_the_job_ran_still_holds(
+    changes: resume.Changes, bandwidth: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    job = Job.create()
+    job.record.copy = CopyOptions(Target(Local("/d")), image="/i", transfer=Transfer(bandwidth=1 << 20), downtime=0.3)
+    job.record.steered = Steered(None, 0.077)
+    job.record.suspended = True
+    job.save_blocking()
+    job.release()
+    asked: list[CopyOptions] = []
+
+    async def copy(options: CopyOptions, *_: object) -> None:
+        asked.append(options)
+
+    monkeypatch.setattr(resume, "copy", copy)
+    nobody: Any = None
+    await resume.resume(job.record.job, changes, nobody, nobody, nobody)
+    assert [(each.transfer.bandwidth, each.downtime) for each in asked] == [(bandwidth, 0.077)]
