@@ -206,8 +206,10 @@ async def _discard(job: Job, sides: Sides, beyond: There, settlement: Settlement
         return
     if reply.left:
         settlement.facts.append(f"incomplete images were left at the destination: {', '.join(reply.left)}")
-    else:
+    elif reply.removed:
         settlement.facts.append("the incomplete images at the destination were removed")
+    else:
+        settlement.facts.append("no incomplete image was there any more at the destination")
 
 
 async def _mark_untouched(beyond: There, job: str, images: list[str], settlement: Settlement) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from qemu_blkmig.destination import ownership
 from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.job.settlement import Settlement, unsettled
@@ -29,6 +30,27 @@ async def test_an_image_that_was_there_and_is_half_written_is_told(job: Job) -> 
     assert (await settle(job)).facts == ["no guest is concerned, the source is as it was"]
     job.record.filling = True
     assert (await settle(job)).facts[1:] == ["what was at the destination before is partly overwritten: /there/before"]
+    job.remove()
+
+
+@pytest.mark.parametrize(
+    ("is_there", "told"),
+    [
+        (True, "the incomplete images at the destination were removed"),
+        (False, "no incomplete image was there any more at the destination"),
+    ],
+)
+async def test_only_what_was_there_is_told_to_have_been_removed(
+    job: Job, tmp_path: Path, is_there: bool, told: str
+) -> None:
+    image = tmp_path / "image"
+    image.touch()
+    made = os.stat(image)
+    job.record.images, job.record.created = [str(image)], [Created(str(image), made.st_dev, made.st_ino)]
+    if not is_there:
+        image.unlink()
+    assert (await settle(job)).facts[1:] == [told]
+    assert not image.exists()
     job.remove()
 
 
@@ -137,6 +159,8 @@ def test_an_image_that_somebody_has_open_is_kept(tmp_path: Path) -> None:
     try:
         while not (tmp_path / "nbd").exists():
             time.sleep(0.01)
+        # It listens before it opens the image, but answers after.
+        subprocess.run(["qemu-img", "info", f"nbd+unix:///?socket={tmp_path}/nbd"], check=True, stdout=subprocess.PIPE)
         [told] = leave_behind([SourceImage("vda", str(image), "hostb:/there")], "1a2b", Afterwards.DELETE)
     finally:
         reader.kill()
