@@ -236,15 +236,24 @@ def test_a_copy_that_was_interrupted_goes_on(bench: Bench) -> None:
     assert_nothing_left(bench.lab, guest)
 
 
+def fill(ballast: Path) -> None:
+    """Fill the file system on which `ballast` lies, by that."""
+    ballast.write_bytes(bytes(64 << 10))
+    with contextlib.suppress(OSError), ballast.open("ab") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+
+
 def test_nothing_relies_on_a_journal_that_cannot_be_written(bench: Bench) -> None:
-    with file_system(bench.lab.state, 512 << 10):
+    bench.guest()
+    with file_system(bench.lab.state, 4 * MIB):
+        fill(bench.lab.state / "ballast")
+        bench.attempt().outcome().failed(3, "cannot make the job's directory", "No space left on device")
+        (bench.lab.state / "ballast").unlink()
         attempt = bench.attempt("--bandwidth", "4M")
         wait_share(attempt, 20)
-        (bench.lab.state / "ballast").write_bytes(bytes(64 << 10))
-        with contextlib.suppress(OSError), (bench.lab.state / "ballast").open("ab") as ballast:
-            while True:
-                ballast.write(bytes(4096))
-                ballast.flush()
+        fill(bench.lab.state / "ballast")
         wait_share(attempt, 80)
         kill(attempt.agent())
         outcome = attempt.outcome()

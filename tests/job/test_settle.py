@@ -45,7 +45,7 @@ async def test_only_what_was_there_is_told_to_have_been_removed(
 ) -> None:
     image = tmp_path / "image"
     image.touch()
-    made = os.stat(image)
+    made = image.stat()
     job.record.images, job.record.created = [str(image)], [Created(str(image), made.st_dev, made.st_ino)]
     if not is_there:
         image.unlink()
@@ -155,7 +155,7 @@ async def test_images_are_put_away_only_when_the_source_qemu_is_known_to_be_gone
 def test_an_image_that_somebody_has_open_is_kept(tmp_path: Path) -> None:
     image = tmp_path / "image"
     subprocess.run(["qemu-img", "create", "-q", "-f", "raw", image, "1M"], check=True)
-    reader = subprocess.Popen(["qemu-nbd", "-r", "-f", "raw", "-k", tmp_path / "nbd", image])
+    reader = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "raw", "-k", tmp_path / "nbd", image])
     try:
         while not (tmp_path / "nbd").exists():
             time.sleep(0.01)
