@@ -10,6 +10,7 @@ import asyncio
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qemu_blkmig.cli import domain_source, hook_commands, job_commands, options, resume_command, show, stream_commands
 from qemu_blkmig.cli.clock import RealClock
@@ -19,6 +20,9 @@ from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall, Target
 from qemu_blkmig.job.source_images import Afterwards
 from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.units import parse_size
+
+if TYPE_CHECKING:
+    from qemu_blkmig.job.result import Result
 
 
 def add_all(commands: Commands) -> None:
@@ -77,6 +81,7 @@ def _add_migrate(commands: Commands) -> None:
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
+    from qemu_blkmig.job.layers import bring_layers
     from qemu_blkmig.job.migrate import migrate
 
     if domain_source.is_domain(arguments.source):
@@ -92,7 +97,11 @@ def _migrate(arguments: argparse.Namespace) -> int:
         source_images=Afterwards(arguments.source_images),
         **options.common(arguments),
     )
-    return resume_command.run(lambda *shown: migrate(wanted, *shown), arguments, arguments.source, wanted.target.place)
+
+    async def work(*shown: Any) -> Result:
+        return await migrate(wanted if wanted.selection.flatten else await bring_layers(wanted, *shown), *shown)
+
+    return resume_command.run(work, arguments, arguments.source, wanted.target.place)
 
 
 def _add_copy(commands: Commands) -> None:
@@ -128,6 +137,7 @@ def _add_copy(commands: Commands) -> None:
 
 def _copy(arguments: argparse.Namespace) -> int:
     from qemu_blkmig.job.copy import copy
+    from qemu_blkmig.job.layers import bring_layers
 
     kind, place = options.source(arguments.source)
     wanted = CopyOptions(
@@ -139,7 +149,11 @@ def _copy(arguments: argparse.Namespace) -> int:
         freeze_limit=arguments.freeze_limit,
         **options.common(arguments),
     )
-    return resume_command.run(lambda *shown: copy(wanted, *shown), arguments, arguments.source, wanted.target.place)
+
+    async def work(*shown: Any) -> Result:
+        return await copy(wanted if wanted.selection.flatten else await bring_layers(wanted, *shown), *shown)
+
+    return resume_command.run(work, arguments, arguments.source, wanted.target.place)
 
 
 def _add_check(commands: Commands) -> None:

@@ -140,7 +140,8 @@ def add_selection(parser: argparse.ArgumentParser, *shared_base: str) -> None:
         "--flatten",
         choices=["yes", "no"],
         default="yes",
-        help="with --shared-base: several layers above the base become one overlay (yes, the default); no refuses that",
+        help="with --shared-base: several layers above the base become one overlay (yes, the default), or are copied "
+        "one by one, each a job of its own, before the guest's disk (no)",
     )
     group.add_argument(
         "--target-is-zero", action="store_true", help="existing destination images read as zeroes: do not write any"

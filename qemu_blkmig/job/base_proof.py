@@ -147,7 +147,7 @@ def chain_of(disk: Disk, base: Base, process: int | None) -> Chain:
     files: list[str] = []
     size = 0
     for layer in reversed([layer for layer in disk.layers[base.above :] if not layer.filter]):
-        path = _path_here(plain_filename(layer.filename), process)
+        path = path_here(plain_filename(layer.filename), process)
         image_format = "raw" if layer.driver in ("file", "host_device") else layer.driver
         size, own = images.chain(path, image_format, alone=True)
         files = own + files
@@ -159,7 +159,7 @@ def chain_of(disk: Disk, base: Base, process: int | None) -> Chain:
     return Chain(f"json:{json.dumps(description)}", None, tuple(files), size)
 
 
-def _path_here(name: str, process: int | None) -> str:
+def path_here(name: str, process: int | None) -> str:
     """The path of a file as `process` names it. Raises `Refused`."""
     path = os.path.realpath(name if process is None else Path(f"/proc/{process}/cwd", name))
     if not Path(path).exists():

@@ -86,9 +86,8 @@ async def _plan(source: str, target: Target, selection: Selection) -> tuple[Plan
         if target.qmp is not None:
             qemu = await TargetQemu.attach(host, agent, target.qmp)
             stack.push_async_callback(qemu.close)
-        plan = await Planner(agent, selection, Path(target.place.directory)).plan(
-            monitor, qemu, "blkmig-(none)", with_ram=True
-        )
+        planner = Planner(agent, selection, Path(target.place.directory), layers_first=True)
+        plan = await planner.plan(monitor, qemu, "blkmig-(none)", with_ram=True)
         return plan, await _program_missing(agent, target)
 
 

@@ -136,7 +136,8 @@ class Selection:
 
     `compare`: images that are there hold older copies of the disks; only what differs is sent. `base`: which file of
     the source's chain is the shared base, where it is not told by what the destination has. `base_hash`: what bases
-    are compared by. `flatten`: the layers above the base become one.
+    are compared by. `flatten`: the layers above the base become one
+    (else see `layers`).
     """
 
     disks: tuple[str, ...] | None = None

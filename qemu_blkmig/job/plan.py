@@ -92,13 +92,17 @@ class Planner:
         tell: Callable[[str], None] = lambda _: None,
         begun: Sequence[Created] = (),
         placed: Mapping[str, Placed] | None = None,
+        *,
+        layers_first: bool = False,
     ) -> None:
         """Without an agent and a directory there are no images: the disks go into a stream.
 
         `tell`: where it is told what takes long. `begun`: the images of a job that is resumed, and no others.
+        `layers_first`: the plan is only looked at, and `layers` would bring what is between a base and the top layer.
         `placed`: by the device's id, the disks that take part, and no others; without it images go to `directory`.
         """
         self._placed = placed
+        self._layers_first = layers_first
         self._begun = {created.path: created for created in begun}
         self._agent = agent
         self._selection = selection
@@ -270,9 +274,9 @@ class Planner:
                 f"uses {base.layer.filename}: that base cannot be shared"
             )
         elif base is not None and base.private > 1 and not self._selection.flatten:
-            self._problems.append(
-                f"disk {disk.name}: {base.private} layers lie above its base {base.file}, and recreating them one by "
-                "one (--flatten no) is not possible yet: --flatten yes makes one overlay of them"
+            (self._warnings if self._layers_first else self._problems).append(
+                f"disk {disk.name}: {base.private} layers lie above its base {base.file} (--flatten no): all but the "
+                "top one are to be at the destination before it (qemu-blkmig copy image:LAYER --shared-base brings one)"
             )
         elif not bases_of(disk):
             self._problems.append(
