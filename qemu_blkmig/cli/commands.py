@@ -12,7 +12,16 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qemu_blkmig.cli import domain_source, hook_commands, job_commands, options, resume_command, show, stream_commands
+from qemu_blkmig.cli import (
+    domain_source,
+    hook_commands,
+    job_commands,
+    options,
+    report_command,
+    resume_command,
+    show,
+    stream_commands,
+)
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.options import Commands
 from qemu_blkmig.errors import UsageError
@@ -33,6 +42,7 @@ def add_all(commands: Commands) -> None:
     _add_copy(commands)
     resume_command.add(commands)
     job_commands.add_all(commands)
+    report_command.add(commands)
     _add_receive(commands)
     stream_commands.add_all(commands)
     hook_commands.add_all(commands)

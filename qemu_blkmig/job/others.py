@@ -11,8 +11,10 @@ import msgspec
 
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, MigrationError, Refused, Undecided
 from qemu_blkmig.hooks.expected import happenings
+from qemu_blkmig.job.chronicle import Chronicle
 from qemu_blkmig.job.control import Cancel, Change, ControlClient, Done, Ended, Look, SwitchOver
 from qemu_blkmig.job.history import past_journal, past_journals
+from qemu_blkmig.job.journal import FILE
 from qemu_blkmig.job.record import Record, left_behind, read_record
 from qemu_blkmig.job.status import ELSEWHERE, Status, at_rest, past
 from qemu_blkmig.places import state_directory
@@ -69,6 +71,15 @@ async def stand(name: str) -> Status:
     else:
         status = _past(name) if record is None else await _stand(record)
     return msgspec.structs.replace(status, libvirt=noted)
+
+
+def chronicle(name: str) -> Chronicle:
+    """The journal of a job, alive or over, to be read. Raises `Refused` if there is none here."""
+    if find(name) is not None:
+        return Chronicle(state_directory() / name / FILE)
+    if (path := past_journal(state_directory(), name)) is None:
+        raise Refused(f"there is no journal of job {name!r} any more in {state_directory()}")
+    return Chronicle(path)
 
 
 async def listed(*, with_past: bool) -> list[Status]:
