@@ -68,7 +68,7 @@ class DiskMover:
         self._settings = settings
         self._untouched = bytearray(b"\1" * -(-size // _TOUCH_UNIT)) if reads_as_zero else bytearray()
         self._table = table
-        # One for all goes: libnbd's binding (1.14) holds on to a buffer that was read into, and with it to its memory.
+        # One for all goes: memory that is given back is faulted in again.
         self._read_back = None if table is None else ReadBack(writer, table)
         self._unit = 1 if table is None else table.unit
         self._unflushed = False

@@ -58,18 +58,19 @@ class Connection:
 
         In one piece where the server can: QEMU 7.2 ends the connection when a read in pieces meets a bad sector.
         Raises `ConnectionLost`; then nothing was started.
+
+        `into` goes to the binding as it is: 1.14 never lets go of what an `nbd.Buffer` holds.
         """
-        buffer, retire = self._nbd.Buffer.from_buffer(into), _retire(completed, token)
+        retire = _retire(completed, token)
         if self._whole_reads:
             flags = self._nbd.CMD_FLAG_DF
-            self._start(lambda: self._handle.aio_pread_structured(buffer, offset, _ignore_chunk, retire, flags))
+            self._start(lambda: self._handle.aio_pread_structured(into, offset, _ignore_chunk, retire, flags))
         else:
-            self._start(lambda: self._handle.aio_pread(buffer, offset, retire))
+            self._start(lambda: self._handle.aio_pread(into, offset, retire))
 
     def write(self, data: memoryview, offset: int, completed: list[tuple[Any, int]], token: object) -> None:
         """Start writing; see `read`."""
-        buffer = self._nbd.Buffer.from_buffer(data)
-        self._start(lambda: self._handle.aio_pwrite(buffer, offset, _retire(completed, token)))
+        self._start(lambda: self._handle.aio_pwrite(data, offset, _retire(completed, token)))
 
     def zero(self, offset: int, length: int, completed: list[tuple[Any, int]], token: object) -> None:
         """Start writing zeroes, by which the server may make holes; see `read`."""

@@ -6,7 +6,6 @@ zero is not read. Memory is flat: one buffer of `READ_AT_ONCE` bytes, and the di
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -46,17 +45,6 @@ def fault_of(extent: Extent, unit: int, size: int) -> str | None:
     return None
 
 
-_slots = threading.local()
-
-
-def _slot() -> bytearray:
-    """This thread's buffer: libnbd's binding (1.14) holds on for ever to each one that was read into."""
-    if not hasattr(_slots, "buffer"):
-        _slots.buffer = bytearray(READ_AT_ONCE)
-    slot: bytearray = _slots.buffer
-    return slot
-
-
 def digests_of(reader: Reader, extent: Extent, unit: int, algorithm: Algorithm, control: Control) -> bytes:
     """The digests of the units of `extent`, one after the other, the last unit maybe short; empty: all are zero.
 
@@ -65,7 +53,7 @@ def digests_of(reader: Reader, extent: Extent, unit: int, algorithm: Algorithm, 
     """
     hashed, size = hash_function(algorithm), SIZES[algorithm]
     digests = bytearray(-(-extent.length // unit) * size)
-    slot = _slot()
+    slot = bytearray(min(READ_AT_ONCE, extent.length))
     buffer, view = libnbd().Buffer.from_buffer(slot), memoryview(slot)
     for run in not_known_zero(reader.zeroes(extent.offset, extent.length), extent, unit, control):
         for offset in range(run.offset, run.end, READ_AT_ONCE):

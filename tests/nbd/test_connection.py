@@ -18,3 +18,22 @@ def test_a_server_that_does_not_answer_is_not_waited_for_without_end(tmp_path: P
         connection.read(memoryview(bytearray(4096)), 0, completed, None)
         with pytest.raises(ConnectionLost, match=r"no answer within 0\.2 s"):
             connection.wait(completed, limit=0.2)
+
+
+@pytest.mark.parametrize("structured", [True, False])
+def test_the_memory_of_requests_is_given_back_when_they_are_over_and_not_before(
+    tmp_path: Path, structured: bool
+) -> None:
+    with nbdkit(tmp_path, *([] if structured else ["--no-sr"]), "memory", "1M") as listening:
+        connection = connect(str(listening), "")
+        memory = bytearray(4096)
+        completed: list[tuple[object, int]] = []
+        for start in (connection.read, connection.write):
+            start(memoryview(memory), 0, completed, None)
+            with pytest.raises(BufferError):
+                memory.clear()
+            assert connection.wait(completed) == 0
+            completed.clear()
+        # As long as anybody holds it, its size cannot change.
+        memory.clear()
+        connection.close()
