@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from integration.lab import Guest, Lab, assert_records_sound
+from integration.promised import assert_output_promised
 
 COMMAND = [sys.executable, "-m", "qemu_blkmig"]
 LIMIT = 120.0
@@ -81,6 +82,8 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
         process.kill()
         stdout, stderr = process.communicate()
         raise AssertionError(f"the tool hung: {stdout}{stderr}") from None
+    if process.returncode >= 0 and isinstance(process.args, list):
+        assert_output_promised(process.args, stdout, stderr)
     return Outcome(process.returncode, stdout, stderr)
 
 

@@ -6,6 +6,7 @@
     <!-- errors -->                            the kinds of errors
     <!-- journal -->                           the journal's tables
     <!-- metrics -->                           Prometheus' metrics
+    <!-- schemas -->                           the JSON schemas, and what they are of
 
 They are comments, so that the pages can also be read as they are. Options become the standard domain's, which can be
 referred to: {option}`qemu-blkmig migrate --launch`.
@@ -18,13 +19,14 @@ import re
 from collections.abc import Iterator
 
 from manuals.parsers import programs, subcommands
+from manuals.schemas import OUTPUTS
 from qemu_blkmig import errors
 from qemu_blkmig.cli.main import EXIT_CODES
 from qemu_blkmig.errors import BlkmigError, kind_of
 from qemu_blkmig.job.journal import SCHEMA
 from qemu_blkmig.observe.metrics import Metrics
 
-MARK = re.compile(r"^<!-- (commands|options|exit codes|errors|journal|metrics)(?:: (.+?))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (commands|options|exit codes|errors|journal|metrics|schemas)(?:: (.+?))? -->$", re.MULTILINE)
 
 
 def filled(text: str) -> str:
@@ -46,6 +48,9 @@ def _asked(what: str, of: str | None) -> Iterator[str]:
         return
     if what == "metrics":
         yield from _metrics()
+        return
+    if what == "schemas":
+        yield from (f"`{output.name}.json`\n: {marked_up(output.by)}\n" for output in OUTPUTS)
         return
     program, _, command = (of or "").partition(" ")
     parser = programs()[program]

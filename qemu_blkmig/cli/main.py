@@ -32,7 +32,8 @@ exit codes:
 
 
 class ErrorReport(msgspec.Struct, frozen=True):
-    """The error in `{"error": ...}` on stdout, with --output json. `kind`: a class of errors.py, as in source-read.
+    """`kind`: a class of errors.py, as in source-read; `what` happened to which `disk`, how things stand now (`state`),
+    and what to do next (`advice`).
 
     `suspended`: the job that `resume` goes on with.
     """
@@ -44,6 +45,12 @@ class ErrorReport(msgspec.Struct, frozen=True):
     state: str | None
     advice: str | None
     suspended: str | None
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """What a command that failed prints on stdout with --output json."""
+
+    error: ErrorReport
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,7 +120,7 @@ def report(error: BlkmigError) -> ErrorReport:
 
 def _print_json(error: BlkmigError) -> None:
     try:
-        print(msgspec.json.format(msgspec.json.encode({"error": report(error)})).decode(), flush=True)
+        print(msgspec.json.format(msgspec.json.encode(Failure(report(error)))).decode(), flush=True)
     except OSError:
         _discard_output()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,8 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from qemu_blkmig.engine.migration import Figures
+import msgspec
+
+from qemu_blkmig.engine.migration import DiskFigures, Figures
 from qemu_blkmig.job.reporting import STANDBY, Reporter
+from qemu_blkmig.observe.events import (
+    DiskEvent,
+    Event,
+    FiguresEvent,
+    JobEvent,
+    LimitsEvent,
+    NoteEvent,
+    StageEvent,
+)
 from qemu_blkmig.units import show_bytes, show_rate, show_seconds
 
 INTERVAL = 0.2
@@ -61,6 +71,10 @@ class Summary:
         if self.stage != "bulk" or self.figures is None or not self.figures.total:
             return None
         return min(100.0, 100.0 * self._settled / self.figures.total)
+
+    def first_pass(self, disk: DiskFigures) -> int:
+        """Bytes of a disk that the first pass has settled, the copy under way included."""
+        return min(disk.size, disk.bulk_done + (self._moving.get(disk.name, 0) if self.stage == "bulk" else 0))
 
     @property
     def pending(self) -> int | None:
@@ -245,10 +259,7 @@ class Quiet(Lines):
 
 
 class JsonLines:
-    """One JSON object a line: job, limits, stage, figures (some five a second), note.
-
-    Bytes, seconds, percent of the bulk pass.
-    """
+    """One JSON object a line: `observe.events`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.summary = Summary()
@@ -257,17 +268,17 @@ class JsonLines:
 
     def job(self, name: str) -> None:
         """The job's name, which other commands take."""
-        self._write(event="job", job=name)
+        self._write(JobEvent(time=time.time(), job=name))
 
     def limits(self, downtime: float, rate: int | None) -> None:
         """The limits in force."""
         self.summary.limits(downtime, rate)
-        self._write(event="limits", downtime=downtime, bandwidth=rate)
+        self._write(LimitsEvent(time=time.time(), downtime=downtime, bandwidth=rate))
 
     def stage(self, name: str) -> None:
         """A phase begins."""
         self.summary.stage = name
-        self._write(event="stage", stage=name)
+        self._write(StageEvent(time=time.time(), stage=name))
 
     def figures(self, figures: Figures) -> None:
         """The engine's figures changed."""
@@ -281,7 +292,7 @@ class JsonLines:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        self._write(event="note", text=text)
+        self._write(NoteEvent(time=time.time(), text=text))
 
     def _show(self) -> None:
         now, figures, percent = time.monotonic(), self.summary.figures, self.summary.percent
@@ -289,23 +300,38 @@ class JsonLines:
             return
         self._last = now
         self._write(
-            event="figures",
-            stage=self.summary.stage,
-            percent=round(100.0 if percent is None else percent, 1),
-            total=figures.total,
-            pending=self.summary.pending,
-            round=figures.round,
-            speed=self.summary.speed,
-            dirty_rate=figures.dirty_rate,
-            predicted_downtime=figures.predicted,
-            converges_in=figures.converges_in,
-            confidence=figures.confidence,
-            put_off=sum(disk.put_off for disk in figures.disks),
+            FiguresEvent(
+                time=time.time(),
+                stage=self.summary.stage,
+                percent=round(100.0 if percent is None else percent, 1),
+                total=figures.total,
+                pending=self.summary.pending,
+                round=figures.round,
+                speed=self.summary.speed,
+                dirty_rate=figures.dirty_rate,
+                predicted_downtime=figures.predicted,
+                converges_in=figures.converges_in,
+                confidence=figures.confidence,
+                put_off=sum(disk.put_off for disk in figures.disks),
+                disks=[
+                    DiskEvent(
+                        name=disk.name,
+                        size=disk.size,
+                        first_pass=self.summary.first_pass(disk),
+                        copied=disk.copied,
+                        zeroed=disk.zeroed,
+                        skipped=disk.skipped,
+                        dirty=disk.dirty,
+                        rounds=disk.rounds,
+                    )
+                    for disk in figures.disks
+                ],
+            )
         )
 
-    def _write(self, **fields: object) -> None:
+    def _write(self, event: Event) -> None:
         with contextlib.suppress(OSError):
-            print(json.dumps({"time": time.time(), **fields}), file=self._stream, flush=True)
+            print(msgspec.json.encode(event).decode(), file=self._stream, flush=True)
 
 
 @contextlib.contextmanager
