@@ -20,7 +20,9 @@ from qemu_blkmig.observe.report.material import Stretch
 WIDE, HIGH = 1000, 100
 """Units of the stretched drawing."""
 COLUMNS = 64
-"""Cells in a row of a disk's map."""
+"""Cells in a row of a disk's map at most."""
+CELL = 18
+"""Pixels of a cell at most, its gap included."""
 
 Point = tuple[float, float]
 """Seconds since 1970, and a value."""
@@ -108,8 +110,9 @@ def phases(axis: TimeAxis, stretches: Sequence[Stretch], title: str, described_b
         shape = draw.Rectangle(0, 0, "100%", "100%", class_=f"{stretch.style}")
         shape.append_title(f"{stretch.name}, {stretch.seconds:.2f} s")
         box.append(shape)
-        if right - left > 0.05:
-            box.append(draw.Text(stretch.name, 12, 6, "50%", class_="inside"))
+        if right - left > 0.08:
+            kind = "inside" if right - left > 0.24 else "inside slim"
+            box.append(draw.Text(stretch.name, 12, 6, "50%", class_=kind))
         svg.append(box)
     for mark in axis.marks():
         kind = "below" if 0.02 < mark.part < 0.96 else "below first" if mark.part < 0.5 else "below last"
@@ -140,12 +143,12 @@ def bar(parts: Sequence[tuple[str, str, float]], limit: float | None, title: str
 
 def grid(styles: Sequence[str], title: str, described_by: str) -> Markup:
     """The cells of a disk in rows, each in its style."""
-    rows = math.ceil(len(styles) / COLUMNS)
-    columns = min(COLUMNS, len(styles))
-    svg = draw.Drawing(columns, rows, class_="figure cells", role="img")
+    columns = min(COLUMNS, math.ceil(math.sqrt(4 * len(styles))))
+    rows = math.ceil(len(styles) / columns)
+    svg = draw.Drawing(columns, rows, class_="figure cells", role="img").set_pixel_scale(CELL)
     for style in dict.fromkeys(styles):
         cells = (number for number, each in enumerate(styles) if each == style)
-        path = "".join(f"M{number % COLUMNS} {number // COLUMNS}h.88v.88h-.88z" for number in cells)
+        path = "".join(f"M{number % columns} {number // columns}h.88v.88h-.88z" for number in cells)
         svg.append(draw.Path(path, class_=style))
     return _titled(svg, title, described_by)
 

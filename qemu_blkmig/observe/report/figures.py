@@ -26,6 +26,8 @@ SHADES = 6
 """Shades of what was sent at a time and place."""
 NOTHING = "-"
 """Where nothing is known."""
+HOT = 4
+"""Times that a place is copied without being hot."""
 PLACES = 8
 """Hot places that are named."""
 
@@ -64,8 +66,7 @@ def phases(material: Material) -> Figure:
     for stretch in material.stretches:
         spent[stretch.name] = spent.get(stretch.name, 0.0) + stretch.seconds
     rows = [[name, MEANINGS.get(name, ""), show_seconds(seconds)] for name, seconds in spent.items()]
-    told = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in spent.items())
-    words = f"Phases in their order: {told}."
+    words = f"What was done when, {clock(material.axis.length)} in all."
     svg = drawing.phases(material.axis, material.stretches, "Line of the job's phases", "phases-words")
     styles = {stretch.name: stretch.style for stretch in material.stretches}
     legend = [Key(styles[name], f"{name} {show_seconds(seconds)}") for name, seconds in spent.items()]
@@ -244,11 +245,11 @@ def _times(material: Material, number: int, name: str, drawn: DiskMap) -> Figure
 def _hottest(drawn: DiskMap) -> Table | None:
     """Neighbouring cells that were copied most often."""
     most = max(drawn.passes)
-    if most < 3:
+    if most <= HOT:
         return None
     places, begin = [], None
     for cell, passes in enumerate([*drawn.passes, 0]):
-        if passes > max(2, most // 2):
+        if passes > max(HOT, most // 2):
             begin = cell if begin is None else begin
         elif begin is not None:
             places.append((max(drawn.passes[begin:cell]), sum(drawn.sent[begin:cell]) * UNIT, begin, cell))

@@ -175,9 +175,10 @@ def _counted(state: DiskStatus) -> dict[str, str]:
     counted = {
         "Sent": show_bytes(state.copied),
         "Made zero": show_bytes(state.zeroed),
-        "Left to the base": show_bytes(state.skipped),
         "Rounds": str(state.rounds),
     }
+    if state.skipped:
+        counted["Left as it was there"] = show_bytes(state.skipped)
     if state.percent < 100:
         counted["First pass"] = f"{state.percent:.0f} %"
     if state.dirty:
