@@ -2,8 +2,9 @@
 
 lab guest NAME [--size SIZE] [--base]    make and boot one: /srv/vm/NAME.qcow2, its QMP socket NAME.qmp, and its
                                          QEMU command in NAME.command, which boots it in whichever folder it is run
+lab domain NAME [--size SIZE]            the same, as a domain of libvirt's
 lab look NAME                            whether it runs here, and how much it has written
-lab end NAME | --all                     end it, here
+lab end NAME | --all                     end it, here; a domain by virsh
 lab job                                  wait until there is one job here, tell its name
 """
 
@@ -22,9 +23,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from integration.lab import Disk
+from integration.virthosts import domain_xml
 from qemu_blkmig.demo.guest import Kernel, Orders, boot_arguments
 
 VM = Path("/srv/vm")
+KERNEL, INITRAMFS = Kernel(Path("/srv/lab/vmlinuz"), "", Path()), Path("/srv/lab/initramfs")
+ORDERS = Orders(rate=50, span=16 << 20)
 LIMIT = 120.0
 """Seconds that a guest may take to boot, on a busy machine too."""
 
@@ -38,6 +43,10 @@ def main() -> int:
     guest.add_argument("--size", default="256M")
     guest.add_argument("--base", action="store_true")
     guest.set_defaults(run=lambda given: boot(given.name, given.size, base=given.base))
+    domain = commands.add_parser("domain")
+    domain.add_argument("name")
+    domain.add_argument("--size", default="256M")
+    domain.set_defaults(run=lambda given: boot_domain(given.name, given.size))
     look = commands.add_parser("look")
     look.add_argument("name")
     look.set_defaults(run=lambda given: tell(given.name))
@@ -54,39 +63,55 @@ def main() -> int:
 def boot(name: str, size: str, *, base: bool) -> int:
     """Make a guest's disk and command, boot it, wait until it writes."""
     image, common = VM / f"{name}.qcow2", VM / "base.qcow2"
-    filled = common if base else image
-    if not filled.exists():
-        _run("qemu-img", "create", "-q", "-f", "qcow2", filled, size)
-        _run("qemu-io", "-c", "write -P 7 64M 64M", filled)
+    _make(common if base else image, size)
     if base:
         _run("qemu-img", "create", "-q", "-f", "qcow2", "-b", common.name, "-F", "qcow2", image)
-    kernel = Kernel(Path("/srv/lab/vmlinuz"), "", Path())
-    orders = Orders(rate=50, span=16 << 20)
     command = [
         "qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", "128", "-nodefaults",
         "-display", "none", "-serial", f"file:{name}.console",
         "-qmp", f"unix:{name}.qmp,server=on,wait=off", "-qmp", f"unix:{name}.look,server=on,wait=off",
         "-blockdev", f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={name}.qcow2",
         "-device", "virtio-blk-pci,id=vda,drive=disk0",
-        *boot_arguments(kernel, Path("/srv/lab/initramfs"), orders),
+        *boot_arguments(KERNEL, INITRAMFS, ORDERS),
     ]  # fmt: skip
     (VM / f"{name}.command").write_text(shlex.join(command) + "\n")
     with (VM / f"{name}.log").open("w") as log:
         subprocess.Popen(command, cwd=VM, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    return _told_when_it_writes(name, f"its QMP socket is {VM}/{name}.qmp, its command is in {VM}/{name}.command")
+
+
+def boot_domain(name: str, size: str) -> int:
+    """Make a domain's disk, have libvirt boot it, wait until it writes."""
+    image = VM / f"{name}.qcow2"
+    _make(image, size)
+    xml = domain_xml(name, [Disk(image, "qcow2", 0)], ORDERS, KERNEL, INITRAMFS, VM / f"{name}.console")
+    (VM / f"{name}.xml").write_text(xml)
+    _run("virsh", "define", VM / f"{name}.xml")
+    _run("virsh", "start", name)
+    return _told_when_it_writes(name, f"its image is {image}")
+
+
+def _make(image: Path, size: str) -> None:
+    if not image.exists():
+        _run("qemu-img", "create", "-q", "-f", "qcow2", image, size)
+        _run("qemu-io", "-c", "write -P 7 64M 64M", image)
+
+
+def _told_when_it_writes(name: str, facts: str) -> int:
     deadline = time.monotonic() + LIMIT
     while not _written(name):
         if time.monotonic() > deadline:
             print(f"lab: {name} does not write: see {VM}/{name}.log and {name}.console", file=sys.stderr)
             return 1
         time.sleep(0.1)
-    print(f"{name} runs; its QMP socket is {VM}/{name}.qmp, its command is in {VM}/{name}.command")
+    print(f"{name} runs; {facts}")
     return 0
 
 
 def tell(name: str) -> int:
     """Whether it runs here; 1 if not."""
     try:
-        status = _ask(name, "query-status")["status"]
+        status = _ask(name, "query-status")["status"] if (VM / f"{name}.look").exists() else _domain_state(name)
     except OSError:
         print(f"{name} is not on {socket.gethostname()}")
         return 1
@@ -113,6 +138,14 @@ def tell_job() -> int:
         time.sleep(0.1)
     print(found[0])
     return 0
+
+
+def _domain_state(name: str) -> str:
+    """libvirt's word. Raises `OSError` if it is not here."""
+    asked = subprocess.run(["virsh", "-q", "domstate", name], capture_output=True, text=True)
+    if asked.returncode:
+        raise OSError(asked.stderr)
+    return asked.stdout.strip()
 
 
 def _names() -> list[str]:

@@ -1,10 +1,10 @@
-"""The laboratory that the manual uses: two hosts (`integration.hosts`) with /srv/vm each, and guests on demand.
+"""The laboratory that the manual uses: two hosts (`integration.virthosts`) with /srv/vm each, and guests on demand.
 
     python -m integration.laboratory                     a shell in hosta, as `make lab` gives it; root only
     python -m integration.laboratory 'COMMAND; ...'      bash runs that in hosta instead
 
-In it `lab` (`integration.labguest`) makes guests, `ssh hostb` leads to the other host, and `qemu-blkmig` is this
-checkout's. All ends with the shell, and nothing of it stays.
+In it `lab` (`integration.labguest`) makes guests, `ssh hostb` leads to the other host, each host has a libvirt, and
+`qemu-blkmig` is this checkout's. All ends with the shell, and nothing of it stays.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from integration.hosts import PORT, REPOSITORY, Hosts
+from integration.virthosts import VirtHosts
 from qemu_blkmig.demo.guest import build_initramfs, find_kernel
 
 VM = "/srv/vm"
 """On each host: where its guests' images are."""
+_OURS = {
+    "qemu-blkmig": "qemu_blkmig",
+    "virsh-blkmigrate": "qemu_blkmig.cli.virsh_blkmigrate",
+    "lab": "integration.labguest",
+}
 _GREETING = f"""\
 This is hosta; `ssh hostb` leads to the other host. {VM} is for images, on each host its own.
-`lab guest web` boots a guest that writes all the time, `lab look web` tells how it is. Leave with `exit`.
+`lab guest web` boots a guest that writes all the time, `lab look web` tells how it is; `lab domain web1` has libvirt
+boot one. Leave with `exit`.
 """
 
 
@@ -48,6 +55,7 @@ class Laboratory:
         for far, folder in ((False, hosts.near), (True, hosts.far)):
             for name, path in (("initramfs", folder / "initramfs"), ("vmlinuz", kernel.image)):
                 hosts.run("ln", "-s", path, f"/srv/lab/{name}", far=far)
+        hosts.run("ln", "-s", REPOSITORY / "ansible", "/srv/lab/ansible")
         hosts.run("ln", "-s", hosts.far / "etc" / "authorized_keys", "/srv/lab/authorized_keys", far=True)
         with (hosts.near / "ssh" / "ssh_config").open("a") as config:
             config.write(f"    Port {PORT}\n")
@@ -63,6 +71,10 @@ class Laboratory:
             "PYTHONPATH": str(REPOSITORY),
             "QEMU_BLKMIG_STATE_DIR": str(self._state),
             "TMPDIR": "/tmp",
+            # Nothing of Ansible's is kept at home, and no connection behind a run.
+            "ANSIBLE_HOME": str(self.hosts.near / "ansible"),
+            "ANSIBLE_ASYNC_DIR": str(self.hosts.near / "ansible" / "async"),
+            "ANSIBLE_SSH_ARGS": "-o ControlMaster=no",
             "PS1": r"\h:\w# ",
         }
 
@@ -72,18 +84,24 @@ class Laboratory:
         return subprocess.run(full, env=self.environment, check=False, **options).returncode  # type: ignore[call-overload, no-any-return]
 
     def _write_tools(self, folder: Path) -> None:
-        for name, module in (("qemu-blkmig", "qemu_blkmig"), ("lab", "integration.labguest")):
-            (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
-            (folder / name).chmod(0o755)
+        for name, module in _OURS.items():
+            _write_script(folder / name, f"{sys.executable} -m {module}")
+        for name in ("ansible", "ansible-doc", "ansible-galaxy", "ansible-playbook"):
+            _write_script(folder / name, str(Path(sys.executable).parent / name))
+
+
+def _write_script(path: Path, command: str) -> None:
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    path.chmod(0o755)
 
 
 @contextlib.contextmanager
-def laboratory() -> Iterator[Laboratory]:
-    """A laboratory; all that was started in it ends with it, and its folder is removed."""
+def laboratory(*, libvirt: bool = True) -> Iterator[Laboratory]:
+    """A laboratory, with or without `libvirt`; all that was started in it ends with it, and its folder is removed."""
     near = Path(tempfile.mkdtemp(prefix="manual-", dir="/tmp"))
     try:
         # scp needs it.
-        hosts = Hosts(near, "Subsystem sftp internal-sftp")
+        hosts = (VirtHosts if libvirt else Hosts)(near, "Subsystem sftp internal-sftp")
         try:
             made = Laboratory(hosts)
             try:

@@ -6,6 +6,7 @@ before a block may say more:
 
     <!-- exits: 3 -->                 its last command ends with that code
     <!-- not run here: REASON -->     it cannot be run in the laboratory
+    <!-- file: NAME -->               the block, of any language, is what that file is to hold
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Block:
         return self.note.removeprefix("not run here: ") if self.note.startswith("not run here: ") else None
 
     @property
+    def file(self) -> str | None:
+        """What it is to be written to."""
+        return self.note.removeprefix("file: ") if self.note.startswith("file: ") else None
+
+    @property
     def code(self) -> int:
         """What its last command ends with."""
         return int(self.note.removeprefix("exits: ")) if self.note.startswith("exits: ") else 0
@@ -70,6 +76,8 @@ def script(page: Path) -> str:
     """The page's session, for bash; each command is told on stderr before it is run."""
     lines = ["exec 2>&1"]
     for block in blocks(page):
+        if block.file:
+            lines += [f"cat >{block.file} <<'SHOWN'\n{block.text}SHOWN"]
         if block.language != "console" or block.reason:
             continue
         commands = [re.sub(r"\bJOB\b", "$(lab job)", command) for command in block.commands()]
@@ -87,7 +95,7 @@ def test_every_command_of_the_page_runs_in_the_laboratory(page: Path) -> None:
     print(*(f"not run: {reason}" for reason in left_out), sep="\n")
     if all(block.reason for block in blocks(page) if block.language == "console"):
         pytest.skip(f"nothing of it can be run here: {'; '.join(filter(None, left_out))}")
-    with laboratory() as lab:
+    with laboratory(libvirt="lab domain" in script(page)) as lab:
         session = [*lab.hosts.enter, "env", "-C", "/srv/vm", "bash", "-ec", script(page)]
         done = subprocess.run(
             session,

@@ -65,10 +65,10 @@ class Tool:
         return last
 
     def plan(self, words):
-        """What `virsh-blkmigrate WORDS` would do. Raises `Trouble`, with the plan, if it would refuse."""
+        """What `virsh-blkmigrate WORDS` would do, but for the XML. Raises `Trouble`, with the plan, if it is refused."""
         command = [*self._virsh_blkmigrate(words), "--dry-run"]
         _code, told, complaint = self._module.run_command(command)
-        plan = _result(told, complaint)
+        plan = {name: value for name, value in _result(told, complaint).items() if not name.endswith("xml")}
         if not plan["ready"]:
             raise Trouble(f"the preflight refuses: {'; '.join(plan['problems'])}", plan=plan)
         return plan

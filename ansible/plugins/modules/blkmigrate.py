@@ -183,7 +183,7 @@ uuid:
   type: str
   sample: 6b0d5a36-4b7c-4b8e-9d54-0f8a4f6f1c11
 plan:
-  description: What the preflight found, as C(virsh-blkmigrate --dry-run --output json) tells it.
+  description: What the preflight found, as C(virsh-blkmigrate --dry-run --output json) tells it, but for the XML.
   returned: in check mode and with O(state=planned), also if it refuses
   type: dict
   contains:
@@ -202,9 +202,6 @@ plan:
     warnings:
       description: What should be known.
       type: list
-    xml:
-      description: The domain's XML for the destination.
-      type: str
 result:
   description: What was done, as C(virsh-blkmigrate --output json) tells it.
   returned: when this run has started or resumed the migration, and waited for its end
