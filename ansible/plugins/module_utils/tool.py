@@ -65,7 +65,7 @@ class Tool:
         return last
 
     def plan(self, words):
-        """What `virsh-blkmigrate WORDS` would do, but for the XML. Raises `Trouble`, with the plan, if it is refused."""
+        """What `virsh-blkmigrate WORDS` would do, but for the XML. Raises `Trouble`, with the plan, if refused."""
         command = [*self._virsh_blkmigrate(words), "--dry-run"]
         _code, told, complaint = self._module.run_command(command)
         plan = {name: value for name, value in _result(told, complaint).items() if not name.endswith("xml")}
