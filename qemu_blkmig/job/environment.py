@@ -94,6 +94,6 @@ def _terms(options: MigrateOptions | CopyOptions | ManagedOptions) -> Iterator[t
         yield "Data's own way", "TLS" if transfer.data.tls else "TCP, not encrypted"
     yield (
         "Connections a disk",
-        f"{transfer.connections}, {transfer.requests} requests of {show_bytes(transfer.request_size)}",
+        f"{transfer.connections}, on each {transfer.requests} requests of {show_bytes(transfer.request_size)}",
     )
     yield "Writes are noted in", show_bytes(transfer.granularity)

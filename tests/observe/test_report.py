@@ -187,7 +187,7 @@ def test_a_page_shows_the_whole_story_and_is_sound(state: Path) -> None:
     assert len(described) == 7 and all(name in read.ids for name in described)
     for name in ("rate", "pending", "predicted", "pause", "cells-0", "times-0", "phases"):
         assert name in read.ids
-    assert all(title in made for title in ("<title>Throughput and dirty rate</title>", "<title>bulk, 1.00 s</title>"))
+    assert all(title in made for title in ("<title>Throughput and dirty rate</title>", "<title>bulk, 1.0 s</title>"))
 
 
 def test_a_page_loads_nothing_and_runs_only_its_own_script(state: Path) -> None:
@@ -243,6 +243,17 @@ ODD: dict[str, Sequence[Tell]] = {
 def test_a_job_of_which_little_is_known_has_a_page(state: Path, tell: Sequence[Tell]) -> None:
     past(state, agreed(), *tell)
     assert "/old/vda" in Page(page()).text
+
+
+def test_the_end_of_a_long_job_is_shown_closer(state: Path) -> None:
+    past(state, agreed(), phases("prepare", "bulk", "dirty", "dirty"), sampled(3))
+    with sqlite3.connect(state / FOLDER / "past.sqlite") as database:
+        database.execute("UPDATE phase SET time = time + 3600 WHERE name = 'dirty'")
+        database.execute("UPDATE sample SET time = time + 3601 WHERE id > 1")
+    database.close()
+    read = Page(page())
+    assert {"phases-end", "rate-end", "pending", "pending-end", "predicted-end"} <= set(read.ids)
+    assert "predicted" not in read.ids
 
 
 def test_a_job_that_was_cancelled_says_so(state: Path) -> None:

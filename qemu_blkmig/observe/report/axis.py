@@ -26,12 +26,20 @@ class Mark:
 class TimeAxis:
     """The seconds that a job was at work, from `began` to `ended` (seconds since 1970); what it rested is left out."""
 
-    def __init__(self, began: float, ended: float, rests: Sequence[tuple[float, float]] = ()) -> None:
-        """`rests`: from and to, ascending and apart."""
+    def __init__(self, began: float, ended: float, rests: Sequence[tuple[float, float]] = (), first: float = 0) -> None:
+        """`rests`: from and to, ascending and apart. `first`: seconds at work that lie before the axis."""
         self.began = began
+        self.ended = ended
         self.rests = rests
-        self.length = 0.001
-        self.length = max(self.length, self.seconds(max(began, ended)))
+        self.first = first
+        self.start = began
+        self.length = max(0.001, self.seconds(max(began, ended)) - first)
+
+    def since(self, moment: float) -> TimeAxis:
+        """The part of it from a moment on."""
+        part = TimeAxis(self.began, self.ended, self.rests, self.seconds(moment))
+        part.start = moment
+        return part
 
     def seconds(self, moment: float) -> float:
         """At work until then; between the beginning of the job and its end."""
@@ -39,16 +47,17 @@ class TimeAxis:
         return max(0.0, moment - self.began - rested)
 
     def part(self, moment: float) -> float:
-        """Where a moment lies."""
-        return min(1.0, self.seconds(moment) / self.length)
+        """Where a moment lies; below 0 if that is before the axis."""
+        return min(1.0, (self.seconds(moment) - self.first) / self.length)
 
     def marks(self) -> list[Mark]:
         """Round numbers of seconds."""
         step = next((step for step in STEPS if self.length / step <= MARKS), DAY)
         while self.length / step > MARKS:
             step += DAY
-        count = int(self.length / step)
-        return [Mark(number * step / self.length, clock(number * step)) for number in range(count + 1)]
+        first, last = math.ceil(self.first / step), int((self.first + self.length) / step)
+        times = (number * step for number in range(first, last + 1))
+        return [Mark((seconds - self.first) / self.length, clock(seconds)) for seconds in times]
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,11 @@ def clock(seconds: float) -> str:
         return f"{whole // 60}:{whole % 60:02}"
     parts = ((whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"))
     return " ".join(f"{count} {unit}" for count, unit in parts if count)
+
+
+def spell(seconds: float) -> str:
+    """How long something took, exact where that matters: `51 ms`, `3.1 s`, `12:05`, `4 h 40 min`."""
+    return show_seconds(seconds) if seconds < 60 else clock(seconds)
 
 
 def thinned(count: int, most: int) -> Iterator[range]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import drawsvg as draw
 from markupsafe import Markup
 
-from qemu_blkmig.observe.report.axis import Mark, Scale, TimeAxis
+from qemu_blkmig.observe.report.axis import Mark, Scale, TimeAxis, spell
 from qemu_blkmig.observe.report.material import Stretch
 
 WIDE, HIGH = 1000, 100
@@ -55,12 +55,11 @@ class TimedFigure:
     def __init__(self, axis: TimeAxis, stretches: Sequence[Stretch], height: int, scale: Sequence[Mark]) -> None:
         """`scale`: the marks at its left."""
         self._axis = axis
-        self._svg = _blank(height, "figure timed")
+        self._svg = _blank(height, _timed(axis))
         self._inner = Viewport(
             x=0, y=0, width="100%", height="100%", viewBox=f"0 0 {WIDE} {HIGH}", preserveAspectRatio="none"
         )
-        for stretch in stretches:
-            left, right = axis.part(stretch.began), axis.part(stretch.ended)
+        for stretch, left, right in _placed(axis, stretches):
             self._svg.append(
                 draw.Rectangle(percent(left), 0, percent(right - left), "100%", class_=f"behind {stretch.style}")
             )
@@ -72,20 +71,15 @@ class TimedFigure:
     def curve(self, curve: Curve, scale: Scale) -> None:
         """A curve, its values by `scale`."""
         for points in _unbroken(curve.points):
-            places = [
-                f"{self._axis.part(when) * WIDE:.1f},{(1 - scale.part(value)) * HIGH:.2f}" for when, value in points
-            ]
+            shown = [(part, value) for when, value in points if (part := self._axis.part(when)) >= 0]
+            if not shown:
+                continue
+            places = [f"{part * WIDE:.1f},{(1 - scale.part(value)) * HIGH:.2f}" for part, value in shown]
             if curve.filled:
                 first, last = places[0].split(",")[0], places[-1].split(",")[0]
                 below = f"M{first},{HIGH}L{'L'.join(places)}L{last},{HIGH}Z"
                 self._inner.append(draw.Path(below, class_=f"area {curve.name}"))
             self._inner.append(draw.Path(f"M{'L'.join(places)}", class_=f"curve {curve.name}"))
-
-    def level(self, name: str, part: float, text: str) -> None:
-        """A line across at a height, and what it is."""
-        down = percent(1 - part)
-        self._svg.append(Line(x1=0, y1=down, x2="100%", y2=down, class_=f"level {name}"))
-        self._svg.append(draw.Text(text, 11, "100%", down, class_="level-name", dx="-4", dy="-5"))
 
     def shapes(self, name: str, path: str) -> None:
         """A shape in units of the stretched drawing."""
@@ -103,12 +97,11 @@ class TimedFigure:
 
 def phases(axis: TimeAxis, stretches: Sequence[Stretch], title: str, described_by: str) -> Markup:
     """The phases as a strip, their names in those that have room for it."""
-    svg = _blank(34, "figure timed strip")
-    for stretch in stretches:
-        left, right = axis.part(stretch.began), axis.part(stretch.ended)
+    svg = _blank(34, f"{_timed(axis)} strip")
+    for stretch, left, right in _placed(axis, stretches):
         box = Viewport(x=percent(left), y=0, width=percent(right - left), height="100%")
         shape = draw.Rectangle(0, 0, "100%", "100%", class_=f"{stretch.style}")
-        shape.append_title(f"{stretch.name}, {stretch.seconds:.2f} s")
+        shape.append_title(f"{stretch.name}, {spell(stretch.seconds)}")
         box.append(shape)
         if right - left > 0.08:
             kind = "inside" if right - left > 0.24 else "inside slim"
@@ -156,6 +149,18 @@ def grid(styles: Sequence[str], title: str, described_by: str) -> Markup:
 def percent(part: float) -> str:
     """As SVG wants it."""
     return f"{part * 100:.3f}%"
+
+
+def _timed(axis: TimeAxis) -> str:
+    return "figure timed close" if axis.first else "figure timed"
+
+
+def _placed(axis: TimeAxis, stretches: Sequence[Stretch]) -> Iterator[tuple[Stretch, float, float]]:
+    """The stretches that reach into the axis: from where to where."""
+    for stretch in stretches:
+        left, right = max(0.0, axis.part(stretch.began)), axis.part(stretch.ended)
+        if right > left:
+            yield stretch, left, right
 
 
 def _blank(height: int, style: str) -> draw.Drawing:

@@ -20,6 +20,9 @@ from qemu_blkmig.observe.report.axis import TimeAxis
 _T = TypeVar("_T")
 FIRST = "prepare"
 """The phase that a job begins with, each time that it is begun."""
+BULK = "bulk"
+SMALL = 0.3
+"""Part of a job's time that is worth being looked at closer."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,15 @@ class Material:
         """The time that the job was at work."""
         began = self.story.phases[0].time if self.story.phases else self.ended
         return TimeAxis(began, self.ended, self._rests)
+
+    @cached_property
+    def end_axis(self) -> TimeAxis | None:
+        """The time from the first round on, where the passes before took most of it."""
+        bulk = [stretch.ended for stretch in self.stretches if stretch.name == BULK]
+        if not bulk or not any(sample.round for sample in self.story.samples):
+            return None
+        end = self.axis.since(bulk[-1])
+        return end if 0.1 < end.length < SMALL * self.axis.length else None
 
     @cached_property
     def stretches(self) -> list[Stretch]:

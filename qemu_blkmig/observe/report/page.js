@@ -9,11 +9,11 @@
     if (!rows.length) return;
     bar.hidden = false;
     const show = () => {
-      const [part, values] = rows[slider.value];
-      const place = `${part * 100}%`;
+      const [part, end, values] = rows[slider.value];
       for (const line of document.querySelectorAll(".timed .cursor")) {
-        line.setAttribute("x1", place);
-        line.setAttribute("x2", place);
+        const place = line.closest(".close") ? end : part;
+        line.setAttribute("x1", `${place * 100}%`);
+        line.setAttribute("x2", `${place * 100}%`);
       }
       document.body.classList.add("pointed");
       output.replaceChildren(...heads.map((head, at) => {
@@ -29,9 +29,10 @@
         const box = figure.getBoundingClientRect();
         const part = (event.clientX - box.left) / box.width;
         if (part < 0 || part > 1) return;
+        const axis = figure.matches(".close") ? 1 : 0;
         let nearest = 0;
-        rows.forEach(([each], at) => {
-          if (Math.abs(each - part) < Math.abs(rows[nearest][0] - part)) nearest = at;
+        rows.forEach((row, at) => {
+          if (Math.abs(row[axis] - part) < Math.abs(rows[nearest][axis] - part)) nearest = at;
         });
         slider.value = nearest;
         show();

@@ -15,10 +15,11 @@ from markupsafe import Markup
 
 from qemu_blkmig import __version__
 from qemu_blkmig.job.status import BUSY, FINISHED, LEFT, RUNNING, SUSPENDED, DiskStatus
-from qemu_blkmig.observe.report import figures
+from qemu_blkmig.observe.report import figures, timelines
 from qemu_blkmig.observe.report.axis import clock
 from qemu_blkmig.observe.report.figures import Mapped
 from qemu_blkmig.observe.report.material import Material
+from qemu_blkmig.observe.report.timelines import View
 from qemu_blkmig.units import show_bytes, show_rate, show_seconds
 
 PROVEN = {
@@ -71,7 +72,10 @@ def render(material: Material, *, live: bool = False) -> str:
         "base-uri 'none'",
         "form-action 'none'",
     ]
-    timed = [figures.rate(material), figures.pending(material), figures.predicted(material)]
+    whole, end = View.whole(material), View.end(material)
+    timed = [timelines.rate(whole), timelines.pending(whole), *([] if end else [timelines.predicted(whole)])]
+    kinds = (timelines.phases, timelines.rate, timelines.pending, timelines.predicted)
+    closer = [kind(end) for kind in kinds] if end else []
     return _template().render(
         job=material.status.job,
         guest=material.environment.get("Guest"),
@@ -81,14 +85,17 @@ def render(material: Material, *, live: bool = False) -> str:
         live=live,
         over=over,
         verdict=verdict(material),
-        status=material.status,
+        source=material.story.facts.get("source") or material.status.source,
+        destination=material.story.facts.get("destination") or material.status.destination,
+        next=material.status.next,
         tiles=list(tiles(material)),
         began=_moment(material.axis.began),
         made=_moment(material.now),
-        phases=figures.phases(material) if material.stretches else None,
+        phases=timelines.phases(whole) if material.stretches else None,
         timed=[figure for figure in timed if figure is not None],
-        numbers=figures.figures_table(material) if material.story.samples else None,
-        moments=figures.moments(material),
+        closer=[figure for figure in closer if figure is not None],
+        numbers=timelines.figures_table(material) if material.story.samples else None,
+        moments=timelines.moments(material),
         pause=figures.pause(material),
         disks=list(_disks(material)),
         proven=_proven(material),
@@ -111,7 +118,8 @@ def verdict(material: Material) -> Verdict:
         word = "cancelled" if outcome.exit_code >= 128 else f"failed (exit code {outcome.exit_code})"
         return Verdict("failed", word, _sentence(f"{outcome.text}; {outcome.guest}" if outcome.guest else outcome.text))
     word = f"{status.state}: {status.phase}" if status.state == RUNNING and status.phase else status.state
-    return Verdict(SIGNS.get(status.state, "failed"), word, _sentence(status.guest or ""))
+    told = f" {_sentence(status.note)}" if status.note and status.state != RUNNING else ""
+    return Verdict(SIGNS.get(status.state, "failed"), word, f"{_sentence(status.guest or '')}{told}")
 
 
 def tiles(material: Material) -> Iterator[Tile]:
@@ -136,7 +144,8 @@ def tiles(material: Material) -> Iterator[Tile]:
         sent, size = sum(disk.copied for disk in disks), sum(disk.size for disk in disks)
         count = "1 disk" if len(disks) == 1 else f"{len(disks)} disks"
         yield Tile("sent", show_bytes(sent), f"for {count} of {show_bytes(size)}")
-        yield Tile("rounds", str(max(disk.rounds for disk in disks)), "over what the guest wrote meanwhile")
+        if rounds := max(disk.rounds for disk in disks):
+            yield Tile("rounds", str(rounds), "over what the guest wrote meanwhile")
     if result is not None:
         proven = {"full": "in full", "written": "as written", "none": "no"}[result.verified]
         yield Tile("verified", proven, "", result.verified != "none")
