@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from integration.tool import (
     start,
 )
 from qemu_blkmig.demo.guest import Orders
+from qemu_blkmig.destination.basecache import SETTLED
 
 MIB = 1 << 20
 
@@ -67,6 +70,7 @@ def copying(lab: Lab, name: str, size: int, *options: object) -> tuple[subproces
     """Start to copy an image full of data; its process and, once it copies, its job."""
     known = {path.parent.name for path in lab.state.glob("*/record.json")}
     disk = lab.disk(name, size, data=[(0, size)])
+    wait_until(lambda: time.time() > disk.path.stat().st_ctime + SETTLED, "an image that is at rest")
     process = start(arguments("copy", disk.path, lab.target, "--output", "json", *options))
     new: list[str] = []
 
@@ -114,18 +118,47 @@ def test_a_cancelled_job_ends_clean_and_a_killed_one_is_told_of_and_cleaned_up(l
     assert not list(lab.target.iterdir()) and listed() == []
     assert status(job)["outcome"]["exit_code"] == 130
 
-    process, job = copying(lab, "other", 16 * MIB, "--bandwidth", "64k")
+    process, job = copying(lab, "other", 16 * MIB, "--bandwidth", "1")
+    wait_until(lambda: carried(job) > 0, "something to be kept")
     os.kill(process.pid, signal.SIGKILL)
     finish(process)
-    wait_until(lambda: listed() == [], "the watchdog")
+    wait_until(lambda: status(job)["state"] == "suspended", "the watchdog")
+    tool("cleanup", job).succeeded()
     told = status(job)
     assert told["state"] == "finished" and told["disks"][0]["size"] == 16 * MIB
-    assert "by its watchdog" in told["outcome"]["text"]
-    assert not list(lab.target.iterdir())
+    assert listed() == [] and not list(lab.target.iterdir())
+
+
+def killed_in_the_middle(lab: Lab, name: str) -> str:
+    """A copy of an image that has come far when it is killed; its job, once that is at rest."""
+    process, job = copying(lab, name, 16 * MIB, "--bandwidth", "8")
+    wait_until(lambda: carried(job) > 8 * MIB, "half of it")
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    wait_until(lambda: status(job)["state"] == "suspended", "the watchdog")
+    return job
+
+
+def test_the_copy_of_an_image_goes_on_if_the_image_is_as_it_was(lab: Lab) -> None:
+    job = killed_in_the_middle(lab, "disk")
+    result = tool("resume", job, "--bandwidth", "1000", "--output", "json").succeeded().result
+    assert result["disks"][0]["resumed"] >= 4 * MIB
+    assert filecmp.cmp(lab.directory / "disk", lab.target / "disk", shallow=False)
+
+    job = killed_in_the_middle(lab, "other")
+    with (lab.directory / "other").open("r+b") as image:
+        image.write(b"changed")
+    changed = tool("resume", job).failed(3, "has changed since its copy began", f"qemu-blkmig resume {job} --compare")
+    assert "is kept at the destination" in changed.stderr
+    tool("resume", job, "--compare", "--bandwidth", "1000").succeeded()
+    assert filecmp.cmp(lab.directory / "other", lab.target / "other", shallow=False)
+    assert listed() == []
 
 
 def test_a_job_whose_processes_are_all_dead_is_told_to_be_left_behind_and_cancel_removes_it(lab: Lab) -> None:
     process, job = copying(lab, "disk", 16 * MIB, "--bandwidth", "64k")
+    # It is not to act upon the end of one before all are dead.
+    os.kill(process.pid, signal.SIGSTOP)
     for pid in [*_children(process.pid), process.pid]:
         os.kill(pid, signal.SIGKILL)
     finish(process)

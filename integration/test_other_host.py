@@ -158,7 +158,10 @@ def test_an_agent_of_another_protocol_is_told_with_what_to_install(lab: FarLab, 
 def test_a_destination_that_is_full_is_told(lab: FarLab, disk: Disk) -> None:
     lab.hosts.run("mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", lab.target, far=True)
     try:
-        copy(lab, disk).failed(1, "disk", "No space left on device")
+        told = copy(lab, disk).failed(1, "disk", "No space left on device", now="is kept at the destination")
+        (job,) = (path.parent.name for path in lab.state.glob("*/record.json"))
+        assert f"qemu-blkmig resume {job}" in told.stderr
+        finish(start([*lab.entering, *COMMAND, "cleanup", job])).succeeded()
         assert lab.hosts.run("ls", lab.target, far=True) == ""
     finally:
         lab.hosts.run("umount", lab.target, far=True)

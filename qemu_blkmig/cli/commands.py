@@ -153,7 +153,7 @@ def _copy(arguments: argparse.Namespace) -> int:
     wanted = CopyOptions(
         target=Target(options.place(arguments)),
         source=place if kind == "qmp" else None,
-        image=place if kind == "image" else None,
+        image=os.path.abspath(place) if kind == "image" else None,  # noqa: PTH100 - links stay
         image_format=arguments.source_format,
         agent=arguments.agent,
         freeze_limit=arguments.freeze_limit,

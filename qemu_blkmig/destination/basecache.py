@@ -47,6 +47,11 @@ def identity(files: Sequence[str]) -> Identity | None:
     return tuple(found)
 
 
+def settled(files: Identity) -> bool:
+    """Whether any change from now on will be seen: none was so lately that a later one may look like it."""
+    return max(max(mtime, ctime) for *_, mtime, ctime in files) <= (time.time() - SETTLED) * 1e9
+
+
 class BaseCache:
     """A file in this host's state directory. That it cannot be read or written costs time, never a failure."""
 
@@ -62,8 +67,7 @@ class BaseCache:
 
     def keep(self, files: Identity, algorithm: str, digest: bytes) -> None:
         """Remember a digest, unless a file changed so lately that a later change may look like this one."""
-        newest = max(max(mtime, ctime) for *_, mtime, ctime in files)
-        if newest > (time.time() - SETTLED) * 1e9:
+        if not settled(files):
             return
         paths = [file[0] for file in files]
         others = [

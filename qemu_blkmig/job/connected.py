@@ -77,29 +77,34 @@ async def connect(
     await life.agree(plan)
     transfer = options.transfer
     log, exports = await life.open_source(plan, transfer.granularity, options.selection.shared_base, transfer.data)
-    try:
-        await carriage.open(life.exports.address, exports)
-    except Refused as error:
-        if life.job.record.recording:
-            error.advice = error.advice or compare_instead(life.job.record.job)
-        raise
+    await open_carriage(life, carriage, life.exports.address, exports)
     engine = await carriage.engine(log, guest, clock, life.reporter.maps.watched)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
     return Connected(guest, carriage, guard, engine, carriage.verification(engine, clock))
 
 
-async def begin(life: Lifecycle, connected: Connected) -> None:
+async def open_carriage(life: Lifecycle, carriage: Carrying, source: Address, exports: dict[str, str]) -> None:
+    """Connect the mover to the exports. Raises what that raises, with what a job that is gone on with may do."""
+    try:
+        await carriage.open(source, exports)
+    except Refused as error:
+        if life.job.record.recording:
+            error.advice = error.advice or compare_instead(life.job.record.job)
+        raise
+
+
+async def begin(life: Lifecycle, carriage: Carrying, engine: BlockMigration) -> None:
     """Start to record what the guest writes, or go on with what was recorded while the job was suspended.
 
     From now on a failure that can be mended suspends the job. Raises `Refused` when the recording is not there.
     """
     record = life.job.record
     if record.recording and not life.job.starts_over:
-        await _go_on(life, connected)
+        await _go_on(life, carriage, engine)
     else:
         await life.forget_stable()
-        await connected.engine.setup()
-        record.recording = await connected.carriage.keep()
+        await engine.setup()
+        record.recording = await carriage.keep()
         try:
             await life.job.save()
         except RecordFailed:
@@ -108,10 +113,10 @@ async def begin(life: Lifecycle, connected: Connected) -> None:
             raise
 
 
-async def _go_on(life: Lifecycle, connected: Connected) -> None:
-    await connected.carriage.keep()
+async def _go_on(life: Lifecycle, carriage: Carrying, engine: BlockMigration) -> None:
+    await carriage.keep()
     try:
-        await connected.engine.resume(life.stable())
+        await engine.resume(life.stable())
     except Refused as error:
         error.advice = compare_instead(life.job.record.job)
         raise

@@ -12,7 +12,7 @@ from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, Stalled
 from qemu_blkmig.job.carriage import Carriage
-from qemu_blkmig.job.connected import Carrying, begin, connect
+from qemu_blkmig.job.connected import Carrying, begin, connect, open_carriage
 from qemu_blkmig.job.imagefile import ImageSource
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
@@ -87,21 +87,24 @@ async def copy(
 async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_way: OpenWay, clock: Clock) -> Result:
     """The same engine over a disk that nobody writes to."""
     watch = Stopwatch(clock, life.reporter)
+    resumable = isinstance(options, CopyOptions) and not options.part
     with watch.phase("prepare"):
         way = await open_way(life)
         source = await ImageSource.serve(str(options.image), options.image_format, life.job.runtime)
     try:
+        if resumable:
+            await _keep_in_mind(life.job, source)
         plan = await way.planner.plan_image(source.disk, _placed(source.disk.name, options))
         plan.require()
         carriage = way.carriage(plan)
         await carriage.prepare()
-        await carriage.open(UnixAddress(str(source.socket)), {source.disk.name: ""})
+        await open_carriage(life, carriage, UnixAddress(str(source.socket)), {source.disk.name: ""})
         await life.agree(plan)
         engine = await carriage.engine(source, source, clock, life.reporter.maps.watched)
         life.steering.on_change(lambda: engine.limit(life.steering.rate))
         async with Sharing(life.job.record.job, options.transfer, life.steering, life.reporter):
             with watch.phase("bulk"):
-                await engine.setup()
+                await (begin(life, carriage, engine) if resumable else engine.setup())
                 await engine.bulk()
         await engine.complete()
         verification = carriage.verification(engine, clock)
@@ -128,6 +131,14 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         verified=options.verify.value,
         warnings=list(plan.warnings),
     )
+
+
+async def _keep_in_mind(job: Job, source: ImageSource) -> None:
+    """What the image is like, or was when a copy of it began that is gone on with."""
+    if job.record.recording and not job.starts_over:
+        source.was(job.record.unchanged)
+    else:
+        job.record.unchanged = await source.unchanged()
 
 
 def _placed(disk: str, options: CopyOptions | SaveOptions) -> Placed | None:
@@ -163,7 +174,7 @@ class GuestCopy:
         sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
         async with sharing:
             with self._watch.phase("bulk"):
-                await begin(self._life, self._connected)
+                await begin(self._life, self._carriage, self._engine)
                 await self._engine.bulk()
             sharing.bulk_over()
             async with self._verification.in_background():

@@ -10,7 +10,8 @@ import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
-from qemu_blkmig.destination import locks
+from qemu_blkmig.destination import images, locks
+from qemu_blkmig.destination.basecache import Identity, identity, settled
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
@@ -31,6 +32,7 @@ class ImageSource:
 
     def __init__(self, disk: Disk, socket: Path, server: asyncio.subprocess.Process, descriptor: int) -> None:
         """Use `serve`. `descriptor` holds the image's lock."""
+        self._before: Identity | None = None
         self.disk = disk
         self.socket = socket
         self._server = server
@@ -78,12 +80,35 @@ class ImageSource:
         await self._server.wait()
         os.close(self._descriptor)
 
+    async def unchanged(self) -> Identity | None:
+        """What tells later whether the image is still as it is now; None where nothing does.
+
+        That is so of block devices, and of files that were written to so lately that another change may not be seen.
+        """
+        _, files = await asyncio.to_thread(images.chain, self.disk.filename, self.disk.format)
+        found = identity(files)
+        return found if found is not None and settled(found) else None
+
+    def was(self, before: Identity | None) -> None:
+        """When a copy of it that is to be gone on with began, `unchanged` told `before`."""
+        self._before = before
+
     async def start(self) -> None:
         """Nothing to record."""
 
     async def reattach(self) -> None:
-        """Nothing was recorded, and nothing could be missed only while we were there. Raises `Refused`."""
-        raise Refused("nobody has watched this image file meanwhile: its copy cannot be resumed")
+        """Nothing was recorded, and need not be, if the image is as it was. Raises `Refused`."""
+        path = self.disk.filename
+        if self._before is None:
+            raise Refused(
+                f"whether the image {path} has changed meanwhile cannot be known: it is no file, or was written to "
+                "just before its copy began"
+            )
+        _, files = await asyncio.to_thread(images.chain, path, self.disk.format)
+        if identity(files) != self._before:
+            raise Refused(
+                f"the image {path}, or one below it, has changed since its copy began (its inode, size or time stamps)"
+            )
 
     async def pending(self) -> Mapping[str, int]:
         """Nothing, ever."""

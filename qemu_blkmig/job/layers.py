@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import BlkmigError, Interrupted
+from qemu_blkmig.errors import Interrupted
 from qemu_blkmig.job.base_proof import path_here
 from qemu_blkmig.job.bases import Base, bases_of, path_there
 from qemu_blkmig.job.copy import copy
@@ -47,13 +47,7 @@ async def bring_layers(options: _Options, reporter: Reporter, interrupts: Interr
         return options
     for layer in await _missing(options):
         reporter.note(f"disk {layer.disk}: {layer.file} is copied first, as a layer of its own (--flatten no)")
-        try:
-            await copy(_copied(layer, options), reporter, interrupts, clock)
-        except BlkmigError as error:
-            # Whoever resumes it has a layer, and not yet what was asked for.
-            error.suspended = None
-            error.advice = f"{error.advice}; then run the same command again" if error.advice else None
-            raise
+        await copy(_copied(layer, options), reporter, interrupts, clock)
         if interrupts.received is not None:
             raise Interrupted(interrupts.received)
     return replace(options, selection=replace(options.selection, base=None))
@@ -68,6 +62,7 @@ def _copied(layer: _Layer, options: MigrateOptions | CopyOptions) -> CopyOptions
         selection=replace(options.selection, disks=None, base=None, compare=False, target_is_zero=False),
         transfer=replace(options.transfer, data=None),
         verify=options.verify,
+        part=True,
     )
 
 

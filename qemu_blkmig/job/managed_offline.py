@@ -102,6 +102,7 @@ def _copies(options: ManagedOptions, domain: Domain, arrangement: Arrangement) -
         transfer=options.transfer,
         verify=options.verify,
         owner=arrangement.owner,
+        part=True,
     )
     for disk in domain.disks:
         if (path := arrangement.paths.get(disk.target)) is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from qemu_blkmig.destination.basecache import Identity
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.errors import RecordFailed, Refused
@@ -82,7 +83,8 @@ class Record(msgspec.Struct):
     `marked`: the ownership records at the destination say that it has the guest.
     `identities`: the files that `images` are. `migrate`, `copy`: what was asked for, so that it can be resumed.
     `steered`: what of that holds now.
-    `recording`: our bitmaps record on the source what the destination, which holds a part, has not got.
+    `recording`: our bitmaps record on the source what the destination, which holds a part, has not got; of an image
+    file that is copied, nobody writes to it, which `unchanged` tells: its files, None where nothing does.
     `suspended`: the guest is at rest at the source, and the job can be resumed.
     `throttled`: disks whose writes we slow, or are about to, with the limits that they had.
     `managed`: both QEMUs are libvirt's, and only libvirt pauses, resumes and ends the guest.
@@ -119,6 +121,7 @@ class Record(msgspec.Struct):
     copy: CopyOptions | None = None
     steered: Steered | None = None
     recording: bool = False
+    unchanged: Identity | None = None
     suspended: bool = False
     throttled: list[Throttled] = []
     managed: Managed | None = None

@@ -70,7 +70,7 @@ class Rounds:
             await self._follow()
             self._engine.aim(self._policy)
             with self._watch.phase("bulk"):
-                await begin(life, self._connected)
+                await begin(life, self._connected.carriage, self._connected.engine)
                 await self._engine.bulk()
             sharing.bulk_over()
             async with self._connected.verification.in_background():
