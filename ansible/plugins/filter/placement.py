@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 DOCUMENTATION = r"""
 name: placement
 short_description: Which domain fits on which host
@@ -17,7 +15,6 @@ description:
   - Finds a host for each domain, by the memory and the storage that are free there.
   - The domains with the most memory come first. Each goes to the host that then has the most memory left, of those
     where its memory fits, and all of its images into their directories.
-positional: rooms
 options:
   _input:
     description: The domains, as M(qemu_blkmig.libvirt.blkmigrate_info) tells of them.
@@ -41,6 +38,8 @@ _value:
   description: The host by the domain's name. A domain that fits nowhere is not in it.
   type: dict
 """
+
+from pathlib import Path
 
 
 class _Room:
