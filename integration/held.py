@@ -16,10 +16,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qemu_blkmig.cli import virsh_blkmigrate
 from qemu_blkmig.cli.main import main
 from qemu_blkmig.engine.migration import BlockMigration
 from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.durable import DurableFile
 from qemu_blkmig.job.last_round import LastRound
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.record import Job, Owner
@@ -48,7 +51,7 @@ AROUND: dict[str, tuple[type, str, str]] = {
     "behind the gate": (LastRound, "keep_in_step", "after"),
     "handed over": (DomainMigration, "wait", "after"),
 }
-"""Moments, by the method before or after which they lie; "decided" and those of the gate besides."""
+"""Moments, by the method before or after which they lie; "decided", "storage" and those of the gate besides."""
 
 
 def _hold_around(owner: type, name: str, when: str, hold: Hold) -> None:
@@ -75,6 +78,18 @@ def _hold_when_decided(hold: Callable[[], None]) -> None:
             hold()
 
     Job.save = held  # type: ignore[method-assign]
+
+
+def _hold_in_storage(hold: Callable[[], None]) -> None:
+    """The disk of the state directory stalls when the record is to say that the destination may take the guest."""
+    write = DurableFile._write
+
+    def stalled(self: DurableFile, content: bytes, synced: bool) -> None:
+        if msgspec.json.decode(content)["owner"] == Owner.UNDECIDED.value:
+            hold()
+        write(self, content, synced)
+
+    DurableFile._write = stalled  # type: ignore[method-assign]
 
 
 def _hold_at_the_gate(when: str, hold: Callable[[], None]) -> None:
@@ -119,6 +134,8 @@ def _run() -> int:
 
     if moment == "decided":
         _hold_when_decided(block)
+    elif moment == "storage":
+        _hold_in_storage(block)
     elif moment in ("gate to be opened", "gate open"):
         _hold_at_the_gate("after" if moment == "gate open" else "before", block)
     else:

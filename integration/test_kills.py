@@ -48,6 +48,14 @@ def test_a_coordinator_that_hangs_while_it_may_pause_the_guest_is_ended(bench: B
     attempt.assert_given_up(suspended=moment in KEPT)
 
 
+def test_storage_that_stalls_in_the_handover_does_not_keep_the_guest_paused(bench: Bench) -> None:
+    attempt = bench.attempt_at("storage")
+    wait_until(lambda: attempt.source.status() == "running", "the guest", 40)
+    attempt.go_on()
+    attempt.outcome().failed(1, "its storage did not take it within 10 s", now="the guest runs at the source")
+    attempt.assert_suspended()
+
+
 @pytest.mark.parametrize("moment", [*LIVE, "paused"])
 def test_a_migration_whose_watchdog_died_is_given_up(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)

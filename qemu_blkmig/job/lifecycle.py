@@ -59,6 +59,8 @@ log = logging.getLogger(__name__)
 
 MOMENT = 0.5
 """Seconds in which the end of a connection shows everywhere."""
+JOURNAL = 2.0
+"""Seconds in which the journal should have taken in what a resume goes by; what it has not is copied again."""
 INSISTED = 5.0
 """Seconds that who insists on our end is kept waiting for our storage."""
 
@@ -461,7 +463,10 @@ class Lifecycle:
         if suspend:
             self.journal.note(f"the job rests: {failure}")
             self.reporter.close()
-            await self.journal.written()
+            # The guest may stand still, and does not wait for a disk that stalls.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(JOURNAL):
+                    await self.journal.written()
         settlement = await self.settle(suspend=suspend)
         # An agent that goes on would keep our end waiting for it.
         await self._release_images()
