@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from qemu_blkmig.job.diskmap import BANDS, UNIT, DiskMap
 from qemu_blkmig.observe.report import drawing
-from qemu_blkmig.observe.report.axis import Mark
+from qemu_blkmig.observe.report.axis import Mark, clock, thinned
 from qemu_blkmig.observe.report.drawing import HIGH, WIDE, TimedFigure
 from qemu_blkmig.observe.report.figure import Figure, Key, Table
 from qemu_blkmig.observe.report.material import Material
@@ -20,6 +20,8 @@ SHADES = 6
 """Shades of what was sent at a time and place."""
 HOT = 4
 """Times that a place is copied without being hot."""
+PARTS = 16
+"""Parts of a disk in a table."""
 PLACES = 8
 """Hot places that are named."""
 
@@ -94,7 +96,25 @@ def _times(material: Material, number: int, name: str, drawn: DiskMap) -> Figure
         f"again at one height is hot. The stronger its colour, the more was sent in {show_seconds(drawn.slot)}."
     )
     svg = figure.svg(f"When each part of {name} was copied", f"times-{number}-words")
-    return Figure(f"times-{number}", "When each part was copied", words, svg)
+    return Figure(f"times-{number}", "When each part was copied", words, svg, table=_parts(drawn, end))
+
+
+def _parts(drawn: DiskMap, end: float) -> Table:
+    """When parts of the disk were copied first and last, and how much was sent of them; the last slot ends at `end`."""
+    rows = []
+    for bands in thinned(BANDS, PARTS):
+        sent = [sum(drawn.picture[slot * BANDS + band] for band in bands) for slot in range(drawn.used)]
+        slots = [slot for slot, amount in enumerate(sent) if amount]
+        when = [clock(round(max(0.0, end - (drawn.used - slot) * drawn.slot), 1)) for slot in slots]
+        rows.append(
+            [
+                show_bytes(drawn.size * bands[0] / BANDS),
+                when[0] if when else "-",
+                when[-1] if when else "-",
+                show_bytes(sum(sent) * UNIT),
+            ]
+        )
+    return Table(("from", "first sent at", "last sent at", "sent in all"), rows)
 
 
 def _hottest(drawn: DiskMap) -> Table | None:
