@@ -286,8 +286,8 @@ def add_source_images(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser) -> None:
     """How progress and result are told."""
     parser.add_argument("--progress", choices=["auto", "bar", "json", "none"], default="auto",
-                        help="on stderr: a bar, one JSON object a line, or nothing (default: auto, a bar on a "
-                        "terminal, else a line for each phase)")  # fmt: skip
+                        help="on stderr: figures drawn in place (bar), one JSON object a line, or nothing "
+                        "(default: auto, figures on a terminal, else a line for each phase)")  # fmt: skip
     add_form(parser)
 
 

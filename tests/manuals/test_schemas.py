@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from integration.promised import assert_output_promised, assert_promised
 from manuals.schemas import FOLDER, OUTPUTS, Output, broken, schema, text
 from qemu_blkmig.cli.main import main
+from qemu_blkmig.observe.outlet import Outlet
 from qemu_blkmig.observe.progress import JsonLines
 from qemu_blkmig.places import STATE_VARIABLE
 from tests.observe.sample import MIB, disk, figures
@@ -51,12 +52,14 @@ def test_what_programs_rely_on_does_not_go_away_unnoticed() -> None:
 
 def test_events_are_as_promised() -> None:
     stream = io.StringIO()
-    display = JsonLines(stream)
+    outlet = Outlet(stream)
+    display = JsonLines(outlet)
     display.job("1a2b3c4d")
     display.limits(0.3, None)
     display.stage("bulk")
     display.figures(figures(disk(bulk_done=MIB), disk("vdb")))
     display.note("a note")
+    outlet.close()
     told = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [each["event"] for each in told] == ["job", "limits", "stage", "figures", "note"]
     for each in told:

@@ -24,6 +24,7 @@ from qemu_blkmig.job.result import Downtime
 from qemu_blkmig.observe import export, watch
 from qemu_blkmig.observe.export import Export, last_times
 from qemu_blkmig.observe.metrics import Metrics
+from qemu_blkmig.observe.outlet import Outlet
 from qemu_blkmig.observe.progress import JsonLines
 from qemu_blkmig.observe.watch import Asked, Counting, parse_listen, watching
 from tests.observe.sample import MIB, disk, figures
@@ -230,11 +231,13 @@ def test_a_defect_in_the_counting_is_told_once_and_the_display_goes_on() -> None
             raise ZeroDivisionError
 
     stream = io.StringIO()
-    counting = Counting(JsonLines(stream), Broken("migrate", SOURCE, "local:/new"), deque())
+    outlet = Outlet(stream)
+    counting = Counting(JsonLines(outlet), Broken("migrate", SOURCE, "local:/new"), deque())
     counting.stage("bulk")
     for _ in range(2):
         counting.figures(figures())
     counting.stage("dirty")
+    outlet.close()
     told = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [each["stage"] for each in told if each["event"] == "stage"] == ["bulk", "dirty"]
     assert [each["text"] for each in told if each["event"] == "note"] == [
