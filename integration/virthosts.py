@@ -19,7 +19,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from integration.hosts import PORT, TIED, Hosts
-from integration.lab import Disk, LabError, wait_until
+from integration.lab import Disk, LabError, odd_memory, wait_until
 from qemu_blkmig.demo.guest import Kernel, Orders
 
 _PRIVATE = {
@@ -166,7 +166,10 @@ def _of_daemon(pid: int) -> list[int]:
 
 
 def domain_xml(name: str, disks: Sequence[Disk], orders: Orders, kernel: Kernel, initramfs: Path, console: Path) -> str:
-    """A small emulated guest that boots the laboratory's kernel; its console goes to the file `console`."""
+    """A small emulated guest that boots the laboratory's kernel; its console goes to the file `console`.
+
+    libvirt rounds memory to MiB, so that QEMU gets it past it (see `odd_memory`).
+    """
     words = escape(orders.command_line())
     devices = "".join(
         f"<disk type='file' device='disk'><driver name='qemu' type='{disk.format}'/><source file='{disk.path}'/>"
@@ -174,7 +177,7 @@ def domain_xml(name: str, disks: Sequence[Disk], orders: Orders, kernel: Kernel,
         for number, disk in enumerate(disks)
     )
     return f"""
-<domain type='qemu'>
+<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name>
   <memory unit='MiB'>160</memory>
   <vcpu>1</vcpu>
@@ -191,6 +194,11 @@ def domain_xml(name: str, disks: Sequence[Disk], orders: Orders, kernel: Kernel,
     <serial type='file'><source path='{console}'/></serial>
     <memballoon model='none'/>
   </devices>
+  <qemu:commandline>
+    <qemu:arg value='-object'/><qemu:arg value='memory-backend-ram,id=odd,size={odd_memory(160)}'/>
+    <qemu:arg value='-machine'/><qemu:arg value='memory-backend=odd'/>
+    <qemu:arg value='-m'/><qemu:arg value='size={odd_memory(160) >> 10}k'/>
+  </qemu:commandline>
 </domain>
 """
 

@@ -152,7 +152,7 @@ class VirtLab:
         return Listened([*self.entering, *command, *words], go)
 
     def _words(self, domain: Domain) -> list[str]:
-        return ["--live", domain.name, self.target, "--downtime", "3000"]
+        return ["--live", domain.name, self.target, "--downtime", "10000"]
 
     def cleaned_up(self) -> None:
         """Give up what was suspended, if anything was."""

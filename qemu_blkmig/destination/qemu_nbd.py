@@ -63,12 +63,13 @@ class QemuNbd:
 async def start(path: str, image_format: str, connections: int, *, keep_allocated: bool = False) -> QemuNbd:
     """Serve the image to `connections` connections, and to nobody else. Call it from a thread that lives on.
 
+    What it writes goes past the page cache where the file system can do that (docs/decisions/026-past-the-cache.md).
     The socket's directory is gone when this returns, so that not even a killed agent leaves one behind. Raises
     `DestinationFailed` with what qemu-nbd said.
     """
     options = [
         "--cache",
-        "writeback",
+        "none" if await asyncio.to_thread(_opens_direct, path) else "writeback",
         "--discard",
         "ignore" if keep_allocated else "unmap",
         "--detect-zeroes",
@@ -132,6 +133,15 @@ async def _first_connection(process: subprocess.Popen[bytes], listening: Path) -
                 if exited:
                     raise
             await asyncio.sleep(0.01)
+
+
+def _opens_direct(path: str) -> bool:
+    """Whether O_DIRECT is to be had: some file systems, such as an older tmpfs, refuse to open a file with it."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
 
 
 def _last_words(complaints: IO[bytes]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from qemu_blkmig import errors
+from qemu_blkmig.destination.writeback import WriteBack
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.connection import Connection
 from qemu_blkmig.nbd.reader import NbdReader
@@ -76,9 +77,11 @@ class RawWriter:
         self._zero_fast = self._punch if self._regular else self._zero_out
         self._can_zero_fast = True
         self._libc = ctypes.CDLL(None, use_errno=True)
+        self._write_back = WriteBack(descriptor)
 
     def write(self, data: memoryview, offset: int, done: Done) -> None:
         """See `Writer`."""
+        self._write_back.wrote(len(data))
         done(_errno_of(lambda: self._write_all(data, offset)))
 
     def zero(self, offset: int, length: int, done: Done) -> None:
@@ -117,6 +120,7 @@ class RawWriter:
 
     def close(self) -> None:
         """See `Writer`."""
+        self._write_back.stop()
         os.close(self._descriptor)
 
     def _seek(self, offset: int, whence: int, otherwise: int) -> int:

@@ -50,7 +50,7 @@ class Tuning:
     chunk_size: int = 1 << 20
     range_size: int = 128 << 20
     batch: int = 4096
-    flushes: int = 64
+    flushes: int = 32
     granule: int = 64 << 10
 
     def __post_init__(self) -> None:

@@ -1,0 +1,56 @@
+"""Writing out begins in time, and ends with the writer."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from qemu_blkmig.destination.writeback import STRETCH, WriteBack
+
+
+def test_writing_begins_with_every_stretch_and_not_before(tmp_path: Path) -> None:
+    begun: list[str] = []
+    seen = threading.Semaphore(0)
+
+    def begin(descriptor: int) -> None:
+        begun.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        seen.release()
+
+    descriptor = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT)
+    write_back = WriteBack(descriptor, begin)
+    write_back.wrote(STRETCH - 1)
+    assert not begun
+    write_back.wrote(1)
+    assert seen.acquire(timeout=60)
+    write_back.wrote(2 * STRETCH)
+    assert seen.acquire(timeout=60)
+    write_back.stop()
+    assert begun == [str(tmp_path / "image")] * 2
+    os.close(descriptor)
+
+
+def _files() -> list[Path]:
+    return [each for each in Path("/proc/self/fd").iterdir() if each.exists()]
+
+
+def test_nothing_of_it_is_left_when_it_is_stopped(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT)
+    threads, files = threading.active_count(), _files()
+    write_back = WriteBack(descriptor)
+    assert threading.active_count() == threads + 1
+    write_back.stop()
+    assert threading.active_count() == threads
+    assert _files() == files
+    os.close(descriptor)
+
+
+def test_what_cannot_be_written_out_early_harms_nobody() -> None:
+    reading, writing = os.pipe()
+    write_back = WriteBack(writing)
+    write_back.wrote(STRETCH)
+    write_back.stop()
+    os.write(writing, b"x")
+    assert os.read(reading, 1) == b"x"
+    os.close(reading)
+    os.close(writing)
