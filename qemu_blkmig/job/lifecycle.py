@@ -54,6 +54,7 @@ from qemu_blkmig.qmp.socket import SocketMonitor
 from qemu_blkmig.qmp.topology import Topology
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
+from qemu_blkmig.virt.connection import Connection
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Lifecycle:
         self._interrupts = interrupts
         self._guard: Guard | None = None
         self._source: Monitor | None = None
+        self._libvirts: tuple[Connection, Connection] | None = None
         self._exports: ExportServer | None = None
         self._host: Host | None = None
         self._agent: AgentClient | None = None
@@ -262,9 +264,10 @@ class Lifecycle:
         await self.job.save()
         return self._source
 
-    def adopt_source(self, monitor: Monitor) -> None:
-        """The source QEMU is a domain of libvirt's, and reached through that."""
+    def adopt_domain(self, monitor: Monitor, source: Connection, target: Connection) -> None:
+        """The guest is a domain of libvirt's: its QEMU, and both libvirts, by connections that outlast this."""
         self._source = monitor
+        self._libvirts = (source, target)
 
     async def start_agent(self, place: Place) -> AgentClient:
         """Start the agent beside the destination's storage at `place`. Raises `Refused`, `DestinationFailed`."""
@@ -402,7 +405,9 @@ class Lifecycle:
             await self._mark(self._agent, result)
         if self.job.record.owner is Owner.DESTINATION:
             target = self.target.monitor if self.target is not None else None
-            settlement = await settle(self.job, self._source, target, host=self._host, agent=self._agent)
+            settlement = await settle(
+                self.job, self._source, target, host=self._host, agent=self._agent, libvirts=self._libvirts
+            )
             self._ended_there = settlement.ended
             result.warnings.extend(settlement.facts[1:])
         else:

@@ -120,7 +120,7 @@ class _Run:
         domain = ends.domain
         record.managed = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
         monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
-        life.adopt_source(monitor)
+        life.adopt_domain(monitor, ends.source, ends.target)
         self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target, agent)
         placed = self._arrangement.placed(domain)
         planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)

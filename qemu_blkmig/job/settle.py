@@ -25,6 +25,7 @@ from qemu_blkmig.job.source_images import Afterwards, leave_behind
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
+from qemu_blkmig.virt.connection import Connection
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,14 @@ async def settle(
     host: Host | None = None,
     agent: AgentClient | None = None,
     *,
+    libvirts: tuple[Connection, Connection] | None = None,
     suspend: bool = False,
     destination_is_off: bool = False,
 ) -> Settlement:
     """Settle the job. `source` and `destination` are live monitors, where the caller has them; they are closed.
 
-    `host` and `agent` are the caller's ways to the destination host, and stay; without them it is reached anew.
+    `host` and `agent` are the caller's ways to the destination host, and stay, as do `libvirts` (the source's, the
+    destination's), which must be sound; without them they are reached anew.
 
     `destination_is_off`: a person says so, and that no guest runs there any more. It counts only where that host cannot
     be reached: then the guest is the source's, and what is left there is to be ended when it can be.
@@ -65,7 +68,7 @@ async def settle(
     beyond = There(job, host, agent)
     sides: Sides
     if record.managed is not None:
-        sides = Domains(job, record.managed, is_off=destination_is_off)
+        sides = Domains(job, record.managed, is_off=destination_is_off, lent=libvirts)
     else:
         here = Peer("source QEMU", Here(), record.source_qmp, record.source_process, source)
         there = Peer("destination QEMU", beyond, record.target_qmp, record.target_process, destination)

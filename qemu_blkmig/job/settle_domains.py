@@ -48,14 +48,20 @@ class _State:
 
 
 class Domains:
-    """See `Sides`. `is_off`: a person says that the destination host is, or that the guest runs there no more."""
+    """See `Sides`. `is_off`: a person says that the destination host is, or that the guest runs there no more.
 
-    def __init__(self, job: Job, managed: Managed, *, is_off: bool) -> None:
+    `lent`: connections to both libvirts that are known to be sound, and stay; without them they are reached anew.
+    """
+
+    def __init__(
+        self, job: Job, managed: Managed, *, is_off: bool, lent: tuple[Connection, Connection] | None = None
+    ) -> None:
         self._job = job
         self._managed = managed
         self._is_off = is_off
-        self._near_end: Connection | None = None
-        self._far_end: Connection | None = None
+        self._lent: tuple[Connection, ...] = lent or ()
+        self._near_end: Connection | None = lent[0] if lent else None
+        self._far_end: Connection | None = lent[1] if lent else None
 
     async def decide(self, settlement: Settlement) -> Owner:
         """See `Sides`."""
@@ -151,7 +157,7 @@ class Domains:
         """See `Sides`."""
         migration_sockets.remove(self._job.record.job)
         for connection in (self._near_end, self._far_end):
-            if connection is not None:
+            if connection is not None and connection not in self._lent:
                 await connection.close()
 
     async def _near(self) -> Connection:

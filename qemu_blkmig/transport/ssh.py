@@ -18,6 +18,7 @@ from pathlib import Path
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.launching import PATH_LIMIT
+from qemu_blkmig.transport.ciphers import preferred_ciphers
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 from qemu_blkmig.transport.ssh_words import failure_of, refusal_of_forward
 
@@ -208,6 +209,7 @@ class SshHost:
 
     async def _start_master(self) -> asyncio.subprocess.Process:
         options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
+        options += await preferred_ciphers(self._ssh, self._account, self.name)
         try:
             return await asyncio.create_subprocess_exec(
                 "setpriv", "--pdeathsig", "KILL", *self._ssh,

@@ -1,0 +1,50 @@
+"""Which ciphers ssh is to prefer for a disk's worth of data, where nobody has chosen any.
+
+OpenSSH prefers chacha20-poly1305, which no processor computes by itself; AES-GCM, which it accepts by default just as
+well, moves about twice the bytes a second where the processor knows AES.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+PREFERRED = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
+"""ssh_config(5), Ciphers: put before the default ones. Both hosts know them, or the rest is as it was."""
+_KNOWS_AES = re.compile(r"^(flags|Features)\s*:.*\baes\b", re.MULTILINE)
+
+
+async def preferred_ciphers(ssh: Sequence[str], account: Sequence[str], host: str) -> list[str]:
+    """Options for `ssh` to `host`; none where the user's or the system's configuration names ciphers."""
+    if not await asyncio.to_thread(_processor_knows_aes):
+        return []
+    chosen, default = await asyncio.gather(
+        _ciphers([*ssh, "-G", *account, "--", host]), _ciphers([*ssh, "-G", "-F", "none", "--", host])
+    )
+    return ["-o", f"Ciphers={PREFERRED}"] if chosen is not None and chosen == default else []
+
+
+def _processor_knows_aes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    try:
+        return _KNOWS_AES.search(cpuinfo.read_text()) is not None
+    except OSError:
+        return False
+
+
+async def _ciphers(command: Sequence[str]) -> str | None:
+    """What ssh says that it would offer; None where it does not say."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        return None
+    told, _ = await process.communicate()
+    found = re.search(r"^ciphers (.+)$", told.decode(errors="replace"), re.MULTILINE)
+    return found[1] if found else None

@@ -1,0 +1,49 @@
+"""AES-GCM is preferred where nobody has chosen ciphers, and the processor knows AES."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.transport import ciphers
+
+WITH_AES = "processor\t: 0\nflags\t\t: fpu sse2 aes avx\n"
+
+pytestmark = pytest.mark.skipif(shutil.which("ssh") is None, reason="the system's ssh is asked")
+
+
+@pytest.fixture(autouse=True)
+def knows_aes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ciphers, "_processor_knows_aes", lambda: True)
+
+
+async def test_where_nobody_chose_aes_comes_first(tmp_path: Path) -> None:
+    (config := tmp_path / "config").write_text("Compression no\n")
+    options = await ciphers.preferred_ciphers(["ssh", "-F", str(config)], ["-p", "22"], "there.example")
+    assert options == ["-o", f"Ciphers={ciphers.PREFERRED}"]
+
+
+@pytest.mark.parametrize("chosen", ["aes256-ctr", "-chacha20-poly1305@openssh.com", "^aes256-ctr"])
+async def test_what_a_configuration_chose_stays(tmp_path: Path, chosen: str) -> None:
+    (config := tmp_path / "config").write_text(f"Host there.example\n Ciphers {chosen}\n")
+    assert await ciphers.preferred_ciphers(["ssh", "-F", str(config)], [], "there.example") == []
+    assert await ciphers.preferred_ciphers(["ssh", "-F", str(config)], [], "elsewhere.example") != []
+
+
+@pytest.mark.parametrize("command", [["/bin/false"], ["/nonexistent/ssh"]])
+async def test_an_ssh_that_does_not_tell_is_left_alone(command: list[str]) -> None:
+    assert await ciphers.preferred_ciphers(command, [], "there.example") == []
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "knows"),
+    [(WITH_AES, True), ("Features\t: fp asimd aes pmull\n", True), ("flags\t: fpu vaesx\nmodel\t: aes\n", False)],
+    ids=["x86", "arm", "neither"],
+)
+def test_what_the_processor_knows(tmp_path: Path, cpuinfo: str, knows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    (path := tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert ciphers._processor_knows_aes(path) is knows
+    assert ciphers._processor_knows_aes(tmp_path / "missing") is False
