@@ -83,6 +83,10 @@ class Laboratory:
         full = [*self.hosts.enter, "env", "-C", VM, *command]
         return subprocess.run(full, env=self.environment, check=False, **options).returncode  # type: ignore[call-overload, no-any-return]
 
+    def progress(self) -> list[Path]:
+        """What was written on hosta to files of that name, by commands in the background."""
+        return sorted((self.hosts.near / "vm").glob("*.progress"))
+
     def _write_tools(self, folder: Path) -> None:
         for name, module in _OURS.items():
             _write_script(folder / name, f"{sys.executable} -m {module}")

@@ -39,7 +39,7 @@ unix_sock_group = "root"
 host_uuid = "{uuid}"
 log_outputs = "2:file:{log}"
 """
-_QEMU_CONF = """
+PLAIN = """
 user = "root"
 group = "root"
 security_driver = "none"
@@ -53,7 +53,7 @@ migration_address = "0.0.0.0"
 
 
 AS_DEBIAN = (
-    _QEMU_CONF.replace('"root"', '"libvirt-qemu"', 1)
+    PLAIN.replace('"root"', '"libvirt-qemu"', 1)
     .replace('"root"', '"kvm"', 1)
     .replace("dynamic_ownership = 0\nremember_owner = 0", "dynamic_ownership = 1\nremember_owner = 1")
 )
@@ -68,7 +68,7 @@ class VirtHosts(Hosts):
     `qemu_conf`: of both libvirtds.
     """
 
-    def __init__(self, near: Path, *options: str, qemu_conf: str = _QEMU_CONF) -> None:
+    def __init__(self, near: Path, *options: str, qemu_conf: str = PLAIN) -> None:
         self._daemons: dict[bool, subprocess.Popen[bytes]] = {}
         self._qemu_conf = qemu_conf
         super().__init__(near, *options)
@@ -148,7 +148,7 @@ class VirtHosts(Hosts):
         for name, place in _PRIVATE.items():
             self.run("mkdir", "-p", place, far=far)
             self.run("mount", "--bind", base / name, place, far=far)
-        if self._qemu_conf != _QEMU_CONF and Path("/dev/kvm").exists():
+        if 'user = "root"' not in self._qemu_conf and Path("/dev/kvm").exists():
             # Where QEMU's user may not use it but root may, libvirt takes nothing that it has probed for lasting.
             self.run("mount", "--bind", "/dev/null", "/dev/kvm", far=far)
 
@@ -204,7 +204,7 @@ def domain_xml(name: str, disks: Sequence[Disk], orders: Orders, kernel: Kernel,
 
 
 @contextlib.contextmanager
-def two_virt_hosts(*options: str, qemu_conf: str = _QEMU_CONF) -> Iterator[VirtHosts]:
+def two_virt_hosts(*options: str, qemu_conf: str = PLAIN) -> Iterator[VirtHosts]:
     """hosta and hostb with libvirt, in a folder of their own, which is removed in the end."""
     near = Path(tempfile.mkdtemp(prefix="virt-", dir="/tmp"))
     try:

@@ -1,0 +1,68 @@
+"""libvirt's TLS, and several connections, through the gate: the hosts have certificates for migration."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.virthosts import PLAIN, VirtHosts, two_virt_hosts
+from integration.virtlab import VirtLab
+from qemu_blkmig.demo.guest import Kernel
+
+MIB = 1 << 20
+TCP = ("--migrateuri", "tcp://hostb:49180", "--listen-address", "0.0.0.0")
+KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+
+
+def _certify(directory: Path) -> None:
+    """An authority, and a certificate of its for both hosts, as server and as client, named as qemu.conf wants it."""
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=directory, check=True, capture_output=True)
+
+    openssl("req", "-x509", *KEY, "-keyout", "ca-key.pem", "-out", "ca-cert.pem", "-days", "2", "-subj", "/CN=ca")
+    (directory / "ext").write_text("subjectAltName=DNS:hosta,DNS:hostb\nextendedKeyUsage=serverAuth,clientAuth\n")
+    openssl("req", *KEY, "-keyout", "server-key.pem", "-out", "csr", "-subj", "/CN=hosts")
+    signing = ("-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial", "-days", "2")
+    openssl("x509", "-req", "-in", "csr", *signing, "-extfile", "ext", "-out", "server-cert.pem")
+    for what in ("cert", "key"):
+        (directory / f"client-{what}.pem").write_bytes((directory / f"server-{what}.pem").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def virt() -> Iterator[VirtHosts]:
+    with tempfile.TemporaryDirectory(prefix="pki-", dir="/tmp") as directory:
+        _certify(Path(directory))
+        with two_virt_hosts(qemu_conf=f'{PLAIN}migrate_tls_x509_cert_dir = "{directory}"\n') as hosts:
+            yield hosts
+
+
+@pytest.fixture(scope="module")
+def virtlab(virt: VirtHosts, kernel: Kernel, initramfs: Callable[[bool], Path]) -> VirtLab:
+    return VirtLab(virt, kernel, initramfs)
+
+
+@pytest.mark.parametrize(
+    "words", [("--tls",), ("--tls", *TCP), ("--parallel", "--parallel-connections", "3", *TCP)],
+    ids=["tls by a unix socket", "tls by tcp", "parallel"],
+)  # fmt: skip
+def test_a_guest_moves_through_the_gate(virtlab: VirtLab, words: tuple[str, ...]) -> None:
+    domain = virtlab.boot(virtlab.disk("moved.qcow2", 128 * MIB, data=[(MIB, 16 * MIB)]))
+    virtlab.migrate(domain, *words).succeeded()
+    virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+    domain.destroy()
+
+
+def test_a_certificate_of_another_host_is_refused_and_the_guest_stays(virtlab: VirtLab) -> None:
+    domain = virtlab.boot(virtlab.disk("stays.qcow2", 128 * MIB, data=[(MIB, 16 * MIB)]))
+    virtlab.migrate(domain, "--tls", "--tls-destination", "elsewhere").failed(
+        1, "certificate", now="the guest runs at the source"
+    )
+    virtlab.assert_stayed(domain)
+    virtlab.cleaned_up()
+    domain.destroy()
