@@ -16,6 +16,19 @@ from integration.virtlab import Domain, VirtLab
 from qemu_blkmig.demo.guest import Kernel, build_initramfs, find_kernel
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """See `integration.thorough`."""
+    parser.addoption("--thorough", action="store_true", help="test every moment of everything (about twice the time)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """See `integration.thorough`."""
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def kernel() -> Kernel:
     """The kernel that the guests boot."""

@@ -10,13 +10,15 @@ import pytest
 
 from integration.lab import wait_until
 from integration.luck import Attempt, Bench, kill
+from integration.thorough import also
 
 MOMENTS = ["planned", "launched", "connected", "bulk", "converged", "moving RAM", "paused", "last round over"]
 OTHERS = [(signal.SIGTERM, "bulk"), (signal.SIGTERM, "paused"), (signal.SIGHUP, "converged")]
+OFTEN = [(signal.SIGINT, "launched"), (signal.SIGINT, "bulk"), (signal.SIGINT, "last round over"), *OTHERS[1:]]
 CASES = [*((signal.SIGINT, moment) for moment in MOMENTS), *OTHERS]
 
 
-@pytest.mark.parametrize(("signum", "moment"), CASES, ids=[f"{signum.name}-{moment}" for signum, moment in CASES])
+@pytest.mark.parametrize(("signum", "moment"), [*OFTEN, *also(*(case for case in CASES if case not in OFTEN))])
 def test_a_signal_before_the_handover_cancels(bench: Bench, signum: signal.Signals, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     attempt.signal(signum)
@@ -24,7 +26,7 @@ def test_a_signal_before_the_handover_cancels(bench: Bench, signum: signal.Signa
     attempt.assert_given_up(suspended=signum == signal.SIGHUP)
 
 
-@pytest.mark.parametrize("moment", ["closed", "undecided", "continued", "completed", "started"])
+@pytest.mark.parametrize("moment", ["undecided", "started", *also("closed", "continued", "completed")])
 def test_a_signal_in_the_handover_waits_until_the_guest_has_moved(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     attempt.signal(signal.SIGINT)

@@ -9,6 +9,7 @@ import pytest
 
 from integration.lab import wait_until
 from integration.luck import SLOW, Attempt, Bench, command, kill
+from integration.thorough import also
 from integration.tool import assert_nothing_left, assert_writes_soundly
 from qemu_blkmig.destination.locks import lock_as_writer
 from qemu_blkmig.destination.ownership import path_of
@@ -20,7 +21,10 @@ KEPT = [*LIVE, *PAUSED, "closed"]
 """What fails then can be resumed."""
 
 
-@pytest.mark.parametrize("moment", [*PREPARATION, *LIVE, *PAUSED, "closed", "undecided"])
+@pytest.mark.parametrize(
+    "moment",
+    [*also(*PREPARATION, "converged", "paused", "closed"), "bulk", "moving RAM", "last round over", "undecided"],
+)
 def test_a_coordinator_killed_before_the_handover_leaves_the_guest_at_the_source(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     attempt.signal(signal.SIGKILL)
@@ -28,7 +32,7 @@ def test_a_coordinator_killed_before_the_handover_leaves_the_guest_at_the_source
     attempt.assert_given_up(suspended=moment in KEPT)
 
 
-@pytest.mark.parametrize("moment", ["continued", "completed", "started", "decided"])
+@pytest.mark.parametrize("moment", ["continued", "decided", *also("completed", "started")])
 def test_a_coordinator_killed_in_the_handover_hands_the_guest_over(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     attempt.signal(signal.SIGKILL)
@@ -56,7 +60,7 @@ def test_storage_that_stalls_in_the_handover_does_not_keep_the_guest_paused(benc
     attempt.assert_suspended()
 
 
-@pytest.mark.parametrize("moment", [*LIVE, "paused"])
+@pytest.mark.parametrize("moment", ["bulk", "paused", *also("converged", "moving RAM")])
 def test_a_migration_whose_watchdog_died_is_given_up(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     kill(attempt.watchdog())
@@ -72,7 +76,7 @@ def test_no_guest_is_paused_without_a_watchdog_that_answers(bench: Bench) -> Non
     attempt.assert_source_has_it()
 
 
-@pytest.mark.parametrize("moment", ["prepared", *LIVE, *PAUSED])
+@pytest.mark.parametrize("moment", ["bulk", *PAUSED, *also("prepared", "converged", "moving RAM")])
 def test_a_killed_agent_leaves_the_guest_at_the_source(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment, "--verify", "full")
     kill(attempt.agent())
@@ -101,7 +105,9 @@ def test_a_killed_nbd_server_at_the_destination_leaves_the_guest_at_the_source(b
     attempt.assert_suspended()
 
 
-@pytest.mark.parametrize("moment", [*LIVE, *PAUSED, "undecided", "continued", "completed"])
+@pytest.mark.parametrize(
+    "moment", ["moving RAM", "undecided", "completed", *also("bulk", "converged", *PAUSED, "continued")]
+)
 def test_a_destination_killed_before_it_runs_the_guest_leaves_it_at_the_source(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     attempt.destination.kill()
@@ -152,7 +158,7 @@ def test_a_destination_that_died_when_it_was_told_to_run_the_guest_is_for_a_pers
     attempt.assert_source_has_it()
 
 
-@pytest.mark.parametrize("moment", [*LIVE, *PAUSED, "undecided"])
+@pytest.mark.parametrize("moment", ["bulk", "paused", "undecided", *also("converged", "moving RAM", "last round over")])
 def test_a_source_killed_before_everything_had_arrived_is_told_and_nothing_runs(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     attempt.source.kill()
@@ -193,7 +199,7 @@ def _kill_both(attempt: Attempt) -> str:
     return attempt.job()
 
 
-@pytest.mark.parametrize("moment", ["bulk", "moving RAM", "paused", "undecided"])
+@pytest.mark.parametrize("moment", ["paused", "undecided", *also("bulk", "moving RAM")])
 def test_cleanup_brings_the_guest_back_when_all_our_processes_were_killed(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     job = _kill_both(attempt)
@@ -205,7 +211,7 @@ def test_cleanup_brings_the_guest_back_when_all_our_processes_were_killed(bench:
     attempt.assert_source_has_it()
 
 
-@pytest.mark.parametrize("moment", ["continued", "started", "decided"])
+@pytest.mark.parametrize("moment", ["continued", "decided", *also("started")])
 def test_cleanup_completes_a_handover_when_all_our_processes_were_killed(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     job = _kill_both(attempt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from integration.lab import Guest, QmpError, wait_until
 from integration.luck import MIB, Attempt, Bench
+from integration.thorough import also
 from integration.tool import assert_nothing_left
 
 LIVE = ["bulk", "copied", "moving RAM"]
@@ -76,9 +78,20 @@ CHANGES: dict[str, tuple[Callable[[Guest], None], Callable[[Guest], None], str]]
     "export": (export, end_export, "somebody exports it (nbd export theirs)"),
 }
 
+POWERED_OFF = [("raw", "bulk"), ("quits", "copied"), ("raw", "copied"), ("quits", "moving RAM")]
+OFTEN = [
+    ("snapshot", "bulk"),
+    ("snapshot", "paused"),
+    ("backup", "copied"),
+    ("mirror", "moving RAM"),
+    ("export", "bulk"),
+]
 
-@pytest.mark.parametrize("moment", [*LIVE, "paused"])
-@pytest.mark.parametrize("change", CHANGES)
+
+@pytest.mark.parametrize(
+    ("change", "moment"),
+    [*OFTEN, *also(*(each for each in itertools.product(CHANGES, [*LIVE, "paused"]) if each not in OFTEN))],
+)
 def test_what_others_do_to_a_disk_ends_the_migration(bench: Bench, change: str, moment: str) -> None:
     do, undo, reason = CHANGES[change]
     attempt = bench.attempt_at(moment)
@@ -137,7 +150,7 @@ def test_the_bitmaps_of_others_are_left_alone(bench: Bench) -> None:
     attempt.assert_source_has_it()
 
 
-@pytest.mark.parametrize("moment", LIVE)
+@pytest.mark.parametrize("moment", ["bulk", "moving RAM", *also("copied")])
 def test_a_guest_that_an_admin_paused_stays_paused_where_it_comes_to(bench: Bench, moment: str) -> None:
     attempt = _attempt(bench, moment)
     attempt.source.pause()
@@ -150,7 +163,7 @@ def test_a_guest_that_an_admin_paused_stays_paused_where_it_comes_to(bench: Benc
     attempt.assert_destination_has_it()
 
 
-@pytest.mark.parametrize("moment", LIVE)
+@pytest.mark.parametrize("moment", ["bulk", "moving RAM", *also("copied")])
 def test_a_guest_that_an_admin_paused_and_resumed_runs_where_it_comes_to(bench: Bench, moment: str) -> None:
     attempt = _attempt(bench, moment)
     if moment == "moving RAM":
@@ -166,7 +179,7 @@ def test_a_guest_that_an_admin_paused_and_resumed_runs_where_it_comes_to(bench: 
     attempt.assert_destination_has_it()
 
 
-@pytest.mark.parametrize("moment", LIVE)
+@pytest.mark.parametrize("moment", ["bulk", "moving RAM", *also("copied")])
 def test_a_guest_that_an_admin_paused_stays_paused_when_the_migration_fails(bench: Bench, moment: str) -> None:
     attempt = _attempt(bench, moment)
     attempt.source.pause()
@@ -178,7 +191,7 @@ def test_a_guest_that_an_admin_paused_stays_paused_when_the_migration_fails(benc
     attempt.assert_source_has_it()
 
 
-@pytest.mark.parametrize("moment", LIVE)
+@pytest.mark.parametrize("moment", ["bulk", "moving RAM", *also("copied")])
 def test_a_guest_that_is_reset_moves_all_the_same(bench: Bench, moment: str) -> None:
     attempt = _attempt(bench, moment)
     attempt.source.execute("system_reset")
@@ -190,8 +203,14 @@ def test_a_guest_that_is_reset_moves_all_the_same(bench: Bench, moment: str) -> 
     attempt.destination.kill()
 
 
-@pytest.mark.parametrize("moment", LIVE)
-@pytest.mark.parametrize("kind", ["quits", "raw"])
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        ("quits", "bulk"),
+        ("raw", "moving RAM"),
+        *also(("raw", "bulk"), ("quits", "copied"), ("raw", "copied"), ("quits", "moving RAM")),
+    ],
+)
 def test_a_guest_that_is_powered_off_ends_the_migration(bench: Bench, moment: str, kind: str) -> None:
     attempt = _attempt(bench, moment, kind)
     attempt.source.press_sysrq("o")
@@ -201,7 +220,7 @@ def test_a_guest_that_is_powered_off_ends_the_migration(bench: Bench, moment: st
     _assert_only_the_guest_is_missed(attempt)
 
 
-@pytest.mark.parametrize("moment", LIVE)
+@pytest.mark.parametrize("moment", ["bulk", "moving RAM", *also("copied")])
 def test_a_guest_that_crashes_ends_the_migration(bench: Bench, moment: str) -> None:
     attempt = _attempt(bench, moment)
     attempt.source.press_sysrq("c")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.thorough import also
 from qemu_blkmig.stream.events import CHUNK, Block, BlockData, EndOfPart, EndOfStream, Kind, Percent, Section
 from tests.stream.qemus import drive, make_image, qemu, same
 from tests.stream.streams import decode, disks
@@ -98,8 +99,8 @@ MACHINES = {
 }
 
 
+@pytest.mark.parametrize("image_format", ["qcow2", *also("raw")])
 @pytest.mark.parametrize(("machine", "options"), MACHINES.values(), ids=MACHINES)
-@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_a_real_qemu_loads_what_was_saved(tmp_path: Path, machine: str, options: list[str], image_format: str) -> None:
     image = make_image(tmp_path / "vda", "raw", 24 * MIB, *SPARSE)
     target = make_image(tmp_path / "target", image_format, 24 * MIB, "write -q -P 7 0 24M")
