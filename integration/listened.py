@@ -14,6 +14,8 @@ from typing import Any
 from integration.lab import LabError, wait_until
 from integration.tool import Outcome
 
+MOMENT = 180.0
+"""Seconds in which it must come to what is waited for, on a busy machine, where RAM may need several attempts."""
 PHASES = ("prepare", "bulk", "dirty", "ram", "switchover", "verify", "handover")
 
 
@@ -64,7 +66,7 @@ class Listened:
                     raise LabError(f"the tool ended before {what}: {self.said}")
             return condition()
 
-        wait_until(arrived, what, detail=lambda: self.said)
+        wait_until(arrived, what, MOMENT, lambda: self.said)
 
     def wait_stage(self, name: str) -> None:
         """Wait until the phase begins."""

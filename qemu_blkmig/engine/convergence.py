@@ -120,9 +120,11 @@ class Pace:
         return None if took is None or self.dirtying.value is None else took * self.dirtying.value
 
     def room(self, policy: Policy, disks: int) -> int:
-        """Bytes that a round may put off."""
+        """Bytes that a round may put off; none where the guest may stand still for ever: it will wait for them all."""
+        if not policy.put_off or math.isinf(policy.downtime):
+            return 0
         left = PUT_OFF * policy.downtime - disks * self.flush.value - self.overhead.value
-        return int(max(0.0, left) * (self.speed or 0.0)) if policy.put_off else 0
+        return int(max(0.0, left) * (self.speed or 0.0))
 
     def due_in_step(self, dirty: int, left_off: int, downtime: float) -> bool:
         """Whether a round is worth it now, if `dirty` bytes are, of which it would put `left_off` off again.

@@ -264,6 +264,8 @@ class AgentClient:
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(self._gone)
+                # Whoever asked may have been cancelled since: nobody need be told.
+                answer.exception()
 
 
 def error_of(failure: protocol.Failure) -> errors.BlkmigError:

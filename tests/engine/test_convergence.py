@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from qemu_blkmig.engine.convergence import Pace, Policy, Rate, Verdict
@@ -108,6 +110,13 @@ def test_the_speed_of_the_bulk_pass_serves_until_dirty_rounds_have_one() -> None
     assert pace.speed == 100
     pace.copied(CopyKind.DIRTY, CopyReport(20, 0, 0, 1.0), 1.0)
     assert pace.speed == 20
+
+
+def test_nothing_is_put_off_for_a_guest_that_may_stand_still_for_ever() -> None:
+    pace = Pace()
+    pace.copied(CopyKind.BULK, CopyReport(100, 0, 0, 1.0), 1.0)
+    assert pace.room(Policy(downtime=10.0, max_rounds=None), 1) > 0
+    assert pace.room(Policy(downtime=math.inf, max_rounds=None), 1) == 0
 
 
 def test_zeroes_do_not_make_the_link_look_fast() -> None:
