@@ -74,6 +74,7 @@ class Ansible:
             "ANSIBLE_COLLECTIONS_PATH": self._folder / "collections",
             "ANSIBLE_INVENTORY": self._folder / "inventory.yml",
             "ANSIBLE_ASYNC_DIR": home / "async",
+            "ANSIBLE_TIMEOUT": "100",
             "ANSIBLE_PIPELINING": "true",
             "ANSIBLE_SSH_ARGS": "-o ControlMaster=no",
             "ANSIBLE_NOCOLOR": "true",

@@ -71,9 +71,10 @@ class Laboratory:
             "PYTHONPATH": str(REPOSITORY),
             "QEMU_BLKMIG_STATE_DIR": str(self._state),
             "TMPDIR": "/tmp",
-            # Nothing of Ansible's is kept at home, and no connection behind a run.
+            # Nothing of Ansible's is kept at home, no connection behind a run; a busy machine may take its time.
             "ANSIBLE_HOME": str(self.hosts.near / "ansible"),
             "ANSIBLE_ASYNC_DIR": str(self.hosts.near / "ansible" / "async"),
+            "ANSIBLE_TIMEOUT": "100",
             "ANSIBLE_SSH_ARGS": "-o ControlMaster=no",
             "PS1": r"\h:\w# ",
         }

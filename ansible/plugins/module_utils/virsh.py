@@ -42,7 +42,7 @@ class Virsh:
         for line in self._run("domblkinfo", "--domain", name, "--all").splitlines():
             words = line.split()
             if len(words) == 4 and all(word.isdigit() for word in words[1:]):
-                found[words[0]] = {"capacity": int(words[1]), "allocation": int(words[3])}
+                found[words[0]] = {"capacity": int(words[1]), "allocation": int(words[2])}
         return found
 
     def _run(self, *words):

@@ -114,5 +114,5 @@ def test_a_domain_that_is_not_there_is_told_apart_from_a_libvirt_that_is_not(tmp
 def test_sizes_are_told_by_target(tmp_path):
     table = " Target   Capacity   Allocation   Physical\n vda   100   60   50\n vdb   -   -   -\n"
     assert Virsh(Module(tmp_path, table), "qemu:///system").sizes("web1") == {
-        "vda": {"capacity": 100, "allocation": 50}
+        "vda": {"capacity": 100, "allocation": 60}
     }
