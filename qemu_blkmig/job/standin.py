@@ -21,11 +21,13 @@ from qemu_blkmig.job.history import note_end
 from qemu_blkmig.job.record import Job, read_record
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.job.settlement import Settlement
+from qemu_blkmig.outlet import Outlet
 
 LEAVE = signal.SIGUSR1
 FIRST_PAUSE = 1.0
 """Seconds between the first two attempts; each further pause is twice as long."""
 LONGEST_PAUSE = 30.0
+SAYS = "qemu-blkmig watchdog: "
 WAIT = 0.1
 """Seconds between two looks whether the job's lock is free."""
 
@@ -52,12 +54,15 @@ def stand_in(directory: Path, lock: int, *, told: bool) -> None:
 
 def _settle_first(job: Job) -> Settlement:
     settlement = asyncio.run(settle(job, suspend=True))
-    _say(f"the coordinator of job {job.record.job} ended unexpectedly: {'; '.join(settlement.facts)}")
     name = job.record.job
+    # What is to be tried again must not wait for a terminal that was stopped.
+    said = Outlet(sys.stderr)
+    said.tell(f"{SAYS}the coordinator of job {name} ended unexpectedly: {'; '.join(settlement.facts)}")
     if settlement.suspended:
-        _say(f"qemu-blkmig resume {name} goes on where it was; qemu-blkmig cleanup {name} removes what is left")
+        said.tell(f"{SAYS}qemu-blkmig resume {name} goes on where it was; cleanup {name} removes what is left")
     elif not settlement.decided:
-        _say(f"look at both sides, then run: qemu-blkmig cleanup {job.record.job}")
+        said.tell(f"{SAYS}look at both sides, then run: qemu-blkmig cleanup {name}")
+    said.close()
     return settlement
 
 
@@ -101,10 +106,3 @@ def _fall_silent() -> None:
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
     os.close(nowhere)
-
-
-def _say(text: str) -> None:
-    try:
-        print(f"qemu-blkmig watchdog: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        return

@@ -24,9 +24,9 @@ from qemu_blkmig.observe.events import (
     NoteEvent,
     StageEvent,
 )
-from qemu_blkmig.observe.outlet import Outlet
 from qemu_blkmig.observe.summary import Summary
 from qemu_blkmig.observe.terminal import Terminal
+from qemu_blkmig.outlet import Outlet
 
 INTERVAL = 0.2
 """Least seconds between two objects of figures in JSON."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from qemu_blkmig.engine.migration import Figures
-from qemu_blkmig.observe.outlet import Outlet
 from qemu_blkmig.observe.summary import Summary
+from qemu_blkmig.outlet import Outlet
 
 if TYPE_CHECKING:
     from qemu_blkmig.observe.screen import Screen

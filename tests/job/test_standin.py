@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -82,3 +83,24 @@ def test_whoever_takes_over_asks_it_to_leave_and_has_the_job_alone(job: Job, wat
 
 def test_nobody_is_asked_to_leave_a_job_whose_coordinator_lives(job: Job) -> None:
     assert not ask_to_leave(job.directory, 0)
+
+
+def test_a_terminal_that_was_stopped_does_not_keep_it_from_settling(job: Job) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    command = [sys.executable, "-c", SCRIPT, str(job.directory), str(job.lock)]
+    process = subprocess.Popen(command, pass_fds=(job.lock,), stderr=writer)
+    job.release()
+    try:
+        until_it_persists(job)
+        (job.directory / "mended").touch()
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(writer)
+        os.close(reader)

@@ -13,8 +13,8 @@ from jsonschema import Draft202012Validator
 from integration.promised import assert_output_promised, assert_promised
 from manuals.schemas import FOLDER, OUTPUTS, Output, broken, schema, text
 from qemu_blkmig.cli.main import main
-from qemu_blkmig.observe.outlet import Outlet
 from qemu_blkmig.observe.progress import JsonLines
+from qemu_blkmig.outlet import Outlet
 from qemu_blkmig.places import STATE_VARIABLE
 from tests.observe.sample import MIB, disk, figures
 

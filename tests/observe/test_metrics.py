@@ -24,9 +24,9 @@ from qemu_blkmig.job.result import Downtime
 from qemu_blkmig.observe import export, watch
 from qemu_blkmig.observe.export import Export, last_times
 from qemu_blkmig.observe.metrics import Metrics
-from qemu_blkmig.observe.outlet import Outlet
 from qemu_blkmig.observe.progress import JsonLines
 from qemu_blkmig.observe.watch import Asked, Counting, parse_listen, watching
+from qemu_blkmig.outlet import Outlet
 from tests.observe.sample import MIB, disk, figures
 
 SOURCE = "qmp:/run/vm.qmp"

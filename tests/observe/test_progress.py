@@ -13,10 +13,10 @@ from typing import TextIO
 
 import pytest
 
-from qemu_blkmig.observe import outlet as outlets
-from qemu_blkmig.observe.outlet import Outlet
+from qemu_blkmig import outlet as outlets
 from qemu_blkmig.observe.progress import JsonLines, progress
 from qemu_blkmig.observe.summary import Summary
+from qemu_blkmig.outlet import Outlet
 from tests.observe.sample import MIB, figures
 
 
