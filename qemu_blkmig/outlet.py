@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -22,7 +23,7 @@ MOST = 1000
 PIECE = 4096
 """Bytes that are written at once: what has gone on is seen after each."""
 PATIENCE = 1.0
-"""Seconds without a byte written after which the end is not waited for any more."""
+"""Seconds without a byte taken after which the end is not waited for any more."""
 
 Compose = Callable[[Sequence[str], bool], str]
 """What is written for lines that wait; the second argument: nothing comes after it."""
@@ -54,7 +55,7 @@ class Outlet:
         self._passing: str | None = None
         self._awake = False
         self._ended = False
-        self._written = 0
+        self._writing_since: float | None = None
         self._gone = False
         self._thread = threading.Thread(target=self._run, name="outlet", daemon=True)
         self._thread.start()
@@ -85,11 +86,13 @@ class Outlet:
             self._keep_passing()
             self._ended = True
             self._changed.notify()
-        while True:
-            before = self._written
-            self._thread.join(PATIENCE)
-            if not self._thread.is_alive() or self._written == before:
+        while self._thread.is_alive():
+            since = self._writing_since
+            if since is not None and time.monotonic() - since >= PATIENCE:
+                # Should somebody take it later, nothing is drawn over what others have written by then.
+                self._compose = _plain
                 return
+            self._thread.join(PATIENCE / 10)
 
     def write(self, text: str) -> int:
         """As a stream does it, for what logs: whole lines."""
@@ -145,14 +148,15 @@ class Outlet:
                 return
             data = text.encode(self._stream.encoding or "utf-8", errors="replace")
             while data:
+                self._writing_since = time.monotonic()
                 with contextlib.suppress(BlockingIOError):
-                    count = os.write(self._descriptor, data[:PIECE])
-                    self._written += count
-                    data = data[count:]
+                    data = data[os.write(self._descriptor, data[:PIECE]) :]
                     continue
                 select.select([], [self._descriptor], [])
         except (OSError, ValueError):
             self._gone = True
+        finally:
+            self._writing_since = None
 
 
 def _plain(lines: Sequence[str], _ended: bool) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -16,6 +17,7 @@ import pytest
 from qemu_blkmig import outlet as outlets
 from qemu_blkmig.observe.progress import JsonLines, progress
 from qemu_blkmig.observe.summary import Summary
+from qemu_blkmig.observe.terminal import Terminal
 from qemu_blkmig.outlet import Outlet
 from tests.observe.sample import MIB, figures
 
@@ -87,6 +89,31 @@ def test_who_does_not_read_does_not_hold_up_the_job(
             display.figures(figures(pending=number))
             display.note("a note")
     os.close(reader)
+
+
+def test_a_terminal_that_goes_on_after_the_end_is_told_the_rest_but_nothing_is_drawn_any_more(
+    full: tuple[TextIO, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlets, "PATIENCE", 0.01)
+    stream, reader = full
+    with progress("bar", stream) as display:
+        assert isinstance(display, Terminal)
+        display.note("first")
+        wait_until_it_writes(display.outlet)
+        display.note("second")
+    told = b""
+    while b"second\n" not in told:
+        told += os.read(reader, 1 << 16)
+    display.outlet._thread.join()
+    assert told.endswith(b"second\n")
+    assert told.count(b"preparing") == 1, "what was being written when it was stopped"
+    os.close(reader)
+
+
+def wait_until_it_writes(outlet: Outlet) -> None:
+    """Until its lines are on their way, which is as far as they get."""
+    while outlet._lines:
+        time.sleep(0.01)
 
 
 def test_what_is_logged_meanwhile_does_not_either(full: tuple[TextIO, int], monkeypatch: pytest.MonkeyPatch) -> None:
