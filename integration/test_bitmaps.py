@@ -76,7 +76,7 @@ def test_a_backup_tool_s_bitmaps_arrive_with_what_they_hold_and_go_on(lab: Lab, 
     options = ("--launch", guest.launch_command(lab.target), "--bandwidth", "12M", "--progress", "json")
     process = start(arguments("migrate", guest, lab.target, *options))
     assert process.stderr is not None
-    while '"stage": "bulk"' not in (line := process.stderr.readline()):
+    while '"stage":"bulk"' not in (line := process.stderr.readline()):
         assert line, process.communicate()
     write_through(guest, "dev1", 5 * MIB, GRAIN)
     outcome = finish(process).succeeded()

@@ -32,7 +32,7 @@ def test_the_report_of_a_calm_guest_in_a_browser_while_it_moves_and_after(lab: L
     options = ("--launch", guest.launch_command(lab.target), "--switchover", "manual", "--downtime", 5000)
     moving = start(arguments("migrate", guest, lab.target, "--output", "json", "--progress", "json", *options))
     assert moving.stderr is not None
-    wait_until(lambda: '"stage": "standby"' in moving.stderr.readline(), "the standby")  # type: ignore[union-attr]
+    wait_until(lambda: '"stage":"standby"' in moving.stderr.readline(), "the standby")  # type: ignore[union-attr]
     (job,) = (path.parent.name for path in lab.state.glob("*/record.json"))
 
     page = tmp_path / "report.html"

@@ -105,7 +105,7 @@ def test_a_destination_that_is_full_in_the_last_round_gives_the_guest_back(lab: 
         while not (lab.target / "second").exists() or (lab.target / "second").stat().st_blocks == 0:
             assert process.poll() is None, process.communicate()
         write_through(guest, "dev1", 4 * MIB, 2 * MIB)
-        while '"stage": "dirty"' not in (line := process.stderr.readline()):
+        while '"stage":"dirty"' not in (line := process.stderr.readline()):
             assert line, process.communicate()
         write_through(guest, "dev1", 8 * MIB, 4 * MIB)
         rest = process.stderr.readlines()
