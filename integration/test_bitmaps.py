@@ -73,7 +73,9 @@ def test_a_backup_tool_s_bitmaps_arrive_with_what_they_hold_and_go_on(lab: Lab, 
     write_through(guest, "dev1", 3 * MIB, GRAIN)
     add_bitmap(guest, "frozen", disabled=True)
     launched = lab.destination(guest)
-    options = ("--launch", guest.launch_command(lab.target), "--bandwidth", "12M", "--progress", "json")
+    # However slow the machine.
+    calm = ("--bandwidth", "12M", "--downtime", 5000, "--on-stall", "wait")
+    options = ("--launch", guest.launch_command(lab.target), *calm, "--progress", "json")
     process = start(arguments("migrate", guest, lab.target, *options))
     assert process.stderr is not None
     while '"stage":"bulk"' not in (line := process.stderr.readline()):
