@@ -74,9 +74,13 @@ async def stand(name: str) -> Status:
 
 
 def chronicle(name: str) -> Chronicle:
-    """The journal of a job, alive or over, to be read. Raises `Refused` if there is none here."""
-    if find(name) is not None:
-        return Chronicle(state_directory() / name / FILE)
+    """The journal of a job, alive or over, to be read. Raises `Refused` if there is none here.
+
+    A job that ends just now takes it along: then it is to be asked for anew.
+    """
+    journal = state_directory() / name / FILE
+    if journal.exists():
+        return Chronicle(journal)
     if (path := past_journal(state_directory(), name)) is None:
         raise Refused(f"there is no journal of job {name!r} any more in {state_directory()}")
     return Chronicle(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
+from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import others
 from qemu_blkmig.job.chronicle import Sample, Story
 from qemu_blkmig.job.diskmap import DiskMap
@@ -18,6 +20,8 @@ from qemu_blkmig.job.status import RUNNING, Status
 from qemu_blkmig.observe.report.axis import TimeAxis
 
 _T = TypeVar("_T")
+MOMENT = 0.5
+"""Seconds in which a job's journal is begun, or gets to where those of the past are."""
 FIRST = "prepare"
 """The phase that a job begins with, each time that it is begun."""
 BULK = "bulk"
@@ -165,4 +169,11 @@ class Material:
 async def gather(job: str) -> Material:
     """All that is known of a job. Raises `Refused` if there is none here, or its journal cannot be read."""
     status = await others.stand(job)
-    return Material(status, others.chronicle(job).story(), time.time())
+    try:
+        story = others.chronicle(job).story()
+    except Refused:
+        # It has hardly begun, or ends in this moment.
+        await asyncio.sleep(MOMENT)
+        status = await others.stand(job)
+        story = others.chronicle(job).story()
+    return Material(status, story, time.time())
