@@ -35,6 +35,7 @@ class LastRound:
         self._carriage = connected.carriage
         self._verification = connected.verification
         self._policy = Policy(downtime=0.0, max_rounds=None, put_off=options.put_off)
+        self._caught_up = False
         self.may_last = options.on_stall is OnStall.PAUSE
         """Whether the guest may stand still for as long as it takes."""
 
@@ -46,12 +47,22 @@ class LastRound:
     async def _follow(self) -> None:
         self._policy.downtime = disks_budget(self._options, self._steering.downtime)
 
-    async def catch_up(self) -> None:
-        """What was copied while the guest ran is to be read back by now: with it paused only the rest is."""
+    async def catch_up(self, within: float = 0.0) -> None:
+        """What was copied while the guest ran is to be read back by now: with it paused only the rest is.
+
+        `within`: seconds that may be left of it, for `caught_up`.
+        """
         self._verification.release()
+        self._caught_up = not within
         if self._verification.wanted:
             with self._watch.phase("readback"):
-                await self._verification.catch_up(self._policy)
+                await self._verification.catch_up(self._policy, within)
+
+    async def caught_up(self) -> None:
+        """Wait, while the disks are kept in step, until the rest is small enough for the guest to be paused."""
+        if self._verification.wanted:
+            await self._verification.until_caught_up(self._policy)
+        self._caught_up = True
 
     def left_for_ram(self) -> float:
         """Seconds of the downtime that RAM may take."""
@@ -79,7 +90,10 @@ class LastRound:
         figures = await self._engine.refresh()
         left = self._steering.downtime - (self._clock.now() - paused)
         may_last = self.may_last or not self._life.job.record.was_running
-        return may_last or not figures.pending or (figures.predicted or 0.0) <= left
+        reading = 0.0 if self._caught_up else self._verification.predicted
+        if may_last or not (figures.pending or reading):
+            return True
+        return (figures.predicted or 0.0) + reading <= left
 
     async def complete(self) -> None:
         """Copy what is left, the guest being paused, and make it stable. Raises `Stalled` when that takes too long."""

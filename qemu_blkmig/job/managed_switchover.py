@@ -38,6 +38,8 @@ from qemu_blkmig.virt.migration import DomainMigration, Wish, starts_of
 
 HANDOVER = 60.0
 """Seconds in which libvirt must have handed over, at least, once the gate is open."""
+BEFOREHAND = 1.0
+"""Seconds of reading back that may be left when libvirt is told to begin, which takes it half a second."""
 ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
 RAM_POLL = 0.5
@@ -95,7 +97,7 @@ class ManagedSwitchover:
         """Switch over; how long the guest stood still, where that can be told."""
         await self._last.aim()
         for attempt in itertools.count(1):
-            await self._last.catch_up()
+            await self._last.catch_up(within=BEFOREHAND)
             async with self._under_way(attempt) as passage:
                 with self._watch.phase("ram"):
                     paused = await self._last.keep_in_step(self._paused(passage), self._beside(passage))
@@ -200,11 +202,16 @@ class ManagedSwitchover:
         return LibvirtFailed(f"libvirt could not migrate the guest: {error or 'it says that it has, too early'}")
 
     async def _beside(self, passage: _Passage) -> None:
-        """RAM may be dirtied faster than it crosses: --max-rounds bounds its passes as it does the disks' rounds."""
+        """Let RAM cross once nearly everything was read back.
+
+        It may be dirtied faster than it crosses: --max-rounds bounds its passes as it does the disks' rounds.
+        """
         options = self._options
+        await self._last.caught_up()
         milliseconds = max(1, round(self._last.left_for_ram() * 1000))
         with contextlib.suppress(BlkmigError):
             await self._ends.source.call(self._ends.handle.migrateSetMaxDowntime, milliseconds)
+        passage.gate.admit()
         if options.on_stall is OnStall.WAIT or options.max_rounds is None:
             return
         while await passage.migration.passes() <= options.max_rounds:

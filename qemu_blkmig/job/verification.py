@@ -87,18 +87,19 @@ class Verification:
         self._may_go_on.set()
         self._tell_engine()
 
-    async def catch_up(self, policy: Policy) -> None:
-        """Keep the disks in step until what is left would be read back within a small part of `policy.downtime`.
+    @property
+    def predicted(self) -> float:
+        """Seconds in which what is left would be read back; 0 where nothing tells."""
+        return sum(self._left.values()) / self._speed.value if self._speed.value else 0.0
 
-        Also ends when all that was there was read back once: what is left then is what the guest writes meanwhile.
-        Needs `in_background`. Raises as `BlockMigration.round` does.
-        """
+    async def catch_up(self, policy: Policy, within: float = 0.0) -> None:
+        """Keep the disks in step `until_caught_up`. Needs `in_background`. Raises as `BlockMigration.round` does."""
         if not self._disks:
             return
         try:
             async with asyncio.TaskGroup() as group:
                 rounds = group.create_task(self._engine.keep_in_step(policy))
-                await self._until_small(policy)
+                await self.until_caught_up(policy, within)
                 self._engine.request_stop()
                 await rounds
         except BaseExceptionGroup as group_of_errors:
@@ -140,13 +141,16 @@ class Verification:
     def _copied(self) -> int:
         return sum(disk.copied + disk.zeroed for disk in self._engine.figures().disks)
 
-    async def _until_small(self, policy: Policy) -> None:
+    async def until_caught_up(self, policy: Policy, within: float = 0.0) -> None:
+        """Wait until what is left would be read back `within` seconds, or a small part of `policy.downtime`.
+
+        Also ends when all that was there was read back once: what is left then is what the guest writes meanwhile.
+        """
         while len(self._left) < len(self._disks):
             await self._clock.sleep(IDLE / 10)
         goal = self._checked + sum(self._left.values())
         while self._checked < goal:
-            speed = self._speed.value
-            if speed and sum(self._left.values()) / speed <= SMALL * policy.downtime:
+            if self._speed.value and self.predicted <= max(within, SMALL * policy.downtime):
                 return
             await self._clock.sleep(IDLE / 10)
 

@@ -33,6 +33,8 @@ Connect = Callable[[], socket.socket]
 class Gate:
     """Relays every connection that `listener` gets to one that `connect` makes; closed until `open`.
 
+    Until `admit` just the first bytes pass: what the two ends need to agree upon, but hardly any RAM.
+
     `connect` is called in a thread, may block, and raises `OSError` when the destination cannot be reached.
     """
 
@@ -42,7 +44,7 @@ class Gate:
         self._lock = threading.Lock()
         self._lines: list[_Line] = []
         self._threads: list[threading.Thread] = []
-        self._opened = self._dropped = False
+        self._admitted = self._opened = self._dropped = False
         self._wake, self._waker = socket.socketpair()
         self._start(self._accept, "gate")
 
@@ -63,6 +65,14 @@ class Gate:
         """Why the destination could not be reached or a connection broke, if so."""
         with self._lock:
             return next((line.failure for line in self._lines if line.failure is not None), None)
+
+    def admit(self) -> None:
+        """Let all through, now and from now on, but for what is withheld until the gate is open."""
+        with self._lock:
+            self._admitted = True
+            lines = list(self._lines)
+        for line in lines:
+            line.admit()
 
     def open(self) -> None:
         """Let everything through, now and from now on. Does nothing once dropped."""
@@ -111,6 +121,8 @@ class Gate:
         line = _Line(incoming)
         with self._lock:
             self._lines.append(line)
+            if self._admitted:
+                line.admit()
             if self._opened:
                 line.open()
             if self._dropped:
@@ -128,7 +140,7 @@ class _Line:
         self._outgoing: socket.socket | None = None
         self._ring = memoryview(bytearray(WITHHELD + BLOCK))
         self._start = self._length = 0
-        self._open = self._dropped = False
+        self._admitted = self._open = self._dropped = False
         self._lock = threading.Lock()
         self._wake, self._waker = socket.socketpair()
 
@@ -136,6 +148,11 @@ class _Line:
     def held(self) -> int:
         """Bytes that wait."""
         return self._length
+
+    def admit(self) -> None:
+        """See `Gate.admit`."""
+        self._admitted = True
+        self._nudge()
 
     def open(self) -> None:
         """See `Gate.open`."""
@@ -182,7 +199,8 @@ class _Line:
         """To the destination: all but what is withheld; once open, all, and the end of the stream."""
         ended = False
         while not (self._dropped or (ended and self._open and not self._length)):
-            watched = [self._wake] if ended else [self._incoming, self._wake]
+            full = self._length == len(self._ring)
+            watched = [self._wake] if ended or full else [self._incoming, self._wake]
             ready, _, _ = select.select(watched, [], [])
             if self._wake in ready:
                 self._wake.recv(64)
@@ -213,7 +231,8 @@ class _Line:
         """Bytes that may go on now."""
         if self._open:
             return self._length
-        return max(self._length - WITHHELD, min(self._length, PREAMBLE - self.passed), 0)
+        beyond = self._length - WITHHELD if self._admitted else 0
+        return max(beyond, min(self._length, PREAMBLE - self.passed), 0)
 
     def _carry_back(self, outgoing: socket.socket) -> None:
         """What the destination answers. When it hangs up, so do we: the source learns of it at once."""

@@ -16,9 +16,11 @@ from qemu_blkmig.virt.gate import PREAMBLE, WITHHELD, Gate
 class Ends:
     """A gate with the source's end of one connection and the destination's."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, admitted: bool = True) -> None:
         self._destination = _listener(directory / "destination")
         self.gate = Gate(_listener(directory / "gate"), self._connect)
+        if admitted:
+            self.gate.admit()
         self.source = socket.socket(socket.AF_UNIX)
         self.source.settimeout(10)
         self.source.connect(str(directory / "gate"))
@@ -83,6 +85,24 @@ def test_the_last_bytes_are_withheld_until_the_gate_opens(ends: Ends) -> None:
     assert ends.receive(WITHHELD + 1) == stream[-WITHHELD:]
     assert ends.gate.withheld == 0
     assert ends.gate.passed == len(stream)
+
+
+def test_nothing_but_the_first_bytes_passes_until_they_are_admitted(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, admitted=False)
+    stream = os.urandom(3 * WITHHELD)
+    sending = ends.send(stream)
+    assert ends.receive(PREAMBLE) == stream[:PREAMBLE]
+    ends.destination.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        ends.destination.recv(1)
+    assert sending.is_alive(), "more was taken in than there is room for"
+    ends.destination.settimeout(10)
+    ends.gate.admit()
+    assert ends.receive(2 * WITHHELD - PREAMBLE) == stream[PREAMBLE : 2 * WITHHELD]
+    sending.join()
+    ends.gate.open()
+    assert ends.receive(WITHHELD + 1) == stream[2 * WITHHELD :]
+    ends.close()
 
 
 def test_a_handshake_is_answered_while_the_gate_is_closed(ends: Ends) -> None:
