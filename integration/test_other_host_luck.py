@@ -10,6 +10,7 @@ import pytest
 from integration.far import FarLab, far_laboratory
 from integration.luck import SLOW, Attempt, Bench, command, kill
 from integration.test_resume import wait_share
+from integration.thorough import also
 from integration.tool import Outcome, assert_writes_soundly
 from qemu_blkmig.demo.guest import Kernel
 from qemu_blkmig.destination import ownership
@@ -66,7 +67,7 @@ def mend(lab: FarLab, how: str) -> None:
         lab.network.kill_connections()
 
 
-@pytest.mark.parametrize("moment", [*BEFORE, "undecided"])
+@pytest.mark.parametrize("moment", ["moving RAM", "paused", *also("bulk", "undecided")])
 def test_a_network_that_is_away_for_a_second_is_survived(bench: FarBench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     bench.lab.network.down()
@@ -79,9 +80,9 @@ def test_a_network_that_is_away_for_a_second_is_survived(bench: FarBench, moment
 @pytest.mark.parametrize(
     ("moment", "how"),
     [
-        ("bulk", "network"), ("moving RAM", "network"), ("paused", "network"), ("undecided", "network"),
-        ("bulk", "power"), ("moving RAM", "power"), ("paused", "power"),
-        ("bulk", "sshd"), ("paused", "sshd"),
+        ("bulk", "network"), ("undecided", "network"), ("paused", "power"), ("bulk", "sshd"),
+        *also(("moving RAM", "network"), ("paused", "network"), ("bulk", "power"), ("moving RAM", "power"),
+              ("paused", "sshd")),
     ],
 )  # fmt: skip
 def test_what_ends_the_connection_leaves_the_guest_at_the_source(bench: FarBench, moment: str, how: str) -> None:

@@ -13,6 +13,7 @@ from integration.far import FarLab, far_laboratory
 from integration.hosts import ADDRESSES
 from integration.lab import wait_until
 from integration.luck import Attempt, Bench, command, kill
+from integration.thorough import also
 from integration.tool import assert_writes_soundly
 from qemu_blkmig.demo.guest import Kernel
 
@@ -73,7 +74,7 @@ def sshd(far: Bench, *options: str) -> Iterator[None]:
         lab_of(far).hosts.start_sshd()
 
 
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@pytest.mark.parametrize("kind", ["qcow2", *also("raw")])
 def test_a_guest_moves_to_another_host(far: Bench, kind: str) -> None:
     attempt = far.attempt("--output", "json", kind=kind)
     result = attempt.outcome().succeeded().result
@@ -94,7 +95,8 @@ def test_ram_goes_from_qemu_to_qemu_where_that_is_asked_for(far: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["prepared", "launched", "bulk", "converged", "moving RAM", "paused", "last round over", "undecided"]
+    "moment",
+    ["bulk", "paused", "undecided", *also("prepared", "launched", "converged", "moving RAM", "last round over")],
 )
 def test_a_connection_that_is_killed_before_the_handover_leaves_the_guest_at_the_source(
     far: Bench, moment: str
@@ -106,7 +108,7 @@ def test_a_connection_that_is_killed_before_the_handover_leaves_the_guest_at_the
     attempt.assert_given_up(suspended=moment in KEPT)
 
 
-@pytest.mark.parametrize("moment", ["completed", "started"])
+@pytest.mark.parametrize("moment", ["started", *also("completed")])
 def test_a_connection_that_is_killed_in_the_handover_leaves_one_running_guest(far: Bench, moment: str) -> None:
     attempt = far.attempt_at(moment)
     kill(connection(attempt))
@@ -120,7 +122,7 @@ def test_a_connection_that_is_killed_in_the_handover_leaves_one_running_guest(fa
         attempt.assert_source_has_it()
 
 
-@pytest.mark.parametrize("moment", ["bulk", "paused", "undecided", "started"])
+@pytest.mark.parametrize("moment", ["bulk", "undecided", *also("paused", "started")])
 def test_the_watchdog_settles_over_a_connection_of_its_own(far: Bench, moment: str) -> None:
     attempt = far.attempt_at(moment)
     attempt.signal(signal.SIGKILL)
@@ -147,7 +149,7 @@ def test_a_host_that_is_gone_for_good_does_not_keep_the_guest_and_is_tidied_up_l
     attempt.assert_source_has_it()
 
 
-@pytest.mark.parametrize("moment", ["paused", "undecided", "continued"])
+@pytest.mark.parametrize("moment", ["paused", "continued", *also("undecided")])
 def test_a_guest_that_stands_still_does_not_wait_for_a_silent_host(far: Bench, moment: str) -> None:
     attempt = far.attempt_at(moment)
     job = attempt.job()

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from integration.lab import wait_until
+from integration.thorough import also
 from integration.virtlab import Domain, VirtLab
 
 HERE = "the guest runs at the source"
@@ -17,7 +18,7 @@ GATE_CLOSED = ["behind the gate", "last round over", "closed"]
 """The guest stands still, and libvirt waits for what the gate withholds."""
 
 
-@pytest.mark.parametrize("moment", [*BEFORE, "copied", *GATE_CLOSED])
+@pytest.mark.parametrize("moment", ["copied", "behind the gate", "last round over", *also(*BEFORE, "closed")])
 def test_a_coordinator_killed_before_the_gate_opens_leaves_the_guest_at_the_source(
     virtlab: VirtLab, domain: Domain, moment: str
 ) -> None:
@@ -32,7 +33,7 @@ def test_a_coordinator_killed_before_the_gate_opens_leaves_the_guest_at_the_sour
     virtlab.assert_stayed(domain)
 
 
-@pytest.mark.parametrize("moment", ["gate to be opened", "gate open", "handed over", "decided"])
+@pytest.mark.parametrize("moment", ["gate to be opened", "gate open", "handed over", *also("decided")])
 def test_a_coordinator_killed_once_the_gate_is_open_leaves_the_guest_on_exactly_one_host(
     virtlab: VirtLab, domain: Domain, moment: str
 ) -> None:

@@ -20,7 +20,11 @@ MIB = 1 << 20
 UNHURRIED = ("--on-stall", "pause")
 
 
-@pytest.fixture(scope="module", params=[AS_DEBIAN, OWNED_BY_HAND], ids=["dynamic", "by-hand"])
+@pytest.fixture(
+    scope="module",
+    params=[AS_DEBIAN, pytest.param(OWNED_BY_HAND, marks=pytest.mark.thorough)],
+    ids=["dynamic", "by-hand"],
+)
 def lab(request: pytest.FixtureRequest, kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[VirtLab]:
     """QEMUs run as a user of their own; what they boot is copied to where that one may read it, and libvirt own it."""
     folder = Path(tempfile.mkdtemp(prefix="blkmig-boot-", dir="/var/tmp"))
