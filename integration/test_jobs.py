@@ -209,8 +209,8 @@ def test_a_guest_that_waits_for_the_word_is_kept_in_step_and_moves_when_it_is_gi
 
 def test_copies_share_a_budget_and_wait_for_a_slot_and_the_part_of_one_that_is_killed_is_given_back(lab: Lab) -> None:
     options = ("--bandwidth-group", "test=2M", "--slots", 2)
-    first, one = copying(lab, "one", 32 * MIB, *options)
-    second, two = copying(lab, "two", 32 * MIB, *options)
+    first, one = copying(lab, "one", 64 * MIB, *options)
+    second, two = copying(lab, "two", 64 * MIB, *options)
     wait_until(lambda: [bandwidth(one), bandwidth(two)] == [MIB, MIB], "each to have half of the budget")
     third = start(arguments("copy", lab.disk("three", MIB).path, lab.target, "--output", "json", *options))
 
