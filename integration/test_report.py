@@ -14,11 +14,15 @@ BROWSER = "chromium-headless-shell"
 LIMIT = 120
 
 
-def shown(url: str, *options: str) -> str:
-    """A page as a browser has it once its script has run; asserts that it complains of nothing."""
-    command = (BROWSER, "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=1000")
+def shown(url: str, seconds: float = 1) -> str:
+    """A page as a browser has it after so many seconds of its own time; asserts that it complains of nothing."""
+    command = (BROWSER, "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr")
     done = subprocess.run(
-        [*command, *options, "--dump-dom", url], capture_output=True, text=True, timeout=LIMIT, check=True
+        [*command, f"--virtual-time-budget={seconds * 1000:.0f}", "--dump-dom", url],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=True,
     )
     assert "CONSOLE" not in done.stderr, done.stderr
     return done.stdout
@@ -29,18 +33,20 @@ def test_the_report_of_a_calm_guest_in_a_browser_while_it_moves_and_after(lab: L
     guest = lab.boot(disks, Orders(rate=50))
     guest.wait_for_writing(more=20)
     launched = lab.destination(guest)
-    options = ("--launch", guest.launch_command(lab.target), "--switchover", "manual", "--downtime", 5000)
-    moving = start(arguments("migrate", guest, lab.target, "--output", "json", "--progress", "json", *options))
+    # On a busy machine the last round may never fit: the guest moves all the same.
+    options = ("--switchover", "manual", "--downtime", 5000, "--on-stall", "pause", "--output", "json")
+    moving = start(arguments("migrate", guest, lab.target, "--launch", guest.launch_command(lab.target), *options))
     assert moving.stderr is not None
-    wait_until(lambda: '"stage":"standby"' in moving.stderr.readline(), "the standby")  # type: ignore[union-attr]
+    told = moving.stderr
+    wait_until(lambda: told.readline().startswith("standby"), "the standby")
     (job,) = (path.parent.name for path in lab.state.glob("*/record.json"))
 
     page = tmp_path / "report.html"
     live = start([*COMMAND, "report", job, "--live", "--html", str(page)])
     assert live.stdout is not None
     url = live.stdout.readline().strip()
-    # Two seconds of the browser's own time: the page has asked for itself anew.
-    seen = shown(url, "--virtual-time-budget=2000")
+    # Long enough for the page to have asked for itself anew.
+    seen = shown(url, 2)
     assert "running: standby" in seen and "data-live" in seen.split("<head>")[0]
 
     finish(start([*COMMAND, "switchover", job])).succeeded()
@@ -48,7 +54,7 @@ def test_the_report_of_a_calm_guest_in_a_browser_while_it_moves_and_after(lab: L
     finish(live).succeeded()
     seen = shown(page.as_uri())
     assert ">migrated</p>" in seen and '<html lang="en">' in seen, "no live one any more"
-    assert seen.count('id="cells-') == 4 and seen.count('id="times-') == 4, "two disks, each figure with its words"
+    assert all(f'id="{name}"' in seen for name in ("cells-0", "times-0", "cells-1", "times-1")), "two disks"
     assert 'class="cursor-bar"' in seen and 'aria-valuetext="time: ' not in seen, "the script ran, and waits"
     assert "read back and compared" in seen and "last round" in seen
     assert_writes_soundly(launched)

@@ -129,6 +129,8 @@ async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_w
         phases=watch.phases,
         downtime=None,
         verified=options.verify.value,
+        read_back=verification.read_back,
+        mended=verification.mended,
         warnings=list(plan.warnings),
     )
 
@@ -335,6 +337,8 @@ class GuestCopy:
             phases=self._watch.phases,
             downtime=downtime,
             verified=self._options.verify.value,
+            read_back=self._verification.read_back,
+            mended=self._verification.mended,
             warnings=[
                 *self._plan.warnings,
                 *self._warnings,

@@ -181,6 +181,8 @@ def _together(results: list[Result], options: ManagedOptions, ends: Ends, arrang
         phases=phases,
         downtime=None,
         verified=options.verify.value,
+        read_back=sum(each.read_back for each in results),
+        mended=sum(each.mended for each in results),
         warnings=[*arrangement.warnings, *(warning for each in results for warning in each.warnings)],
     )
 

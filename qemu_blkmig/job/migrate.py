@@ -143,6 +143,8 @@ class _Run:
             phases=self._watch.phases,
             downtime=downtime,
             verified=self._options.verify.value,
+            read_back=self._connected.verification.read_back,
+            mended=self._connected.verification.mended,
             slowed=self._rounds.brake.slowed(),
             warnings=[*self._plan.warnings, *remarks(downtime, self._life.steering.downtime)],
             serving=serving.pid if serving else None,

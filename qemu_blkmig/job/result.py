@@ -68,7 +68,8 @@ class Result(msgspec.Struct, frozen=True):
     """What was done. `guest`: who runs the guest now, in words. `phases`: seconds by phase, in order.
 
     `verified`: "none", "written" (what was read at the source is what lies at the destination) or "full" (and nothing
-    was missed).
+    was missed). `read_back`, `mended`: bytes that the destination read back, and of them those that were not as they
+    had been written and were copied again.
     """
 
     job: str
@@ -82,5 +83,7 @@ class Result(msgspec.Struct, frozen=True):
     warnings: list[str]
     consistency: str | None = None
     slowed: list[Slowed] = []
+    read_back: int = 0
+    mended: int = 0
     serving: int | None = None
     """Process id of the QEMU that has the guest now, where it is known."""

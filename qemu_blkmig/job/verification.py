@@ -67,6 +67,16 @@ class Verification:
         """Whether anything is verified at all."""
         return bool(self._disks)
 
+    @property
+    def read_back(self) -> int:
+        """Bytes that were read back, each time that they were."""
+        return self._checked
+
+    @property
+    def mended(self) -> int:
+        """Bytes that were not as they had been written, and were copied again."""
+        return sum(extent.length for extents in self._mended.values() for extent in extents)
+
     @contextlib.asynccontextmanager
     async def in_background(self) -> AsyncIterator[None]:
         """Read back while what is inside goes on; if that fails, by what `rest` raises too, what is inside is ended."""

@@ -80,6 +80,7 @@ async def test_what_is_not_as_it_was_written_is_copied_again_and_read_back_again
     world.check_equal()
     assert await played.verification.rest()
     assert "disk vda" in played.notes[0] and "1024 bytes from offset 2048" in played.notes[0]
+    assert (played.verification.read_back, played.verification.mended) == ((SIZE + 2) * SECTOR, 2 * SECTOR)
 
 
 async def test_what_is_wrong_twice_ends_it_and_is_told_by_disk_and_offset() -> None:

@@ -74,7 +74,8 @@ def result(disk: str, job: str = "past") -> Result:
     moved = DiskResult(disk, "/old", "/new", "raw", SIZE, MIB, 2 * MIB, 0, 0, 3)
     steps = {"last round": 0.08, "read back": 0.02, "RAM and devices": 0.1}
     downtime = Downtime(0.212, 0.1, 0.02, 0.09, steps)
-    return Result(job, "migrated", "there", [moved], 2 * MIB, {}, downtime, "written", ["a warning"])
+    return Result(job, "migrated", "there", [moved], 2 * MIB, {}, downtime, "written", ["a warning"],
+                  read_back=3 * MIB, mended=512)  # fmt: skip
 
 
 def hot(disk_size: int = SIZE) -> DiskMap:
@@ -179,8 +180,10 @@ def test_a_page_shows_the_whole_story_and_is_sound(state: Path) -> None:
     past(state, agreed(), moved())
     made = page()
     read = Page(made)
-    for word in ("migrated", "212 ms", "within the limit", "ssh://hostb/srv", "read back", "a warning", "told of vda",
-                 "last round", "21", "The hottest places", "disks' part"):  # fmt: skip
+    for word in (
+        "migrated", "212 ms", "within the limit", "ssh://hostb/srv", "a warning", "told of vda", "last round", "21",
+        "The hottest places", "disks' part", "Read back: 3.0 MiB", "kept it: 512 B",
+    ):  # fmt: skip
         assert word in read.text, word
     assert len(read.ids) == len(set(read.ids))
     described = [attributes.get("aria-describedby") for attributes in read.of("svg") if attributes.get("role") == "img"]

@@ -154,7 +154,9 @@ def tiles(material: Material) -> Iterator[Tile]:
 def _proven(material: Material) -> str:
     result = material.result
     if result is not None:
-        return PROVEN[result.verified]
+        read = f" Read back: {show_bytes(result.read_back)}." if result.read_back else ""
+        mended = f" Copied again, as storage had not kept it: {show_bytes(result.mended)}." if result.mended else ""
+        return f"{PROVEN[result.verified]}{read}{mended}"
     return (
         "Not yet: the job is under way."
         if material.status.state == RUNNING
