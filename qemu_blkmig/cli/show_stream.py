@@ -16,18 +16,23 @@ MAP_WIDTH = 64
 MAP_CELLS = 16 * MAP_WIDTH
 
 
+def printable(text: str) -> str:
+    """What a stream says, with whatever could steer a terminal escaped."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def block(record: Block) -> str:
     """One line of `load --list`."""
-    return f"{record.device}\t{record.position}\t{'zero' if record.zero else 'data'}"
+    return f"{printable(record.device)}\t{record.position}\t{'zero' if record.zero else 'data'}"
 
 
 def inspection(found: Inspection, maps: ChunkMaps | None) -> str:
     """What `inspect` found; with `maps`, a map of each disk."""
-    machine = found.machine or "not told (no configuration section)"
+    machine = printable(found.machine) if found.machine else "not told (no configuration section)"
     footers = {True: "with footers", False: "without footers", None: "no sections"}[found.footers]
     lines = [f"{show_bytes(found.bytes)}, machine {machine}, {footers}"]
     if found.capabilities:
-        lines.append(f"capabilities: {', '.join(found.capabilities)}")
+        lines.append(f"capabilities: {', '.join(map(printable, found.capabilities))}")
     if found.uuid:
         lines.append(f"uuid: {found.uuid}")
     parts = ", ".join(f"{name} in {count} parts" for name, count in found.parts.items())
@@ -63,7 +68,7 @@ def inspection(found: Inspection, maps: ChunkMaps | None) -> str:
 
 def loaded(outcome: LoadResult) -> str:
     """What `load` did."""
-    lines = [outcome.outcome + (f", from machine {outcome.machine}" if outcome.machine else "")]
+    lines = [outcome.outcome + (f", from machine {printable(outcome.machine)}" if outcome.machine else "")]
     for disk in outcome.disks:
         lines.append(f"  disk {disk.name}: {disk.image} ({disk.format}, {show_bytes(disk.virtual_size)} virtual)")
         lines.append(

@@ -16,7 +16,7 @@ from qemu_blkmig.job.load_result import LoadResult, judge, told
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.stream.blocking import run_blocking
-from qemu_blkmig.stream.channel import Channel, check, open_source, open_target
+from qemu_blkmig.stream.channel import SOCKETS, Channel, check, open_source, open_target
 from qemu_blkmig.stream.events import DeviceState
 from qemu_blkmig.stream.receiver import Receiver
 from qemu_blkmig.stream.survey import survey
@@ -34,8 +34,9 @@ async def load(options: LoadOptions, reporter: Reporter, interrupts: Interrupts)
         try:
             return await loading.whole()
         except (Exception, asyncio.CancelledError) as error:
+            state = await loading.give_up()
             failure = _explained(error, interrupts)
-            failure.state = failure.state or await loading.give_up()
+            failure.state = failure.state or state
             raise failure from error
         finally:
             control.close()
@@ -47,6 +48,11 @@ def _explained(error: BaseException, interrupts: Interrupts) -> BlkmigError:
     if interrupts.received is not None:
         return Interrupted(interrupts.received)
     raise error
+
+
+def _needing_size(plain: Mapping[str, Image]) -> list[str]:
+    """Devices whose images must have their size from the beginning, and do not know it."""
+    return [name for name, image in plain.items() if not image.size and image.format != "raw"]
 
 
 class _Load:
@@ -93,8 +99,12 @@ class _Load:
     async def _open(self) -> Receiver:
         """The source, the images, and where the rest goes, each opened once the one before it is."""
         options = self._options
-        check(options.source)
+        kind, _ = check(options.source)
+        if options.forward is not None:
+            check(options.forward)
         plain = await asyncio.to_thread(plan, options)
+        if kind in (*SOCKETS, "exec"):
+            self._require_sizes(plain)
         source = self._source = await self._in_thread(
             lambda: open_source(options.source, self._control, self._reporter.note)
         )
@@ -120,14 +130,10 @@ class _Load:
 
     async def _missing_sizes(self, source: Channel, plain: Mapping[str, Image]) -> dict[str, int]:
         """What the stream's highest blocks tell of sizes; where it is a file, and an image needs to know beforehand."""
-        unknown = [name for name, image in plain.items() if not image.size]
-        if all(plain[name].format == "raw" for name in unknown):
+        if not _needing_size(plain):
             return {}
         if not source.is_file:
-            raise UsageError(
-                f"the size of {', '.join(map(repr, unknown))} must be given (--size): an image of format "
-                f"{self._options.format} cannot grow with the stream"
-            )
+            self._require_sizes(plain)
         gathered, found = await self._in_thread(
             lambda: survey(source, self._control, page_size=self._options.page_size)
         )
@@ -135,6 +141,14 @@ class _Load:
             raise Refused(f"the stream cannot be loaded: {found.flaw}")
         os.lseek(source.descriptor, 0, os.SEEK_SET)
         return {name: device.end for name, device in gathered.maps.devices.items()}
+
+    def _require_sizes(self, plain: Mapping[str, Image]) -> None:
+        """Nobody need connect, nor a command begin, to be told this. Raises `UsageError`."""
+        if unknown := _needing_size(plain):
+            raise UsageError(
+                f"the size of {', '.join(map(repr, unknown))} must be given (--size): an image of format "
+                f"{self._options.format} cannot grow with the stream"
+            )
 
     def _tell_percent(self, percent: int) -> None:
         """What the sender says of its progress, in steps."""

@@ -66,6 +66,7 @@ class LoadImage:
     _server: qemu_nbd.QemuNbd | None = None
     _landing: Landing | None = None
     _closed: bool = False
+    _was_marked: bool = False
 
     @property
     def device(self) -> str:
@@ -86,6 +87,7 @@ class LoadImage:
 
     def mark(self, source: str) -> None:
         """From now on whoever looks sees that it is incomplete. Raises `Refused`."""
+        self._was_marked = self.prepared.created is None and self._mark.exists()
         try:
             self._mark.write_text(f"qemu-blkmig is loading {self.path} from {source}\n")
             images.sync_directory(self.path)
@@ -132,8 +134,9 @@ class LoadImage:
                 await self._server.stop()
         created = self.prepared.created is not None
         images.give_up(self.prepared)
-        if self._landing is not None and not created:
-            return f"{self.path} is incomplete, and marked so by {self._mark}"
+        if self._was_marked or (self._landing is not None and not created):
+            before = " as it was before" if self._landing is None else ""
+            return f"{self.path} is incomplete{before}, and marked so by {self._mark}"
         self._mark.unlink(missing_ok=True)
         return f"{self.path} was removed again" if created else f"{self.path} is untouched"
 

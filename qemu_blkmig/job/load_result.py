@@ -72,6 +72,16 @@ def _judge(image: LoadImage, options: LoadOptions) -> Iterator[str]:
     expected = options.expected_size_of(image.device)
     if expected is not None:
         _check_size(landing, expected)
+    if not landing.chunks.blocks and not image.size_known:
+        raise MigrationError(
+            "no block of it came: the stream has no such device, and nothing tells how large it is",
+            disk=image.device, advice="--list shows the names in a stream; --size NAME=SIZE makes an image of zeroes",
+        )  # fmt: skip
+    if not image.device:
+        yield (
+            "the device has no name, as with a source whose disks are -blockdev: all disks of such a source come "
+            "under it, mixed; if there is more than one, the image is worthless"
+        )
     missing = list(landing.chunks.missing(landing.size))
     if missing:
         what = (

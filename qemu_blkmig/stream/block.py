@@ -15,6 +15,8 @@ PROGRESS = 0x04
 ZERO_BLOCK = 0x08
 
 FLAG_BITS = 9
+MOST = (1 << 63) - 1
+"""Bytes of the largest disk that a QEMU or a file can have."""
 _FLAGS = (1 << FLAG_BITS) - 1
 
 
@@ -27,9 +29,12 @@ def records(cursor: Cursor) -> Steps[None]:
         if flags in (DEVICE_BLOCK, DEVICE_BLOCK | ZERO_BLOCK):
             device = yield from cursor.string(1, "a device's name")
             zero = bool(flags & ZERO_BLOCK)
-            yield Block(start, device, value << FLAG_BITS, zero)
+            position = value << FLAG_BITS
+            if position > MOST - CHUNK:
+                raise StreamError(f"a block of device {device!r} at {position}: no disk is that large", offset=start)
+            yield Block(start, device, position, zero)
             if not zero:
-                yield from _payload(cursor, device, value << FLAG_BITS)
+                yield from _payload(cursor, device, position)
         elif flags == PROGRESS and value <= 100:
             yield Percent(start, value)
         elif word == EOS:

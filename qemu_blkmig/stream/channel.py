@@ -6,6 +6,7 @@ Whatever blocks also watches a `Control`, so that another thread can cancel it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -26,6 +27,8 @@ PIPE = 1 << 20
 FORMS = "file:PATH, fd:NUMBER, exec:COMMAND, unix:PATH or tcp:HOST:PORT"
 SOCKETS = ("unix", "tcp")
 
+_MOST_DESCRIPTOR = (1 << 31) - 1
+_MOST_PORT = 65535
 _END = 30.0
 _MOST_PIECES = 1024
 """That Linux takes in one call (IOV_MAX)."""
@@ -203,11 +206,15 @@ def check(text: str) -> tuple[str, str]:
     kind, colon, place = text.partition(":")
     if kind not in ("file", "fd", "exec", "unix", "tcp") or not colon or not place:
         raise UsageError(f"{text!r} names no stream", advice=f"write {FORMS}")
-    if kind == "fd" and not place.isdecimal():
+    if kind == "fd" and not _is_number(place, _MOST_DESCRIPTOR):
         raise UsageError(f"{text!r}: a descriptor is a number")
-    if kind == "tcp" and not place.rpartition(":")[2].isdecimal():
-        raise UsageError(f"{text!r}: a port is missing", advice="write tcp:HOST:PORT")
+    if kind == "tcp" and not _is_number(place.rpartition(":")[2], _MOST_PORT):
+        raise UsageError(f"{text!r}: a port, up to {_MOST_PORT}, is missing", advice="write tcp:HOST:PORT")
     return kind, place
+
+
+def _is_number(text: str, most: int) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) <= most
 
 
 def open_source(text: str, control: Control, tell: Callable[[str], None]) -> Channel:
@@ -218,7 +225,7 @@ def open_source(text: str, control: Control, tell: Callable[[str], None]) -> Cha
     kind, place = check(text)
     with _refusing(text):
         if kind == "file":
-            return Channel(text, os.open(place, os.O_RDONLY | os.O_CLOEXEC))
+            return Channel(text, _readable(place))
         if kind == "fd":
             return Channel(text, os.dup(int(place)))
         if kind == "exec":
@@ -248,6 +255,16 @@ def open_target(text: str) -> Channel:
             os.set_blocking(descriptor, False)
             return Channel(text, descriptor, process)
         return Channel(text, _connected(kind, place).detach())
+
+
+def _readable(place: str) -> int:
+    """A file, or a FIFO whose writer is still to come: for that a cancellable poll waits, not the opening."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(descriptor, True)
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return descriptor
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ REGION = 1024
 MOST_REGIONS = 1 << 16
 """Of all devices together: 64 TiB that are touched, in at most 70 MiB of memory, whatever a stream claims."""
 
+_TOO_MANY = f"the blocks so far lie in more than {MOST_REGIONS >> 10} TiB of disks"
+
 NEVER, ZERO, DATA = 0, 1, 2
 
 
@@ -38,14 +40,18 @@ class ChunkMap:
         return region[chunk % REGION] if region else NEVER
 
     def mark(self, block: Block) -> None:
-        """Note a record; one that is not aligned to chunks completes none."""
+        """Note a record; one that is not aligned to chunks completes none. Raises `StreamError`, see `MOST_REGIONS`."""
         self.blocks += 1
         self.zero_blocks += block.zero
         self.end = max(self.end, block.position + CHUNK)
         if block.position % CHUNK:
             return
         chunk = block.position // CHUNK
-        region = self._regions.setdefault(chunk // REGION, bytearray(REGION))
+        region = self._regions.get(chunk // REGION)
+        if region is None:
+            if len(self._regions) == MOST_REGIONS:
+                raise StreamError(_TOO_MANY, offset=block.offset)
+            region = self._regions[chunk // REGION] = bytearray(REGION)
         self.received += region[chunk % REGION] == NEVER
         region[chunk % REGION] = ZERO if block.zero else DATA
 
@@ -115,6 +121,4 @@ class ChunkMaps:
         found.mark(block)
         self._regions += found.regions - before
         if self._regions > MOST_REGIONS:
-            raise StreamError(
-                f"the blocks so far lie in more than {MOST_REGIONS >> 10} TiB of disks", offset=block.offset
-            )
+            raise StreamError(_TOO_MANY, offset=block.offset)

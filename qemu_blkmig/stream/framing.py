@@ -44,7 +44,8 @@ PAGE_SIZE = 4096
 _OFF = {"dirty-bitmap": ": turn the source's capability dirty-bitmaps off"}
 """What can be done about a section, by its name."""
 _POSTCOPY_ADVISE = 3
-_PACKAGED = 6
+_POSTCOPY = range(4, 8)
+"""Commands of a source that goes over to postcopy: listen, run, discard RAM, a stream within the stream."""
 _MOST_CAPABILITIES = 256
 _PAGE_BITS = range(10, 31)
 
@@ -248,8 +249,10 @@ class Decoder:
         data = yield from cursor.take(length, "a command's data")
         if number == _POSTCOPY_ADVISE and int.from_bytes(data[:8], "big") not in (0, PAGE_SIZE):
             raise StreamError("postcopy with huge pages: the RAM section cannot be skipped", offset=begin)
-        if number == _PACKAGED:
-            raise StreamError("the source has gone over to postcopy, which is not supported", offset=begin)
+        if number in _POSTCOPY:
+            raise StreamError(
+                "the source has gone over to postcopy, which is not supported: let it end without", offset=begin
+            )
         yield Command(begin, number, data)
         return (yield from self._element())
 

@@ -250,7 +250,10 @@ BAD_STREAMS = {
     ),
     "huge compressed page": (ram(struct.pack(">Q", 0x120) + struct.pack(">I", 1 << 31)), 0, "2147483648 bytes"),
     "xbzrle": (ram(struct.pack(">Q", 0x60) + b"\x02\0\0"), 0, "encoding 2"),
-    "postcopy": (HEADER + b"\x08" + struct.pack(">HHI", 6, 4, 9), 8, "postcopy"),
+    "postcopy discards RAM": (HEADER + b"\x08" + struct.pack(">HHI", 6, 4, 9), 8, "postcopy"),
+    "postcopy's package": (HEADER + b"\x08" + struct.pack(">HHI", 7, 4, 9), 8, "postcopy"),
+    "beyond any disk": (HEADER + BLOCK_START + struct.pack(">Q", (1 << 64) - 512 | 9) + b"\1a", 27, "no disk is that"),
+    "end beyond any disk": (HEADER + BLOCK_START + struct.pack(">Q", (1 << 63) - CHUNK | 9) + b"\1a", 27, "no disk"),
 }
 
 

@@ -60,6 +60,11 @@ def test_list_prints_every_block_and_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_what_a_stream_says_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(disks_only([block(b"v\x1b[2J\n", 0, None)]))
+    assert blkmig("load", "--from", f"file:{tmp_path}/s", "--list").stdout == b"v\\x1b[2J\\n\t0\tzero\n"
+
+
 def test_list_prints_objects_with_output_json() -> None:
     done = blkmig("load", "--from", "fd:0", "--list", "--output", "json", stdin=disks_only([block(b"d", CHUNK, None)]))
     assert json.loads(done.stdout) == {"offset": 52, "device": "d", "position": CHUNK, "zero": True}
@@ -89,6 +94,10 @@ def test_a_stream_that_claims_endless_disks_is_refused_with_bounded_memory() -> 
     with pytest.raises(StreamError, match="64 TiB"):
         for number in range(MOST_REGIONS + 1):
             maps.mark(Block(0, f"disk{number % 1000}", number * REGION * CHUNK, False))
+    with pytest.raises(StreamError, match="64 TiB"):
+        chunks = ChunkMap()
+        for number in range(MOST_REGIONS + 1):
+            chunks.mark(Block(0, "d", number * REGION * CHUNK, True))
     highest = (1 << 64) - CHUNK
     chunks = ChunkMap()
     chunks.mark(Block(0, "d", highest, True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from qemu_blkmig.job.load_options import LoadOptions
 from qemu_blkmig.job.load_result import LoadResult
 from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.stream.events import CHUNK, BlockData, DeviceState
+from qemu_blkmig.stream.receiver import Receiver
 from tests.stream.streams import block, captured, captured_chunk, decode, disks_only, passed
 
 DATA = random.Random(3).randbytes(CHUNK)
@@ -373,3 +375,66 @@ async def test_an_image_whose_load_was_killed_is_marked_and_can_be_loaded_again(
     assert str(image) in mark.read_text()
     await loaded(LoadOptions(source, {"vda": str(image)}, sizes={}, format="raw", incremental=True))
     assert not mark.exists()
+
+
+async def test_a_mark_that_was_there_stays_if_the_load_fails_before_it_writes(tmp_path: Path) -> None:
+    image, mark = tmp_path / "a", tmp_path / "a.incomplete"
+    make_image(image, "raw", 4 * CHUNK)
+    options = LoadOptions(
+        saved(tmp_path, captured("full")), {"vda": str(image)}, format="raw", forward=f"unix:{tmp_path}/nobody"
+    )
+    error = await failing(options, Refused, "cannot be opened")
+    assert "untouched" in str(error.state)
+    assert not mark.exists()
+    mark.write_text("a load was killed\n")
+    error = await failing(options, Refused, "cannot be opened")
+    assert "is incomplete as it was before" in str(error.state)
+    assert mark.exists()
+
+
+async def test_a_defect_of_ours_leaves_no_created_image_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(_self: Receiver) -> None:
+        raise OverflowError("a defect")
+
+    monkeypatch.setattr(Receiver, "receive_disks", defect)
+    options = LoadOptions(saved(tmp_path, captured("full")), {"vda": str(tmp_path / "a")}, create=True)
+    with pytest.raises(OverflowError):
+        await loaded(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["stream"]
+
+
+async def test_a_device_that_never_came_and_has_no_size_is_an_error(tmp_path: Path) -> None:
+    images = {"vda": str(tmp_path / "a"), "vdx": str(tmp_path / "x")}
+    options = LoadOptions(saved(tmp_path, captured("full")), images, create=True)
+    await failing(options, MigrationError, "disk vdx: no block of it came")
+    assert [path.name for path in tmp_path.iterdir()] == ["stream"]
+
+
+async def test_a_device_without_a_name_is_warned_of(tmp_path: Path) -> None:
+    stream = saved(tmp_path, disks_only([block(b"", 0, DATA)]))
+    result = await loaded(LoadOptions(stream, {"": str(tmp_path / "a")}, create=True))
+    assert any("-blockdev" in warning for warning in result.warnings)
+
+
+async def test_a_fifo_that_nobody_writes_to_can_be_got_away_from(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    options = LoadOptions(f"file:{tmp_path}/fifo", {"vda": str(tmp_path / "a")}, create=True)
+    loading = asyncio.create_task(loaded(options))
+    await until_there(tmp_path / "a.incomplete")
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    assert [path.name for path in tmp_path.iterdir()] == ["fifo"]
+
+
+async def test_nobody_need_connect_to_be_told_that_a_size_is_missing(tmp_path: Path) -> None:
+    options = LoadOptions(f"unix:{tmp_path}/in", {"vda": str(tmp_path / "a")}, create=True, format="qcow2")
+    await failing(options, UsageError, "--size")
+
+
+@pytest.mark.parametrize("uri", ["fd:99999999999999", "tcp:localhost:65536", "tcp:localhost", "fd:\u0663", "ftp:x"])
+async def test_what_names_no_stream_is_a_usage_error(tmp_path: Path, uri: str) -> None:
+    options = LoadOptions(saved(tmp_path, captured("full")), {"vda": str(tmp_path / "a")}, create=True)
+    await failing(replace(options, source=uri), UsageError, "stream|number|port")
+    await failing(replace(options, forward=uri), UsageError, "stream|number|port")
+    assert [path.name for path in tmp_path.iterdir()] == ["stream"]
