@@ -217,6 +217,11 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "is there already" in done.stderr
     assert (tmp_path / "s").read_bytes() == b"precious"
+    (tmp_path / "s").rename(tmp_path / "s.incomplete")
+    done = blkmig("save", f"image:{image}", "--to", f"file:{tmp_path}/s")
+    assert done.returncode == 3
+    assert "or was killed while it did" in done.stderr and "remove it" in done.stderr
+    assert (tmp_path / "s.incomplete").read_bytes() == b"precious"
 
 
 def test_a_stream_goes_down_an_inherited_pipe(tmp_path: Path) -> None:

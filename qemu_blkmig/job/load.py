@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from qemu_blkmig.destination.protocol import Image
@@ -87,6 +88,18 @@ class _Load:
         for channel in (self._source, self._forward):
             if channel is not None:
                 channel.abandon()
+        return "; ".join([await self._images_now(), *self._without_forwarded_file()])
+
+    def _without_forwarded_file(self) -> list[str]:
+        """A file that only a part was passed on to is removed: its name promises a whole stream. In words."""
+        forward = self._options.forward
+        if self._forward is None or forward is None or check(forward)[0] != "file":
+            return []
+        path = Path(check(forward)[1])
+        path.unlink(missing_ok=True)
+        return [f"{path} was removed again"]
+
+    async def _images_now(self) -> str:
         if self._landed:
             return (
                 "the images are complete and closed; if the source says that it completed, its guest is paused "

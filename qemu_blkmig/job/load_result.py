@@ -78,10 +78,13 @@ def _judge(image: LoadImage, options: LoadOptions) -> Iterator[str]:
             disk=image.device, advice="--list shows the names in a stream; --size NAME=SIZE makes an image of zeroes",
         )  # fmt: skip
     if not image.device:
-        yield (
+        what = (
             "the device has no name, as with a source whose disks are -blockdev: all disks of such a source come "
             "under it, mixed; if there is more than one, the image is worthless"
         )
+        if options.require_complete:
+            raise MigrationError(f"{what} (--require-complete)", disk=image.device)
+        yield what
     missing = list(landing.chunks.missing(landing.size))
     if missing:
         what = (

@@ -57,7 +57,14 @@ class StreamCarriage:
     async def prepare(self) -> None:
         """Refuse what would fail, as far as it is known without reading. Raises `Refused`."""
         if self._file is not None and self._file.exists():
-            raise Refused(f"{self._file} is there already")
+            raise Refused(
+                f"{self._file} is there already", advice="save writes over no file: remove it, or name another"
+            )
+        if self._file is not None and self._partial.exists():
+            raise Refused(
+                f"{self._partial} is there already: a save is writing it, or was killed while it did",
+                advice="if no save is running, remove it: what it holds is no whole stream",
+            )
         for disk in self._plan.disks:
             if self._options.for_qemu and not self._options.zero_blocks and disk.size % CHUNK:
                 raise Refused(

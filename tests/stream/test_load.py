@@ -414,6 +414,22 @@ async def test_a_device_without_a_name_is_warned_of(tmp_path: Path) -> None:
     stream = saved(tmp_path, disks_only([block(b"", 0, DATA)]))
     result = await loaded(LoadOptions(stream, {"": str(tmp_path / "a")}, create=True))
     assert any("-blockdev" in warning for warning in result.warnings)
+    (tmp_path / "a").unlink()
+    options = LoadOptions(stream, {"": str(tmp_path / "a")}, create=True, require_complete=True)
+    await failing(options, MigrationError, "-blockdev")
+
+
+async def test_a_file_that_only_a_part_was_forwarded_to_is_removed(tmp_path: Path) -> None:
+    stream = captured("full")
+    options = LoadOptions(
+        saved(tmp_path, stream[: len(stream) // 2]),
+        {"vda": str(tmp_path / "a")},
+        create=True,
+        forward=f"file:{tmp_path}/f",
+    )
+    error = await failing(options, StreamError, "the stream ends")
+    assert "f was removed again" in str(error.state)
+    assert [path.name for path in tmp_path.iterdir()] == ["stream"]
 
 
 async def test_a_fifo_that_nobody_writes_to_can_be_got_away_from(tmp_path: Path) -> None:
