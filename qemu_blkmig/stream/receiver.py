@@ -203,7 +203,10 @@ class Receiver:
         try:
             landing.grow(block.position + CHUNK)
         except OSError as error:
-            raise write_error(landing.device, block.position, error.errno or 0) from error
+            raise StreamError(
+                f"a block at {block.position}, up to which the image cannot grow: {error.strerror}",
+                offset=block.offset, disk=block.device,
+            ) from error  # fmt: skip
         landing.size = block.position + CHUNK
 
     def _store(self, data: memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -454,3 +455,16 @@ async def test_what_names_no_stream_is_a_usage_error(tmp_path: Path, uri: str) -
     await failing(replace(options, source=uri), UsageError, "stream|number|port")
     await failing(replace(options, forward=uri), UsageError, "stream|number|port")
     assert [path.name for path in tmp_path.iterdir()] == ["stream"]
+
+
+async def test_a_block_up_to_which_no_file_can_grow_is_told_with_its_place_in_the_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grow(_size: int) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    stream = disks_only([block(b"d", 0, DATA), block(b"d", 1 << 46, DATA)])
+    options = LoadOptions(saved(tmp_path, stream), {"d": str(tmp_path / "a")}, create=True)
+    monkeypatch.setattr("qemu_blkmig.job.load_images.grower", lambda _descriptor: grow)
+    error = await failing(options, StreamError, f"disk d: byte {52 + 10 + CHUNK} of the stream: .* cannot grow: File")
+    assert "removed again" in str(error.state)
