@@ -46,6 +46,7 @@ from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.telling import Telling
 from qemu_blkmig.job.watchdog_client import Watchdog
+from qemu_blkmig.qmp.clients import SOCKET as SOCKET_NAME
 from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.monitor import Monitor
@@ -348,7 +349,7 @@ class Lifecycle:
     async def _export_server(self, data: DataPath | None) -> ExportServer:
         place = self.job.record.target_place
         if data is None or place is None:
-            return ExportServer(self.source, str(self.job.runtime / "source.nbd"))
+            return ExportServer(self.source, str(self.job.runtime / SOCKET_NAME))
         if not data.tls:
             self.reporter.note(INSECURE)
         name = f"{self.job.record.prefix}-tls"

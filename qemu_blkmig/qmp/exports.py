@@ -15,6 +15,7 @@ import msgspec
 
 from qemu_blkmig.errors import Refused, RequestError
 from qemu_blkmig.nbd.address import Address, TcpAddress, UnixAddress, address_of
+from qemu_blkmig.qmp.clients import nobody_connected
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.monitor import CommandFailed, Monitor
 from qemu_blkmig.qmp.tls import remove_objects
@@ -22,6 +23,7 @@ from qemu_blkmig.qmp.tls import remove_objects
 log = logging.getLogger(__name__)
 
 _BACKLOG = 64
+_MOMENT = 0.2
 _DELETION_LIMIT = 30.0
 _SOCKET_NAME = "blkmig-nbd"
 
@@ -122,10 +124,17 @@ class ExportServer:
         self._ours.discard(name)
 
     async def stop(self) -> None:
-        """Remove all our exports; stop the server unless others have come to use it. Safe to call twice."""
+        """Remove all our exports; stop the server unless others have come to use it. Safe to call twice.
+
+        The guest may stand still meanwhile: a client that stays a moment longer is not waited for, and the server,
+        which serves nothing any more, stays with it (`remove_all` tries again).
+        """
         for name in sorted(self._ours):
             await self.remove(name)
         if self._started:
+            if not await nobody_connected(self.address, _MOMENT):
+                log.warning("the NBD server of %s still has a client, and is not stopped", self._monitor.who)
+                return
             await stop_unused_server(self._monitor)
             self._started = False
             self._unlink()

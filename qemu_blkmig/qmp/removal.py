@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 
 from qemu_blkmig.errors import RequestError
+from qemu_blkmig.qmp.clients import nobody_of_job_connected
 from qemu_blkmig.qmp.exports import remove_export, stop_unused_server
 from qemu_blkmig.qmp.monitor import CommandFailed, Monitor
 from qemu_blkmig.qmp.tls import remove_objects
 from qemu_blkmig.qmp.topology import bitmaps_by_node
 
 log = logging.getLogger(__name__)
+
+_CLIENTS = 15.0
+"""Seconds that clients of the NBD server are given; without exports there is nothing for them to stay for."""
 
 
 async def remove_all(monitor: Monitor, *, prefix: str, nbd_server_is_ours: bool) -> list[str]:
@@ -26,8 +30,11 @@ async def remove_all(monitor: Monitor, *, prefix: str, nbd_server_is_ours: bool)
 async def remove_server(monitor: Monitor, *, prefix: str, nbd_server_is_ours: bool) -> list[str]:
     """As `remove_all`, but bitmaps stay, and go on recording."""
     removed = await remove_exports(monitor, prefix)
-    if nbd_server_is_ours and await stop_unused_server(monitor):
-        removed.append("the NBD server")
+    if nbd_server_is_ours:
+        if not await nobody_of_job_connected(prefix, _CLIENTS):
+            raise RequestError(f"{monitor.who}: its NBD server still has a client, and would wait for that if stopped")
+        if await stop_unused_server(monitor):
+            removed.append("the NBD server")
     removed += [f"the object {name}" for name in await remove_objects(monitor, prefix)]
     return removed
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qemu_blkmig.errors import Refused
+from qemu_blkmig.errors import Refused, RequestError
 from qemu_blkmig.nbd.address import TcpAddress
 from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.qmp import removal
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.removal import remove_all
 from tests.qmp.conftest import MakeImage, Qemu, StartQemu
@@ -99,3 +100,39 @@ async def test_removal_leaves_a_server_that_is_not_known_to_be_ours(qemu: Qemu, 
     await ExportServer(qemu.monitor, tmp_path / "ours").start()
     assert await remove_all(qemu.monitor, prefix="blkmig-x", nbd_server_is_ours=False) == []
     assert await qemu.server_runs()
+
+
+@pytest.mark.parametrize("way", ["unix", "tcp"])
+async def test_a_client_that_only_negotiates_does_not_make_qemu_wait_for_ever(
+    qemu: Qemu, tmp_path: Path, way: str
+) -> None:
+    path = str(tmp_path / "ours")
+    exports = ExportServer(qemu.monitor, path if way == "unix" else TcpAddress("127.0.0.1", 0))
+    await exports.start()
+    await exports.add("blkmig-x-data", "a")
+    client = socket.socket(socket.AF_UNIX if way == "unix" else socket.AF_INET)
+    client.connect(path if way == "unix" else ("127.0.0.1", exports.address.port))  # type: ignore[union-attr]
+    assert await asyncio.to_thread(client.recv, 8) == b"NBDMAGIC"
+    await exports.stop()
+    assert await qemu.exports() == []
+    assert await qemu.server_runs(), "its main loop goes on"
+    client.close()
+    await exports.stop()
+    assert not await qemu.server_runs()
+
+
+async def test_what_a_job_left_is_removed_once_its_last_client_has_gone(
+    qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removal, "_CLIENTS", 0.05)
+    path = tmp_path / "blkmig-x-1" / "source.nbd"
+    path.parent.mkdir()
+    await ExportServer(qemu.monitor, path).start()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        assert await asyncio.to_thread(client.recv, 8) == b"NBDMAGIC"
+        with pytest.raises(RequestError, match="still has a client"):
+            await remove_all(qemu.monitor, prefix="blkmig-x", nbd_server_is_ours=True)
+        assert await qemu.server_runs(), "its main loop goes on"
+    monkeypatch.undo()
+    assert await remove_all(qemu.monitor, prefix="blkmig-x", nbd_server_is_ours=True) == ["the NBD server"]
