@@ -78,6 +78,8 @@ async def test_what_the_pause_has_lasted_is_no_more_there_for_the_last_round(spe
     job = SimpleNamespace(record=SimpleNamespace(was_running=True))
     life: Any = SimpleNamespace(job=job, steering=Steering(0.4, None))
     watch: Any = SimpleNamespace(clock=SimpleNamespace(now=lambda: 100.0 + spent))
-    connected: Any = SimpleNamespace(engine=SimpleNamespace(refresh=refresh), carriage=None, verification=None)
+    connected: Any = SimpleNamespace(
+        engine=SimpleNamespace(refresh=refresh), carriage=None, verification=SimpleNamespace(predicted=0.0)
+    )
     options = MigrateOptions(source="/s", target=Target(Local("/d"), qmp="/q"), on_stall=OnStall.ABORT)
     assert await LastRound(life, options, watch, connected).fits(100.0) is fits
