@@ -102,7 +102,8 @@ def _options(parser: argparse.ArgumentParser, but: argparse.ArgumentParser | Non
         if not shown:
             continue
         if group.title and group.title not in usual:
-            yield f"```{{rubric}} {marked_up(group.title[0].upper() + group.title[1:])}\n```\n"
+            # Not in backquotes: a title may have some.
+            yield f"~~~{{rubric}} {marked_up(group.title[0].upper() + group.title[1:])}\n~~~\n"
         for action in shown:
             yield f"````{{option}} {_signature(action)}\n{_help(parser, action)}\n````\n"
 

@@ -49,3 +49,8 @@ def test_every_command_is_introduced() -> None:
     page = filled(PAGES["qemu-blkmig"])
     for command in list(every(parser()))[1:]:
         assert f"\n### {command.prog.split()[-1]}\n" in page
+
+
+@pytest.mark.parametrize("program", PAGES)
+def test_a_title_in_backquotes_does_not_end_the_fence_that_it_opens(program: str) -> None:
+    assert not re.search(r"^```+[^`\n]+`", filled(PAGES[program]), re.MULTILINE)
