@@ -76,6 +76,8 @@ class Migration:
                 **facts,
             )
         if _active(here) and there is not None and _active(there):
+            if self._here.host() == self._there.host():
+                raise Trouble(f"{self._there.uri} leads to this host, where {here['name']} is; name another", **facts)
             raise Trouble(
                 f"{here['name']} is active in both places: {here['state']} at {self._here.uri}, {there['state']} at "
                 f"{self._there.uri}; end the one that is not to be",

@@ -22,6 +22,10 @@ class Virsh:
         self._program = module.get_bin_path("virsh", required=True)
         self.uri = uri
 
+    def host(self):
+        """The name of the host that this libvirt runs on. Raises `Trouble`."""
+        return self._run("hostname").strip()
+
     def names(self):
         """Of all domains, running or not. Raises `Trouble`."""
         return [line.strip() for line in self._run("list", "--all", "--name").splitlines() if line.strip()]
@@ -49,8 +53,8 @@ class Virsh:
         command = [self._program, "--quiet", "--connect", self.uri, *words]
         code, told, complaint = self._module.run_command(command, environ_update=_C_LOCALE)
         if code:
-            reasons = [line for line in complaint.splitlines() if line.strip()]
-            raise Trouble(f"{self.uri}: {' '.join(reasons) or f'virsh ends with {code}'}")
+            reasons = [line.strip() for line in complaint.replace("error: ", "").splitlines() if line.strip()]
+            raise Trouble(f"{self.uri}: {': '.join(reasons) or f'virsh ends with {code}'}")
         return told
 
 

@@ -20,6 +20,9 @@ class Libvirt:
         self.uri = uri
         self.state = state
 
+    def host(self):
+        return self.uri
+
     def domain(self, name):
         if self.state is None or name not in ("web1", UUID):
             return None
@@ -120,6 +123,12 @@ def test_what_cannot_be_done_fails(here, there, why, check_mode):
     with pytest.raises(Trouble, match=why) as trouble:
         tried(here, there, check_mode=check_mode)
     assert (trouble.value.facts["here"], trouble.value.facts["there"]) == (here, there)
+
+
+def test_a_destination_that_is_this_host_is_not_taken_for_a_second_place():
+    end = Libvirt(HERE, "running")
+    with pytest.raises(Trouble, match="leads to this host"):
+        Migration(wanted(), Tool(end, end, []), end, end).run(False)
 
 
 def test_check_mode_runs_the_preflight_and_shows_where_disks_would_be():
