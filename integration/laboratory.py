@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from integration.hosts import PORT, REPOSITORY, Hosts
+from integration.lab import wait_until
 from integration.virthosts import VirtHosts
 from qemu_blkmig.demo.guest import build_initramfs, find_kernel
 
@@ -116,7 +117,13 @@ def laboratory(*, libvirt: bool = True) -> Iterator[Laboratory]:
         finally:
             hosts.close()
     finally:
-        shutil.rmtree(near)
+        # A process that Ansible left in the background on hosta may still write there.
+        wait_until(lambda: _removed(near), "the laboratory's folder to be gone", 30)
+
+
+def _removed(folder: Path) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def main(script: Sequence[str]) -> int:
