@@ -181,8 +181,7 @@ def _ask(name: str, command: str) -> dict[str, Any]:
 
 
 def _run(*command: object) -> None:
-    # Without a terminal virsh asks no polkit, and does not complain that there is none.
-    subprocess.run([str(word) for word in command], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
