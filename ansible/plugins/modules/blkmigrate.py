@@ -251,6 +251,9 @@ error:
     what:
       description: What happened.
       type: str
+    disk:
+      description: The disk that it is about. Null if it is not about one alone.
+      type: str
     state:
       description: How things stand.
       type: str
