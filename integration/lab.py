@@ -25,7 +25,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import pytest
 
-from qemu_blkmig.demo.guest import Kernel, Orders, boot_arguments
+from qemu_blkmig.demo.guest import Kernel, Orders, boot_arguments, odd_memory
 from qemu_blkmig.demo.records import RecordsReport, check
 
 Format = Literal["raw", "qcow2"]
@@ -71,15 +71,6 @@ class Hardware:
     cdrom: Path | None = None
     empty_drive: bool = False
     extra: Sequence[str] = ()
-
-
-def odd_memory(mebibytes: int) -> int:
-    """Bytes of a guest's memory that QEMU before 9.0 migrates whole under TCG: a little more than `mebibytes`.
-
-    Such a QEMU loses writes of an emulated guest to memory whose size is a multiple of 64 pages
-    (docs/decisions/009-ram-under-tcg.md).
-    """
-    return (mebibytes << 20) + (8 << 10)
 
 
 class Qmp:

@@ -25,13 +25,11 @@ from typing import Any
 
 from integration.lab import Disk
 from integration.virthosts import domain_xml
-from qemu_blkmig.demo.guest import Kernel, Orders, boot_arguments
+from qemu_blkmig.demo.guest import Kernel, Orders, boot_arguments, odd_memory
 
 VM = Path("/srv/vm")
 KERNEL, INITRAMFS = Kernel(Path("/srv/lab/vmlinuz"), "", Path()), Path("/srv/lab/initramfs")
 ORDERS = Orders(rate=50, span=16 << 20)
-MEMORY = f"{(128 << 10) + 8}K"
-"""A size that QEMU before 9.0 migrates whole under TCG (docs/decisions/009-ram-under-tcg.md)."""
 LIMIT = 120.0
 """Seconds that a guest may take to boot, on a busy machine too."""
 
@@ -69,8 +67,8 @@ def boot(name: str, size: str, *, base: bool) -> int:
     if base:
         _run("qemu-img", "create", "-q", "-f", "qcow2", "-b", common.name, "-F", "qcow2", image)
     command = [
-        "qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", MEMORY, "-nodefaults",
-        "-display", "none", "-serial", f"file:{name}.console",
+        "qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-nodefaults",
+        "-m", f"{odd_memory(128) >> 10}K", "-display", "none", "-serial", f"file:{name}.console",
         "-qmp", f"unix:{name}.qmp,server=on,wait=off", "-qmp", f"unix:{name}.look,server=on,wait=off",
         "-blockdev", f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={name}.qcow2",
         "-device", "virtio-blk-pci,id=vda,drive=disk0",

@@ -19,8 +19,8 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from integration.hosts import PORT, TIED, Hosts
-from integration.lab import Disk, LabError, odd_memory, wait_until
-from qemu_blkmig.demo.guest import Kernel, Orders
+from integration.lab import Disk, LabError, wait_until
+from qemu_blkmig.demo.guest import Kernel, Orders, odd_memory
 
 _PRIVATE = {
     "etc": "/etc/libvirt",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from qemu_blkmig.demo.guest import Kernel, Orders, Writer, boot_arguments, build_initramfs, find_kernel
+from qemu_blkmig.demo.guest import Kernel, Orders, Writer, boot_arguments, build_initramfs, find_kernel, odd_memory
 from qemu_blkmig.demo.records import RecordsReport, check
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused, UsageError
@@ -28,8 +28,8 @@ from qemu_blkmig.job.result import Result
 from qemu_blkmig.qmp.socket import SocketMonitor
 
 QEMU = "qemu-system-x86_64"
-MEMORY = f"{(160 << 10) + 8}K"
-"""RAM of the guest, of a size that QEMU before 9.0 migrates whole under TCG (docs/decisions/009-ram-under-tcg.md)."""
+MEMORY = 160
+"""MiB of RAM of the guest, about (see `odd_memory`)."""
 BOOT = 60.0
 """Seconds in which the guest must have booted; two under TCG on an idle machine."""
 BEFORE, AFTER = 1.0, 4.0
@@ -145,7 +145,7 @@ class _Demo:
 
     def _command(self, kernel: Kernel, side: Path) -> list[str]:
         return [
-            QEMU, "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", MEMORY, "-nodefaults",
+            QEMU, "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", f"{odd_memory(MEMORY) >> 10}K", "-nodefaults",
             "-no-user-config", "-display", "none", "-serial", f"file:{side / 'console'}",
             "-qmp", f"unix:{side / 'qmp'},server=on,wait=off",
             "-blockdev", f"driver={self._options.format},node-name=disk0,file.driver=file,"

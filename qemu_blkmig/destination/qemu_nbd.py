@@ -63,7 +63,7 @@ class QemuNbd:
 async def start(path: str, image_format: str, connections: int, *, keep_allocated: bool = False) -> QemuNbd:
     """Serve the image to `connections` connections, and to nobody else. Call it from a thread that lives on.
 
-    What it writes goes past the page cache where the file system can do that (docs/decisions/026-past-the-cache.md).
+    What it writes goes past the page cache where the file system can do that (docs/decisions/028-past-the-cache.md).
     The socket's directory is gone when this returns, so that not even a killed agent leaves one behind. Raises
     `DestinationFailed` with what qemu-nbd said.
     """
