@@ -107,7 +107,7 @@ def test_which_disks_move_is_told_from_the_xml(tmp_path):
 def test_a_domain_that_is_not_there_is_told_apart_from_a_libvirt_that_is_not(tmp_path):
     missing = "error: failed to get domain 'web1'"
     assert Virsh(Module(tmp_path, code=1, complaint=missing), "qemu:///system").domain("web1") is None
-    with pytest.raises(Trouble, match="qemu:///system: error: failed to connect"):
+    with pytest.raises(Trouble, match="qemu:///system: failed to connect"):
         Virsh(Module(tmp_path, code=1, complaint="error: failed to connect"), "qemu:///system").domain("web1")
 
 
