@@ -131,6 +131,11 @@ class Hosts:
         return Path(f"/proc/{self._init()}/root")
 
     @property
+    def sshd_pid(self) -> int:
+        """The process whose descendants are hostb's sshd and all that is run by it."""
+        return _pid(self._sshd)
+
+    @property
     def sshd_log(self) -> Path:
         """What sshd told."""
         return self._etc / "sshd.log"
@@ -175,7 +180,7 @@ class Hosts:
         """End all processes of hostb at once, and with them its /run and its end of the network. Its disk stays."""
         if self._b is not None:
             # The first process, not its parent, which waits for it: what init is left with it may reap late.
-            for pid in _children(self._b.pid) or [self._b.pid]:
+            for pid in children(self._b.pid) or [self._b.pid]:
                 os.kill(pid, signal.SIGKILL)
         for process in (self._b, self._sshd):
             if process is not None:
@@ -191,7 +196,7 @@ class Hosts:
         """(Re)start hostb's sshd; connections that are open stay. `options`: lines for its configuration."""
         if self._sshd is not None:
             # It is inside another PID namespace than nsenter, which waits for it.
-            for pid in _children(self._sshd.pid):
+            for pid in children(self._sshd.pid):
                 os.kill(pid, signal.SIGTERM)
             self._sshd.wait()
         # The first line that names an option counts.
@@ -252,7 +257,7 @@ class Hosts:
             self._a = None
 
     def _init(self) -> int:
-        return _children(_pid(self._b))[0]
+        return children(_pid(self._b))[0]
 
     def _boot_a(self) -> None:
         self._a = self._start(["--net", "--mount", "--uts"], _BOOT_A)
@@ -333,7 +338,8 @@ def _pid(process: subprocess.Popen[bytes] | None) -> int:
     return process.pid
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Processes that it has started and that are there."""
     with contextlib.suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
@@ -352,9 +358,9 @@ def _command(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def two_hosts(*options: str) -> Iterator[Hosts]:
-    """hosta and hostb in a folder of their own, which is removed in the end."""
-    near = Path(tempfile.mkdtemp(prefix="hosts-", dir="/tmp"))
+def two_hosts(*options: str, directory: Path = Path("/tmp")) -> Iterator[Hosts]:
+    """hosta and hostb in a folder of their own in `directory`, which is removed in the end."""
+    near = Path(tempfile.mkdtemp(prefix="hosts-", dir=directory))
     try:
         hosts = Hosts(near, *options)
         try:

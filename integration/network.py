@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from integration.hosts import ADDRESSES, PORT, REPOSITORY, Hosts, plain_environment
+from integration.hosts import ADDRESSES, PORT, REPOSITORY, TIED, Hosts, children, plain_environment
 from integration.lab import LabError, wait_until
 from qemu_blkmig.transport.ssh import COMMAND_VARIABLE
 
@@ -75,15 +74,22 @@ class Network:
     @contextlib.contextmanager
     def delayed(self, seconds: float) -> Iterator[int]:
         """A port of hosta's localhost that leads to hostb's sshd, each way taking so many seconds."""
-        command = [*self.hosts.enter, sys.executable, "-m", "integration.network", str(seconds)]
-        relay = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, env=plain_environment())
-        try:
-            if relay.stdout is None or relay.stdout.readline() != b"ready\n":
-                raise LabError("the relay does not start")
+        with relayed(self.hosts.enter, RELAY_PORT, ADDRESSES["hostb"], PORT, seconds):
             yield RELAY_PORT
-        finally:
-            relay.kill()
-            relay.communicate()
+
+    @contextlib.contextmanager
+    def far_away(self, seconds: float, *ports: int) -> Iterator[None]:
+        """Have connections to these ports of hosta, and to hostb's sshd, take so many seconds each way."""
+        with contextlib.ExitStack() as stack:
+            for number, (port, far) in enumerate([*((port, False) for port in ports), (PORT, True)], RELAY_PORT):
+                # What the relay sends itself does not come from outside: it is not led back to it.
+                rule = ("-i", "net0", "-p", "tcp", "--dport", port, "-j", "REDIRECT", "--to-ports", number)
+                self.hosts.run("iptables", "-t", "nat", "-A", "PREROUTING", *rule, far=far)
+                stack.callback(self.hosts.run, "iptables", "-t", "nat", "-D", "PREROUTING", *rule, far=far)
+                address = ADDRESSES["hostb" if far else "hosta"]
+                enter = self.hosts.enter_far if far else self.hosts.enter
+                stack.enter_context(relayed(enter, number, address, port, seconds))
+            yield
 
     @contextlib.contextmanager
     def like(self, line: Literal["plain", "delayed", "slow"]) -> Iterator[None]:
@@ -107,39 +113,18 @@ class Network:
         return len(found)
 
 
-async def _relay(delay: float) -> None:
-    """Forward connections, every piece of data `delay` seconds late."""
-
-    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        loop = asyncio.get_running_loop()
-        late: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=1024)
-
-        async def pour() -> None:
-            with contextlib.suppress(OSError):
-                while data := await reader.read(1 << 16):
-                    await late.put((loop.time() + delay, data))
-            await late.put((loop.time() + delay, b""))
-
-        pouring = asyncio.create_task(pour())
-        with contextlib.suppress(OSError):
-            while True:
-                when, data = await late.get()
-                await asyncio.sleep(when - loop.time())
-                if not data:
-                    break
-                writer.write(data)
-                await writer.drain()
-        pouring.cancel()
-        writer.close()
-
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_connection(ADDRESSES["hostb"], PORT)
-        await asyncio.gather(forward(reader, there[1]), forward(there[0], writer))
-
-    server = await asyncio.start_server(connect, "127.0.0.1", RELAY_PORT)
-    print("ready", flush=True)
-    await server.serve_forever()
-
-
-if __name__ == "__main__":
-    asyncio.run(_relay(float(sys.argv[1])))
+@contextlib.contextmanager
+def relayed(enter: Sequence[str], port: int, host: str, leads_to: int, seconds: float) -> Iterator[None]:
+    """A relay (`integration.relay`) at a port of one of the hosts."""
+    command = [*TIED, *enter, sys.executable, "-m", "integration.relay", str(port), host, str(leads_to), str(seconds)]
+    environment = {**plain_environment(), "PYTHONPATH": str(REPOSITORY)}
+    relay = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, env=environment)
+    try:
+        if relay.stdout is None or relay.stdout.readline() != b"ready\n":
+            raise LabError("the relay does not start")
+        yield
+    finally:
+        for pid in children(relay.pid):
+            os.kill(pid, signal.SIGKILL)
+        relay.kill()
+        relay.communicate()

@@ -204,9 +204,11 @@ def domain_xml(name: str, disks: Sequence[Disk], orders: Orders, kernel: Kernel,
 
 
 @contextlib.contextmanager
-def two_virt_hosts(*options: str, qemu_conf: str = PLAIN) -> Iterator[VirtHosts]:
-    """hosta and hostb with libvirt, in a folder of their own, which is removed in the end."""
-    near = Path(tempfile.mkdtemp(prefix="virt-", dir="/tmp"))
+def two_virt_hosts(
+    *options: str, qemu_conf: str = PLAIN, directory: Path = Path("/tmp")
+) -> Iterator[VirtHosts]:  # fmt: skip
+    """hosta and hostb with libvirt, in a folder of their own in `directory`, which is removed in the end."""
+    near = Path(tempfile.mkdtemp(prefix="virt-", dir=directory))
     try:
         hosts = VirtHosts(near, *options, qemu_conf=qemu_conf)
         try:

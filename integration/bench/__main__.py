@@ -15,28 +15,45 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from integration.bench.cases import Case, chosen
+from integration.bench.cases import NBDCOPY, Case, chosen
+from integration.bench.elsewhere import Connection, Piped, Small
 from integration.bench.images import make
-from integration.bench.peers import BASELINE, PEERS, Peer, Setting
+from integration.bench.lines import line_of
+from integration.bench.peers import Blkmig, Files, Mirror, OldEngine, Peer, Pull, Setting
 from integration.bench.table import Measured, as_json, picture, table
 from qemu_blkmig.units import parse_size
+
+PEERS: tuple[Peer, ...] = (
+    Blkmig("blkmig", "none"),
+    Blkmig("blkmig verified", "written"),
+    Small(),
+    Mirror(),
+    Pull(NBDCOPY),
+    Pull("nbdcopy to qemu-nbd", through_server=True),
+    Pull("qemu-img convert"),
+    OldEngine(),
+    Files(),
+    Piped(),
+    Connection(),
+)
 
 
 def measure(case: Case, peers: list[Peer], amount: int, rounds: int, directory: Path) -> Iterator[Measured]:
     """Copy by each of the peers in every round; `amount`: bytes of data in all disks together."""
-    with tempfile.TemporaryDirectory(dir=directory) as name:
+    with tempfile.TemporaryDirectory(dir=directory) as name, line_of(case, directory) as line:
         folder = Path(name)
         target, scratch, sources = (folder / each for each in ("target", "scratch", "source"))
         for each in (target, scratch, sources):
             each.mkdir()
         images = [make(case.contents, sources / f"disk{number}.{case.format}", case.format, amount // case.disks)
                   for number in range(case.disks)]  # fmt: skip
-        setting = Setting(case, images, target, scratch)
+        setting = Setting(case, images, target, scratch, line)
         for number in range(-1, rounds):
             turn = number % len(peers)
             for peer in peers[turn:] + peers[:turn]:
-                rows = peer.copy(setting)
-                setting.check()
+                own = peer.setting(setting) if isinstance(peer, Small) else setting
+                rows = peer.copy(own)
+                own.check()
                 if number >= 0:
                     data = sum(image.data for image in images)
                     yield from (Measured(case.name, row, number, data, usage) for row, usage in rows.items())
@@ -61,7 +78,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="integration.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three cases of 512 MiB, three rounds: some minutes")
     parser.add_argument("--cases", help="only these, separated by commas")
-    parser.add_argument("--peers", help="blockdev-mirror and these")
+    parser.add_argument("--peers", help="the one that others are compared with, and these")
     parser.add_argument("--size", type=parse_size, help="data of each case (default: 2G; --quick: 512M)")
     parser.add_argument("--rounds", type=int, help="that are counted (default: 5; --quick: 3)")
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where all files are")
@@ -77,21 +94,22 @@ def main() -> None:
         cases = chosen(arguments.cases, quick=arguments.quick)
     except ValueError as error:
         parser.error(str(error))
-    names = [peer.name for peer in PEERS] if arguments.peers is None else [*arguments.peers.split(","), BASELINE]
+    names = [peer.name for peer in PEERS] if arguments.peers is None else arguments.peers.split(",")
     size = arguments.size or (512 << 20 if arguments.quick else 2 << 30)
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     measured: list[Measured] = []
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as name, as_installed(Path(name)):
         for case in cases:
-            peers = [peer for peer in PEERS if peer.name in names and peer.applies(case)]
+            peers = [peer for peer in PEERS if peer.name in (*names, case.baseline) and peer.applies(case)]
             for each in measure(case, peers, size, rounds, Path(name)):
                 measured.append(each)
                 print(f"{each.case} {each.row}: {each.usage.seconds:.2f} s", file=sys.stderr, flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "bench.json").write_text(as_json(measured))
-    (arguments.output / "bench.svg").write_text(picture(measured, BASELINE))
-    print(table(measured, BASELINE))
+    baselines = {case.name: case.baseline for case in cases}
+    (arguments.output / "bench.svg").write_text(picture(measured, baselines))
+    print(table(measured, baselines))
     print(f"\nload average before {before:.1f}, after {os.getloadavg()[0]:.1f}, of {os.cpu_count()} CPUs; "
           f"contents checked {len(measured)} times; figures and picture in {arguments.output}")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is copied, and over which way: the cases (a) to (g) of the benchmark."""
+"""What is copied, and over which way: the cases of the benchmark."""
 
 from __future__ import annotations
 
@@ -7,12 +7,27 @@ from typing import Literal
 
 from integration.bench.images import Contents, Format
 
-Way = Literal["unix", "tcp"]
+Way = Literal["unix", "tcp", "tls", "ssh"]
+MIRROR, SSH, CONNECTION, SMALL, NBDCOPY = (
+    "blockdev-mirror",
+    "ssh",
+    "one TCP connection",
+    "blkmig, a small disk",
+    "nbdcopy",
+)
+"""Peers that others are compared with."""
+
+DELAY = 0.02
+"""Seconds each way of a line that is called delayed: 40 ms there and back."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """`warm`: the destination's files are there with other contents, so that no memory has to be found for them."""
+    """`warm`: the destination's files are there with other contents, so that no memory has to be found for them.
+
+    `far`: between two hosts (namespaces with a network of their own); there `delay`: seconds that all takes each way,
+    `mbit`: Mbit/s of the line.
+    """
 
     name: str
     contents: Contents
@@ -20,6 +35,20 @@ class Case:
     way: Way
     disks: int = 1
     warm: bool = False
+    far: bool = False
+    delay: float = 0.0
+    mbit: int | None = None
+
+    @property
+    def baseline(self) -> str:
+        """The peer whose speed is 1."""
+        if self.contents == "huge":
+            return SMALL
+        if self.way == "ssh":
+            return SSH
+        if self.far:
+            return CONNECTION
+        return NBDCOPY if self.way == "tls" else MIRROR
 
 
 CASES = (
@@ -35,6 +64,19 @@ CASES = (
     Case("overlay-tcp", "overlay", "qcow2", "tcp"),
     Case("two-disks-tcp", "full", "raw", "tcp", disks=2, warm=True),
     Case("eight-disks-tcp", "full", "raw", "tcp", disks=8, warm=True),
+    Case("huge-tcp", "huge", "qcow2", "tcp"),
+    Case("full-tls", "full", "raw", "tls", warm=True),
+    Case("far-ssh", "full", "raw", "ssh", warm=True, far=True),
+    Case("far-tcp", "full", "raw", "tcp", warm=True, far=True),
+    Case("far-tls", "full", "raw", "tls", warm=True, far=True),
+    Case("delayed-ssh", "full", "raw", "ssh", warm=True, far=True, delay=DELAY),
+    Case("delayed-tcp", "full", "raw", "tcp", warm=True, far=True, delay=DELAY),
+    Case("delayed-tls", "full", "raw", "tls", warm=True, far=True, delay=DELAY),
+    Case("gigabit-ssh", "full", "raw", "ssh", warm=True, far=True, mbit=1000),
+    Case("gigabit-tcp", "full", "raw", "tcp", warm=True, far=True, mbit=1000),
+    Case("gigabit-tls", "full", "raw", "tls", warm=True, far=True, mbit=1000),
+    Case("gigabit-delayed-tcp", "full", "raw", "tcp", warm=True, far=True, delay=DELAY, mbit=1000),
+    Case("gigabit-delayed-tls", "full", "raw", "tls", warm=True, far=True, delay=DELAY, mbit=1000),
 )
 
 

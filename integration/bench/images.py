@@ -14,11 +14,13 @@ from qemu_blkmig.nbd.binding import libnbd
 
 MIB = 1 << 20
 CLUSTER = 64 << 10
+HUGE = 16 << 40
+PIECE = 16 * MIB
 SHARE = 0.1
 """Of the clusters of a scattered image, those that hold data."""
 
 Format = Literal["raw", "qcow2"]
-Contents = Literal["full", "sparse", "scattered", "zeroes", "overlay"]
+Contents = Literal["full", "sparse", "scattered", "zeroes", "overlay", "huge"]
 Extents = Iterator[tuple[int, int]]
 
 
@@ -46,7 +48,7 @@ class Image:
 
 def make(contents: Contents, path: Path, image_format: Format, amount: int) -> Image:
     """An image with about `amount` bytes of random data (zeroes: of zeroes); how large it is depends on `contents`."""
-    size = {"sparse": 16 * amount, "scattered": int(amount / SHARE)}.get(contents, amount)
+    size = {"sparse": 16 * amount, "scattered": int(amount / SHARE), "huge": HUGE}.get(contents, amount)
     base = path.with_suffix(".base") if contents == "overlay" else None
     if base is not None:
         _fill(Image(base, "raw", size, size), _pieces(0, size), os.urandom)
@@ -68,9 +70,9 @@ def spoil(path: Path, size: int) -> None:
 
 
 def _extents(contents: Contents, image: Image) -> Extents:
-    if contents == "sparse":
-        piece = 16 * MIB
-        return ((offset * 16, piece) for offset in range(0, image.data, piece))
+    if contents in ("sparse", "huge"):
+        distance = image.size // (image.data // PIECE)
+        return ((number * distance, PIECE) for number in range(image.data // PIECE))
     if contents == "scattered":
         clusters = random.Random(1).sample(range(image.size // CLUSTER), image.data // CLUSTER)
         return ((cluster * CLUSTER, CLUSTER) for cluster in sorted(clusters))
@@ -78,7 +80,7 @@ def _extents(contents: Contents, image: Image) -> Extents:
 
 
 def _pieces(start: int, length: int) -> Extents:
-    return ((offset, min(16 * MIB, start + length - offset)) for offset in range(start, start + length, 16 * MIB))
+    return ((offset, min(PIECE, start + length - offset)) for offset in range(start, start + length, PIECE))
 
 
 def _fill(image: Image, extents: Extents, content: Callable[[int], bytes]) -> None:

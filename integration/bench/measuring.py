@@ -7,6 +7,7 @@ most `INTERVAL` of a second), memory is the sum of what each process had residen
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -17,6 +18,8 @@ from typing import Literal, Self
 
 Side = Literal["source", "destination"]
 INTERVAL = 0.02
+FIRST_BYTE = 0.001
+"""Seconds between two looks for the first byte."""
 TICK = os.sysconf("SC_CLK_TCK")
 OUR_AGENT = (b"qemu_blkmig.destination.agent", b"receive")
 """By these words a descendant of the coordinator is known to be on the destination host."""
@@ -24,21 +27,25 @@ OUR_AGENT = (b"qemu_blkmig.destination.agent", b"receive")
 
 @dataclass(frozen=True)
 class Usage:
-    """`seconds`: of the wall's clock; CPU seconds; bytes of memory."""
+    """`seconds`: of the wall's clock; CPU seconds; bytes of memory. `begun_memory`: of what was begun for the copy."""
 
     seconds: float
     source_cpu: float
     destination_cpu: float
     source_memory: int
     destination_memory: int
+    begun_memory: int
 
 
 @dataclass
 class _Process:
-    """`parent`: whose side it is on unless its words tell otherwise, which they do only once it has begun them."""
+    """`parent`: whose side it is on unless its words tell otherwise, which they do only once it has begun them.
+
+    `before`: CPU that it had used; None if it was begun for what is measured.
+    """
 
     side: Side
-    before: float
+    before: float | None = None
     parent: int | None = None
     cpu: float = 0.0
     memory: int = 0
@@ -54,6 +61,9 @@ class Meter:
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Self:
+        self._look()
+        for process in self._processes.values():
+            process.before = process.cpu
         self._thread.start()
         self._began = time.monotonic()
         return self
@@ -64,10 +74,10 @@ class Meter:
         self._thread.join()
         self._look()
 
-    def add(self, pid: int, side: Side, *, anew: bool = False) -> None:
-        """Count this process and its descendants; what it has used before only if it was started `anew`."""
+    def add(self, pid: int, side: Side) -> None:
+        """Count this process and its descendants; what is there before the block begins, from then on."""
         with self._lock:
-            self._processes[pid] = _Process(side, 0.0 if anew else cpu_seconds(pid))
+            self._processes[pid] = _Process(side)
 
     @property
     def usage(self) -> Usage:
@@ -75,10 +85,12 @@ class Meter:
 
         def total(side: Side) -> tuple[float, int]:
             found = [each for each in self._processes.values() if each.side == side]
-            return sum(max(0.0, each.cpu - each.before) for each in found), sum(each.memory for each in found)
+            used = sum(max(0.0, each.cpu - (each.before or 0.0)) for each in found)
+            return used, sum(each.memory for each in found)
 
         (source_cpu, source_memory), (destination_cpu, destination_memory) = total("source"), total("destination")
-        return Usage(self._seconds, source_cpu, destination_cpu, source_memory, destination_memory)
+        begun = sum(each.memory for each in self._processes.values() if each.before is None)
+        return Usage(self._seconds, source_cpu, destination_cpu, source_memory, destination_memory, begun)
 
     def _follow(self) -> None:
         while not self._over.wait(INTERVAL):
@@ -96,8 +108,34 @@ class Meter:
                 process.memory = max(process.memory, _memory(pid))
                 for child in _children(pid):
                     if child not in self._processes:
-                        self._processes[child] = _Process(process.side, 0.0, parent=pid)
+                        self._processes[child] = _Process(process.side, parent=pid)
                         waiting.append(child)
+
+
+class FirstByte:
+    """When the first byte was written to a file that was not there before; as long as its block lasts."""
+
+    def __init__(self, path: Path) -> None:
+        self.seconds: float | None = None
+        self._path = path
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._over.wait(FIRST_BYTE):
+            with contextlib.suppress(OSError):
+                if self._path.stat().st_blocks:
+                    self.seconds = time.monotonic() - self._began
+                    return
 
 
 def _read(pid: int, name: str) -> bytes:

@@ -8,33 +8,53 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from integration.bench.cases import Case
+from integration.bench.cases import MIRROR, NBDCOPY, Case
 from integration.bench.images import Image, spoil
-from integration.bench.measuring import Meter, Usage, cpu_seconds
+from integration.bench.lines import FIRST_PORT, Line
+from integration.bench.measuring import FirstByte, Meter, Usage, cpu_seconds
 from tests.stream.qemus import Qemu, qemu
 
 POLL = 0.005
 REST = 0.4
-FIRST_PORT = 10809
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One copy: the images `images` go to files of the same names in `target`. `scratch`: for sockets."""
+    """One copy: the images `images` go to files of the same names in `target`. `scratch`: for sockets.
+
+    `line`: to another host, where they are to go.
+    """
 
     case: Case
     images: Sequence[Image]
     target: Path
     scratch: Path
+    line: Line | None = None
+
+    @property
+    def here(self) -> Sequence[str]:
+        """Before a command on the source's host."""
+        return self.line.here if self.line else ()
+
+    @property
+    def there(self) -> Sequence[str]:
+        """Before a command on the destination's host."""
+        return self.line.there if self.line else ()
+
+    @property
+    def source(self) -> str:
+        """The source's address."""
+        return self.line.source if self.line else "127.0.0.1"
 
     def arrived(self, image: Image) -> Path:
         """Where an image is copied to."""
@@ -93,22 +113,36 @@ class Blkmig:
         """See `Peer`."""
         setting.prepare(created=False)
         with source(setting) as (running, meter):
-            command = [sys.executable, "-m", "qemu_blkmig", "copy", f"qmp:{running.qmp}", f"local:{setting.target}"]
-            command += ["--progress", "none", "--output", "json", *self._options]
-            if setting.case.way == "tcp":
-                command += ["--data", "tcp://127.0.0.1", "--insecure"]
-            if setting.case.contents == "overlay":
-                command += ["--shared-base", "--base-check", "size"]
-            with meter:
+            command = self._command(setting, running)
+            first = FirstByte(setting.arrived(setting.images[0]))
+            with meter, first if self._begins_empty(setting.case) else contextlib.nullcontext():
                 process = subprocess.Popen(command, stdout=subprocess.PIPE)
-                meter.add(process.pid, "source", anew=True)
+                meter.add(process.pid, "source")
                 told, _ = process.communicate()
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}")
-        alone = json.loads(told)["phases"]["bulk"]
         whole = meter.usage
-        usage = Usage(alone, whole.source_cpu, whole.destination_cpu, whole.source_memory, whole.destination_memory)
-        return {self.name: whole, f"{self.name} (pass)": usage}
+        rows = {self.name: whole}
+        rows[f"{self.name} (pass)"] = replace(whole, seconds=json.loads(told)["phases"]["bulk"])
+        if first.seconds is not None:
+            rows[f"{self.name} (first byte)"] = replace(whole, seconds=first.seconds)
+        return rows
+
+    def _command(self, setting: Setting, running: Qemu) -> list[str]:
+        place = setting.line.place(setting.target) if setting.line else f"local:{setting.target}"
+        command = [*setting.here, sys.executable, "-m", "qemu_blkmig", "copy", f"qmp:{running.qmp}", place]
+        command += ["--progress", "none", "--output", "json", *self._options]
+        if setting.case.way in ("tcp", "tls"):
+            command += ["--data", f"{setting.case.way}://{setting.source}:{FIRST_PORT}"]
+        if setting.case.way == "tcp":
+            command.append("--insecure")
+        if setting.case.contents == "overlay":
+            command += ["--shared-base", "--base-check", "size"]
+        return command
+
+    def _begins_empty(self, case: Case) -> bool:
+        """Whether the first byte written shows: qcow2 has some of its own."""
+        return case.format == "raw" and not case.warm and case.contents != "zeroes"
 
 
 class Pull:
@@ -120,7 +154,11 @@ class Pull:
 
     def applies(self, case: Case) -> bool:
         """See `Peer`: what an overlay leaves to its base, NBD's clients do not tell from what is its own."""
-        return case.contents != "overlay" and (case.format == "raw" or self.name != "nbdcopy")
+        if case.contents == "overlay" or case.way == "ssh":
+            return False
+        if case.far or case.way == "tls":
+            return self.name == NBDCOPY
+        return case.format == "raw" or self.name != NBDCOPY
 
     def copy(self, setting: Setting) -> dict[str, Usage]:
         """See `Peer`."""
@@ -134,9 +172,9 @@ class Pull:
                     to = stack.enter_context(serving(setting, number, meter))
                 commands.append(self._command(setting, image, begin.format(image.path.stem), to))
             with meter:
-                processes = [subprocess.Popen(command) for command in commands]
+                processes = [subprocess.Popen([*setting.there, *command]) for command in commands]
                 for process in processes:
-                    meter.add(process.pid, "destination", anew=True)
+                    meter.add(process.pid, "destination")
                 statuses = [process.wait() for process in processes]
                 if any(statuses):
                     raise RuntimeError(f"{self.name} failed")
@@ -153,11 +191,11 @@ class Pull:
 class Mirror:
     """`blockdev-mirror` of the source QEMU to a qemu-nbd at the destination, until it is ready and was ended."""
 
-    name = "blockdev-mirror"
+    name = MIRROR
 
     def applies(self, case: Case) -> bool:
         """See `Peer`."""
-        return True
+        return case.way in ("unix", "tcp") and not case.far
 
     def copy(self, setting: Setting) -> dict[str, Usage]:
         """See `Peer`."""
@@ -193,7 +231,7 @@ class OldEngine:
 
     def applies(self, case: Case) -> bool:
         """See `Peer`: with `inc` it would send overlays, too; that is not measured."""
-        return case.contents != "overlay"
+        return case.contents not in ("overlay", "huge") and case.way in ("unix", "tcp") and not case.far
 
     def copy(self, setting: Setting) -> dict[str, Usage]:
         """See `Peer`."""
@@ -222,7 +260,7 @@ class Files:
 
     def applies(self, case: Case) -> bool:
         """See `Peer`."""
-        return case.format == "raw" and case.contents == "full"
+        return case.format == "raw" and case.contents == "full" and not case.far
 
     def copy(self, setting: Setting) -> dict[str, Usage]:
         """See `Peer`."""
@@ -232,23 +270,10 @@ class Files:
             commands = [["dd", *pair, "bs=4M", "conv=notrunc", "status=none"] for pair in pairs]
             processes = [subprocess.Popen(command) for command in commands]
             for process in processes:
-                meter.add(process.pid, "destination", anew=True)
+                meter.add(process.pid, "destination")
             for process in processes:
                 process.wait()
         return {self.name: meter.usage}
-
-
-BASELINE = Mirror.name
-PEERS: tuple[Peer, ...] = (
-    Blkmig("blkmig", "none"),
-    Blkmig("blkmig verified", "written"),
-    Mirror(),
-    Pull("nbdcopy"),
-    Pull("nbdcopy to qemu-nbd", through_server=True),
-    Pull("qemu-img convert"),
-    OldEngine(),
-    Files(),
-)
 
 
 @contextlib.contextmanager
@@ -257,10 +282,12 @@ def source(setting: Setting, *devices: str) -> Iterator[tuple[Qemu, Meter]]:
 
     It has come to rest: its BIOS takes a CPU for a second or two until it has found nothing to boot.
     """
-    with qemu(setting.scratch / "source", *(devices or blockdevs(setting))) as running:
+    with qemu(setting.scratch / "source", *(devices or blockdevs(setting)), prefix=setting.here) as running:
         wait_for_rest(running.process.pid)
         meter = Meter()
         meter.add(running.process.pid, "source")
+        if setting.line is not None:
+            meter.add(setting.line.hosts.sshd_pid, "destination")
         yield running, meter
     shutil.rmtree(setting.scratch / "source")
 
@@ -294,9 +321,17 @@ def drives(setting: Setting, directory: Path) -> list[str]:
 
 def export(running: Qemu, setting: Setting) -> str:
     """Export all nodes; the URI of an export, with {} for its name."""
-    if setting.case.way == "tcp":
-        running("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.1", "port": str(FIRST_PORT)}})
-        uri = f"nbd://127.0.0.1:{FIRST_PORT}/{{}}"
+    if setting.case.way in ("tcp", "tls"):
+        address = {"type": "inet", "data": {"host": setting.source, "port": str(FIRST_PORT)}}
+        uri = f"nbd://{setting.source}:{FIRST_PORT}/{{}}"
+        more = {}
+        if setting.case.way == "tls":
+            keys = setting.scratch / "source" / "keys.psk"
+            keys.write_text(f"bench:{os.urandom(32).hex()}\n")
+            running("object-add", qom_type="tls-creds-psk", id="key", dir=str(keys.parent), endpoint="server")
+            uri = f"nbds://bench@{setting.source}:{FIRST_PORT}/{{}}?tls-psk-file={keys}"
+            more = {"tls_creds": "key"}
+        running("nbd-server-start", addr=address, **more)
     else:
         place = setting.scratch / "source" / "nbd"
         running("nbd-server-start", addr={"type": "unix", "data": {"path": str(place)}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from integration.bench.measuring import Usage
@@ -55,25 +55,27 @@ def rows(measured: Sequence[Measured], case: str) -> list[str]:
     return sorted({each.row for each in measured if each.case == case}, key=lambda row: ("blkmig" not in row, row))
 
 
-def table(measured: Sequence[Measured], baseline: str) -> str:
-    """For people; a case after the other."""
+def table(measured: Sequence[Measured], baselines: Mapping[str, str]) -> str:
+    """For people; a case after the other. `baselines`: the row whose speed is 1, by case."""
     lines = []
     for case in dict.fromkeys(each.case for each in measured):
+        baseline = baselines[case]
         lines.append(
-            f"\n{case}\n  {'':26}{f'speed by {baseline}':>28}{'seconds':>10}"
-            f"{'CPU-s/GiB here':>16}{'there':>7}{'MiB here':>10}{'there':>7}"
+            f"\n{case}\n  {'':26}{f'speed by {baseline}':>29}{'seconds':>10}"
+            f"{'CPU-s/GiB here':>16}{'there':>7}{'MiB here':>10}{'there':>7}{'begun':>7}"
         )
         for row in rows(measured, case):
             own = [each for each in measured if (each.case, each.row) == (case, row)]
             gib = own[0].data / GIB
             used = [each.usage for each in own]
             lines.append(
-                f"  {row:26}{ratios(measured, case, row, baseline)!s:>28}"
+                f"  {row:26}{ratios(measured, case, row, baseline)!s:>29}"
                 f"{statistics.median(each.seconds for each in used):10.2f}"
                 f"{statistics.median(each.source_cpu for each in used) / gib:16.2f}"
                 f"{statistics.median(each.destination_cpu for each in used) / gib:7.2f}"
                 f"{max(each.source_memory for each in used) >> 20:10}"
                 f"{max(each.destination_memory for each in used) >> 20:7}"
+                f"{max(each.begun_memory for each in used) >> 20:7}"
             )
     return "\n".join(lines)
 
@@ -83,11 +85,12 @@ def as_json(measured: Sequence[Measured]) -> str:
     return json.dumps([asdict(each) for each in measured], indent=1) + "\n"
 
 
-def picture(measured: Sequence[Measured], baseline: str) -> str:
-    """Bars of the medians, a panel for each case, lines from minimum to maximum: SVG."""
+def picture(measured: Sequence[Measured], baselines: Mapping[str, str]) -> str:
+    """Bars of the medians, a panel for each case, lines from minimum to maximum: SVG. `baselines`: see `table`."""
     parts: list[str] = []
     top = 30
     for case in dict.fromkeys(each.case for each in measured):
+        baseline = baselines[case]
         found = [(row, ratios(measured, case, row, baseline)) for row in rows(measured, case)]
         scale = WIDTH / max(each.most for _, each in found)
         parts.append(_text(10, top, f"{case}: speed, {baseline} = 1", "start", 'font-weight="bold"'))

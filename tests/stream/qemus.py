@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,22 @@ class Qemu:
 
 
 @contextlib.contextmanager
-def qemu(directory: Path, *arguments: str, machine: str = "pc") -> Iterator[Qemu]:
-    """A QEMU that runs nothing; it ends with the block."""
+def qemu(directory: Path, *arguments: str, machine: str = "pc", prefix: Sequence[str] = ()) -> Iterator[Qemu]:
+    """A QEMU that runs nothing; it ends with the block. `prefix`: before its command."""
     directory.mkdir()
-    command = ["qemu-system-x86_64", "-M", machine, "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none"]
+    command = [
+        *prefix,
+        "qemu-system-x86_64",
+        "-M",
+        machine,
+        "-accel",
+        "tcg",
+        "-m",
+        "16",
+        "-nodefaults",
+        "-display",
+        "none",
+    ]
     for name in ("qmp", "monitor"):
         command += ["-qmp", f"unix:{directory}/{name},server=on,wait=off"]
     process = subprocess.Popen(
