@@ -191,6 +191,12 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
         help="most MiB/s, such as 100; or bytes a second with a suffix, such as 512k (default: no limit)",
     )
     group.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="begin slowly, and copy only as fast as leaves the guest's disks about as quick as they were; --bandwidth "
+        "stays the most. In force until the guest moves, or is slowed itself (--on-stall throttle)",
+    )
+    group.add_argument(
         "--bandwidth-group",
         type=argument(bandwidth_group),
         metavar="NAME=RATE",
@@ -201,7 +207,8 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--connections", type=argument(count), default=usual.connections, metavar="N",
                        help=f"NBD connections for each disk, 1 to 64 (default: {usual.connections})")  # fmt: skip
     group.add_argument("--requests", type=argument(count), default=usual.requests, metavar="N",
-                       help=f"requests in flight on a connection, 1 to 64 (default: {usual.requests})")  # fmt: skip
+                       help="requests in flight on a connection, 1 to 64; more on a long way "
+                       f"(default: {usual.requests})")  # fmt: skip
     group.add_argument("--request-size", type=argument(parse_size), default=usual.request_size, metavar="SIZE",
                        help="largest request, 64k to 32M (default: 1M)")  # fmt: skip
     group.add_argument("--chunk-size", type=argument(parse_size), default=usual.chunk_size, metavar="SIZE",
@@ -404,6 +411,7 @@ def transfer(arguments: argparse.Namespace) -> Transfer:
         bandwidth=arguments.bandwidth,
         group=arguments.bandwidth_group,
         slots=arguments.slots,
+        adaptive=arguments.adaptive,
         hash=arguments.hash,
         data=parse_data_path(arguments.data, certificates=arguments.tls_creds, insecure=arguments.insecure),
     )

@@ -131,4 +131,6 @@ def _figures(job: Status) -> str:
         parts.append(f"round {job.round}")
     if job.state == RUNNING:
         parts.append("no bandwidth limit" if job.bandwidth is None else f"bandwidth limit {show_rate(job.bandwidth)}")
+    if job.guest_latency is not None:
+        parts.append(f"the guest's disks take {job.guest_latency * 1e3:.2f} ms for a request")
     return ", ".join(parts)

@@ -5,6 +5,7 @@ Where there is a hash table, digests are taken of what was read, from the very b
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,11 @@ from qemu_blkmig.nbd.throttle import Throttle
 
 _ZERO_UNIT_OF_MIXED = 4096
 _TOUCH_UNIT = 4 << 20
+_NEAR = 0.005
+_MOST_TIMES = 4
+_MOST_IN_FLIGHT = 32 << 20
+"""A way that takes longer than `_NEAR` seconds there and back gets more requests, so many times as many, and bytes, at
+most."""
 _LOOK_AT_DIRTY_FROM = 1 << 20
 """Shorter dirty extents are read without asking for their block status first: a round trip costs more."""
 
@@ -74,7 +80,7 @@ class DiskMover:
         self._unflushed = False
         self._lost: errors.DestinationWriteError | None = None
         self._sources = _connect_all(disk, size, settings)
-        limits = Limits(settings.requests, settings.request_size)
+        limits = Limits(requests_for(settings, _round_trip(self._sources[0])), settings.request_size)
         self._pump = Pump(disk, self._sources, limits, throttle, unit=self._unit)
 
     def copy(self, extents: Sequence[Extent], control: Control, *, bulk: bool) -> float:
@@ -290,6 +296,24 @@ class _CopySink:
     def _note(self, error: int, offset: int) -> None:
         if error and self.failure is None:
             self.failure = write_error(self._disk, offset, error)
+
+
+def _round_trip(connection: Connection) -> float:
+    """Seconds there and back: the second time, a sector is found in memory. Raises `ConnectionLost`."""
+    sector = memoryview(bytearray(min(connection.size, max(512, connection.minimum_block))))
+    took = []
+    for _ in range(2):
+        began = time.monotonic()
+        connection.read_now(sector, 0)
+        took.append(time.monotonic() - began)
+    return min(took)
+
+
+def requests_for(settings: Settings, round_trip: float) -> int:
+    """How many requests are to be in flight on a connection, so that a long way is full."""
+    times = min(_MOST_TIMES, math.ceil(round_trip / _NEAR))
+    room = _MOST_IN_FLIGHT // (settings.connections * settings.request_size)
+    return max(settings.requests, min(settings.requests * times, room))
 
 
 def _connect_all(disk: str, size: int, settings: Settings) -> list[Connection]:

@@ -10,11 +10,40 @@ from qemu_blkmig.engine.extents import Batcher, Extent
 from qemu_blkmig.engine.ports import Comparer, CopyKind
 
 MOST_UNFLUSHED = 256 << 20
-"""Bytes of the pass that are copied at most before it is flushed, however large the disk is."""
+"""Bytes of the pass after which it is flushed, however large the disk is; a range is copied to its end before."""
+FIRST_STRIDE = 32 << 20
+LONG_STRIDE = 512 << 20
+PART = 256
+"""A range is no longer than LONG_STRIDE, or this part of a disk."""
+CHANGE = 8
+"""How many times as long as the last range the next one is at most, or as short."""
+
+
+class Stride:
+    """How many bytes of a disk to ask for at once, so that it takes about `seconds`, by what the last range took.
+
+    What lies between two ranges (a question, its way and back, a flush) is then little beside them on a long way; and
+    what a failure throws away is little time's work. Where nothing is stored, ranges become long.
+    """
+
+    def __init__(self, seconds: float, chunk_size: int) -> None:
+        self._seconds = seconds
+        self._chunk = chunk_size
+        self._length = max(FIRST_STRIDE, chunk_size)
+
+    def length(self, size: int) -> int:
+        """Whole chunks, of a disk of `size` bytes."""
+        most = max(LONG_STRIDE, size // PART) // self._chunk * self._chunk
+        return max(self._chunk, min(self._length, most))
+
+    def took(self, length: int, seconds: float) -> None:
+        """A range of `length` bytes took so long."""
+        change = min(CHANGE, max(1 / CHANGE, self._seconds / seconds)) if seconds > 0 else CHANGE
+        self._length = max(self._chunk, int(length * change) // self._chunk * self._chunk)
 
 
 class BulkPass:
-    """Copies ranges of at most `range_size` bytes; no more is known of a disk than where its cursor stands.
+    """Copies range after range; no more is known of a disk than where its cursor stands.
 
     With a `comparer` the destination holds an older copy, and just what differs is sent: as DIRTY, because nothing
     may be skipped there and nothing is known to be zero. At most `batch` extents go into one request.
@@ -32,20 +61,25 @@ class BulkPass:
         interval: Callable[[int], int],
         on_stable: Callable[[str, int], None],
         comparer: Comparer | None,
+        stride: Stride | None = None,
     ) -> None:
-        """`interval`: for a disk's size, the bytes after which its pass is flushed."""
+        """`interval`: for a disk's size, the bytes after which its pass is flushed.
+
+        A range is of at most `range_size` bytes, unless a `stride` tells.
+        """
         self._carrier = carrier
         self._range_size = range_size
         self._batch = batch
         self._interval = interval
         self._on_stable = on_stable
         self._comparer = comparer
+        self._stride = stride
 
     async def run(self, device: Device) -> None:
         """Copy what the pass has not yet copied of `device`, and flush it; raises what the mover raises."""
         interval = self._interval(device.size)
-        length = min(self._range_size, interval)
         while device.cursor < device.size:
+            length = min(self._range_size, interval) if self._stride is None else self._stride.length(device.size)
             try:
                 await self._bring(device, device.next_range(length))
             except Exception as error:
@@ -59,7 +93,9 @@ class BulkPass:
 
     async def _bring(self, device: Device, extent: Extent) -> None:
         if self._comparer is None:
-            await self._carrier.copy(device, [extent], CopyKind.BULK)
+            seconds = await self._carrier.copy(device, [extent], CopyKind.BULK)
+            if self._stride is not None:
+                self._stride.took(extent.length, seconds)
             return
         self._carrier.check_halted(device)
         batcher = Batcher(most=self._batch, volume=self._range_size, size=device.size, unit=device.unit)

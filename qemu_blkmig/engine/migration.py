@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from qemu_blkmig.engine.bulk import BulkPass, flush_interval
+from qemu_blkmig.engine.bulk import BulkPass, Stride, flush_interval
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.completion import Completion
 from qemu_blkmig.engine.convergence import Pace, Policy, Verdict
@@ -41,8 +41,9 @@ PAUSE_IN_STEP = 0.05
 @dataclass(frozen=True)
 class Tuning:
     """`chunk_size`, `range_size`: bytes; `range_size` is what one copy request holds at most. `batch`: its extents.
-    `flushes`: how often the bulk pass over a disk is flushed, about; oftener on a very large one. `granule`: bytes that
-    are dirty together, as far as anybody knows.
+    `flushes`: how often the bulk pass over a disk is flushed at most, about; oftener on a very large one. `granule`:
+    bytes that are dirty together, as far as anybody knows. `stride`: seconds that a range of the bulk pass is to take,
+    whose length is `range_size` where this is None.
 
     Raises ValueError when a size is not positive, or not a multiple of the unit below it (512 bytes, a chunk).
     """
@@ -52,6 +53,7 @@ class Tuning:
     batch: int = 4096
     flushes: int = 32
     granule: int = 64 << 10
+    stride: float | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_size <= 0 or self.chunk_size % SECTOR:
@@ -168,6 +170,7 @@ class BlockMigration:
             lambda size: flush_interval(size, tuning.flushes, tuning.chunk_size),
             on_stable,
             compare,
+            Stride(tuning.stride, tuning.chunk_size) if tuning.stride is not None and compare is None else None,
         )
         self._rounds = DirtyRounds(
             self._devices,

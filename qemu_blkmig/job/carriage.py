@@ -38,6 +38,8 @@ from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.mover import RemoteMover
 
+STRIDE = 4.0
+"""Seconds that a range of the first pass is to take: 40 ms there and back cost four times that at each."""
 CLOSE_LIMIT = 30.0
 """Seconds in which the images must be closed: the guest is paused and must not wait for ever."""
 HASH_UNITS = range(4 << 10, 64 << 10)
@@ -124,7 +126,7 @@ class Carriage:
         return BlockMigration(
             [DiskSpec(disk.name, disk.size, self._unit(disk)) for disk in self._plan.disks],
             log, mover, guest, clock,
-            Tuning(chunk_size=self._transfer.chunk_size, range_size=128 << 20),
+            Tuning(chunk_size=self._transfer.chunk_size, range_size=128 << 20, stride=STRIDE),
             self._reporter.figures,
             self._comparison if self._compares else None,
             self._on_stable,

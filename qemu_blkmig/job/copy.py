@@ -11,6 +11,7 @@ from pathlib import Path
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, Stalled
+from qemu_blkmig.job.adapting import Adapting
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import Carrying, begin, connect, open_carriage
 from qemu_blkmig.job.imagefile import ImageSource
@@ -174,7 +175,10 @@ class GuestCopy:
         with self._watch.phase("prepare"):
             await self._prepare()
         sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
-        async with sharing:
+        adapting = Adapting(
+            self._life, self._plan.disks, self._clock, wanted=self._options.transfer.adaptive
+        )  # fmt: skip
+        async with sharing, adapting:
             with self._watch.phase("bulk"):
                 await begin(self._life, self._carriage, self._engine)
                 await self._engine.bulk()

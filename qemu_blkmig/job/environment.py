@@ -78,6 +78,8 @@ def _terms(options: MigrateOptions | CopyOptions | ManagedOptions) -> Iterator[t
     yield "Bandwidth limit", "none" if transfer.bandwidth is None else show_rate(transfer.bandwidth)
     if transfer.group is not None:
         yield "Bandwidth group", f"{transfer.group[0]}, {show_rate(transfer.group[1])}"
+    if transfer.adaptive:
+        yield "Where the guest's disks become slow", "copied slower"
     yield "Rounds at most", "no bound" if options.max_rounds is None else str(options.max_rounds)
     if isinstance(options, MigrateOptions | ManagedOptions):
         yield "On a stall", options.on_stall.value

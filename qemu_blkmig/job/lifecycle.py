@@ -151,6 +151,8 @@ class Lifecycle:
 
     async def _keep_steered(self) -> None:
         """What was changed holds when the job is resumed, too."""
+        if self.job.record.steered == self._steered():
+            return
         self.job.record.steered = self._steered()
         try:
             await self.job.save()

@@ -58,6 +58,7 @@ class Verify(enum.Enum):
 class Transfer:
     """How bytes are carried; sizes in bytes, `bandwidth` in bytes a second (None: no limit).
 
+    `adaptive`: slower where the guest's disks become slow by it.
     `hash`: what contents are compared by, both sides' or what was written and what lies there. `data`: the data's own
     way to a guest's disks; None: ssh's. `group`: name and budget, in bytes a second, of the jobs that share one.
     `slots`: how many jobs may be in their bulk pass at once (None: any number).
@@ -73,6 +74,7 @@ class Transfer:
     data: DataPath | None = None
     group: tuple[str, int] | None = None
     slots: int | None = None
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         if not _power_of_two(self.granularity) or not 512 <= self.granularity <= 2 << 30:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.errors import Stalled
+from qemu_blkmig.job.adapting import Adapting
 from qemu_blkmig.job.brake import SHARES, Brake
 from qemu_blkmig.job.connected import Connected, begin
 from qemu_blkmig.job.lifecycle import Lifecycle
@@ -57,6 +58,7 @@ class Rounds:
         self._hurried = False
         life.journal.fact("disks' share", str(disks_budget(options, 1.0)))
         self.brake = Brake(life, disks, options.transfer.granularity, self._clock)
+        self._adapting = Adapting(life, disks, self._clock, wanted=options.transfer.adaptive)
 
     async def lead_to(self, switch_over: Callable[[], Awaitable[Downtime | None]]) -> Downtime | None:
         """The bulk pass, and rounds until the guest may be switched over; then `switch_over`, and what that returns.
@@ -69,16 +71,18 @@ class Rounds:
             life.steering.on_change(self._follow)
             await self._follow()
             self._engine.aim(self._policy)
-            with self._watch.phase("bulk"):
-                await begin(life, self._connected.carriage, self._connected.engine)
-                await self._engine.bulk()
-            sharing.bulk_over()
-            async with self._connected.verification.in_background():
-                if self._options.switchover.waits:
-                    await self._wait_for_word()
-                else:
-                    await self.converge()
-                return await switch_over()
+            async with self._adapting:
+                with self._watch.phase("bulk"):
+                    await begin(life, self._connected.carriage, self._connected.engine)
+                    await self._engine.bulk()
+                sharing.bulk_over()
+                async with self._connected.verification.in_background():
+                    if self._options.switchover.waits:
+                        await self._wait_for_word()
+                    else:
+                        await self.converge()
+                    async with self._adapting.suspended():
+                        return await switch_over()
 
     def hurry(self) -> None:
         """The next round is the last one, however long the guest stands still for it."""
@@ -141,10 +145,12 @@ class Rounds:
         """Rounds with the guest's writes slowed, the more the longer it takes."""
         usual, self._policy.max_rounds = self._policy.max_rounds, ROUNDS_OF_A_SHARE
         try:
-            for share in SHARES:
-                await self.brake.press(self._engine.figures(), share, self._policy.downtime)
-                if await self._engine.converge(self._policy) is Verdict.FITS:
-                    return Verdict.FITS
-            return Verdict.STALLED
+            # That its requests take longer now is meant.
+            async with self._adapting.suspended():
+                for share in SHARES:
+                    await self.brake.press(self._engine.figures(), share, self._policy.downtime)
+                    if await self._engine.converge(self._policy) is Verdict.FITS:
+                        return Verdict.FITS
+                return Verdict.STALLED
         finally:
             self._policy.max_rounds = usual

@@ -49,9 +49,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field=
 
     `percent`: of the bulk pass. `predicted_downtime`: of the disks' last round now, to be held against `downtime`,
     the limit. `converges_in`: until it is predicted to fit that; `confidence`: what such predictions were worth, from 0
-    to 1. `put_off`: the part of `pending` that is copied last, because it is written all the time. `guest`: who has the
-    guest. `next`: what may be done. `outcome`: how it ended. `domain`: null where it is none of libvirt's.
-    `libvirt`: what libvirt did here with its domain, as the hook noted it.
+    to 1. `put_off`: the part of `pending` that is copied last, because it is written all the time. `bandwidth`: the
+    most that may be carried now; with --adaptive, `adapted`: the most that the guest's disks bear, and `guest_latency`:
+    what a request to them took lately. `guest`: who has the guest. `next`: what may be done. `outcome`: how it ended.
+    `domain`: null where it is none of libvirt's. `libvirt`: what libvirt did here with its domain, as the hook noted
+    it.
     """
 
     job: str
@@ -68,6 +70,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status", tag_field=
     put_off: int = 0
     downtime: float | None = None
     bandwidth: int | None = None
+    adapted: int | None = None
+    guest_latency: float | None = None
     round: int = 0
     disks: list[DiskStatus] = []
     source: str | None = None
@@ -100,6 +104,8 @@ def live(record: Record, telling: Telling, steering: Steering) -> Status:
         put_off=sum(disk.put_off for disk in figures.disks) if figures else 0,
         downtime=steering.downtime,
         bandwidth=steering.rate,
+        adapted=steering.adapted,
+        guest_latency=steering.latency,
         round=figures.round if figures else 0,
         disks=disks,
         source=_source(record),

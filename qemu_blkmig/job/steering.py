@@ -10,7 +10,8 @@ Apply = Callable[[], Awaitable[None]]
 
 class Steering:
     """The values in force. `downtime`: seconds; `bandwidth`: bytes a second, as the user wants it (None: no limit);
-    `share`: the part of a group's budget that falls to this job. `switchover` is set when the guest may move.
+    `share`: the part of a group's budget that falls to this job; `adapted`: what the guest's disks bear, where that is
+    looked at; `latency`: seconds that a request to them took, lately. `switchover` is set when the guest may move.
 
     Whoever goes by a value reads it when it is needed; what has to be told elsewhere is told by an `Apply`.
     """
@@ -19,6 +20,8 @@ class Steering:
         self.downtime = downtime
         self.bandwidth = bandwidth
         self.share: int | None = None
+        self.adapted: int | None = None
+        self.latency: float | None = None
         self.switchover = asyncio.Event()
         self.may_wait = False
         self._apply: list[Apply] = []
@@ -26,7 +29,7 @@ class Steering:
     @property
     def rate(self) -> int | None:
         """Bytes a second that the job may carry now; None: no limit."""
-        limits = [limit for limit in (self.bandwidth, self.share) if limit is not None]
+        limits = [limit for limit in (self.bandwidth, self.share, self.adapted) if limit is not None]
         return min(limits) if limits else None
 
     def on_change(self, apply: Apply) -> None:

@@ -88,6 +88,12 @@ class Telling:
         settled = sum(disk.bulk_done for disk in self.latest.disks) + sum(self.moved.values())
         return settled / elapsed if settled and elapsed >= LEAST_MEASURED else None
 
+    @property
+    def settled(self) -> int:
+        """Bytes that are done, of all disks and rounds, the copy under way included."""
+        done = sum(disk.copied + disk.zeroed + disk.skipped for disk in self.latest.disks) if self.latest else 0
+        return done + sum(self.moved.values())
+
     def sample(self) -> None:
         """Put the latest figures into the journal now."""
         if self.latest is not None:

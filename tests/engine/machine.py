@@ -94,6 +94,7 @@ class Machine(RuleBasedStateMachine):
         compare=st.booleans(),
         flushes=st.integers(1, 3),
         granule=st.integers(1, 2),
+        stride=st.sampled_from((None, 1.0)),
         head_start=st.sampled_from((0, 1, 2, 2, 2)),
         script=scripts,
     )
@@ -107,6 +108,7 @@ class Machine(RuleBasedStateMachine):
         compare: bool,
         flushes: int,
         granule: int,
+        stride: float | None,
         head_start: int,
         script: list[Action],
     ) -> None:
@@ -116,6 +118,7 @@ class Machine(RuleBasedStateMachine):
             batch=batch,
             flushes=flushes,
             granule=granule * SECTOR,
+            stride=stride,
         )
         self.world = World([first, second] if second else [first], granularity, tuning, compare)
         if head_start > 0:

@@ -19,6 +19,33 @@ async def test_a_16_tib_disk_with_a_million_dirty_extents_is_streamed() -> None:
     assert link.most_groups <= 2
 
 
+async def test_ranges_of_the_bulk_pass_take_about_as_long_as_they_are_meant_to() -> None:
+    link = Link(size=64 << 30, speed=float(100 << 20), writer=0)
+    migration = link.migration(Tuning(stride=4.0))
+    await migration.setup()
+    await migration.bulk()
+    assert link.bulk_bytes == 64 << 30
+    assert 160 <= link.requests <= 175, "4 s at 100 MiB/s, but for the first ones"
+
+
+async def test_a_huge_disk_without_content_is_asked_for_in_long_ranges() -> None:
+    link = Link(size=16 << 40, speed=float(64 << 40), writer=0)
+    migration = link.migration(Tuning(stride=4.0))
+    await migration.setup()
+    await migration.bulk()
+    assert link.bulk_bytes == 16 << 40
+    assert link.requests <= 256 + 5, "a 256th of the disk each, but for the first ones"
+
+
+async def test_ranges_become_short_where_the_link_becomes_slow() -> None:
+    link = Link(size=1 << 30, speed=float(1 << 30), writer=0)
+    migration = link.migration(Tuning(stride=4.0))
+    await migration.setup()
+    link.speed = float(1 << 20)
+    await migration.bulk()
+    assert link.requests >= 200, "4 MiB each, but for the first ones"
+
+
 async def test_no_request_is_larger_than_a_range_however_long_an_extent_is() -> None:
     link = Link(size=1 << 30, speed=float(1 << 30), writer=0)
     migration = link.migration(Tuning(range_size=1 << 20))

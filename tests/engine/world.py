@@ -479,7 +479,7 @@ class FakeMover:
 
     async def copy(self, disk: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
         index = self._world.index(disk)
-        self._check_request(index, extents)
+        self._check_request(index, extents, kind)
         flight = (index, {s for e in extents for s in range(e.offset // SECTOR, e.end // SECTOR)})
         self._flying.append(flight)
         began = self._world.clock.now()
@@ -492,12 +492,13 @@ class FakeMover:
             self._flying.remove(flight)
         return CopyReport(**tally, seconds=self._world.clock.now() - began)
 
-    def _check_request(self, index: int, extents: Sequence[Extent]) -> None:
+    def _check_request(self, index: int, extents: Sequence[Extent], kind: CopyKind) -> None:
         """Invariants 2, 3 and 6, and what the port promises."""
         world, tuning = self._world, self._world.tuning
         if not world.log.started:
             world.fail("a read before the recording has started")
-        if len(extents) > tuning.batch or sum(extent.length for extent in extents) > tuning.range_size:
+        bounded = kind is not CopyKind.BULK or tuning.stride is None
+        if len(extents) > tuning.batch or (bounded and sum(each.length for each in extents) > tuning.range_size):
             world.fail(f"a request of {len(extents)} extents")
         unit = world.disks[index].unit * SECTOR
         if any(e.offset % unit or (e.end % unit and e.end != world.disks[index].spec.size) for e in extents):
