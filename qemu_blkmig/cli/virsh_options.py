@@ -35,6 +35,12 @@ REFUSED_VALUES = {
     "--comp-mt-threads": _NO_COMPRESSION,
     "--comp-mt-dthreads": _NO_COMPRESSION,
     "--comp-xbzrle-cache": _NO_COMPRESSION,
+    "--comp-zlib-level": _NO_COMPRESSION,
+    "--comp-zstd-level": _NO_COMPRESSION,
+    "--available-switchover-bandwidth": "QEMU would go by it, and pause the guest before its disks are read back; "
+    "--downtime says how long the pause may be",
+    "--migrate-disks-detect-zeroes": f"{_NO_MIRROR}; what the source's image knows to be zeroes is a hole there, and "
+    "data is not searched for zeroes",
     "--postcopy-bandwidth": _NO_POSTCOPY,
     "--disks-port": f"{_NO_MIRROR}, and go through ssh; --data tls://:PORT takes them past it",
     "--disks-uri": f"{_NO_MIRROR}, and go through ssh; --data tls://[HOST[:PORT]] takes them past it",

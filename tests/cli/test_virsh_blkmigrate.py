@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,14 @@ def test_what_makes_no_sense_is_told(words: list[str], why: str, capsys: pytest.
     assert main(words) == 2
     told = capsys.readouterr().err
     assert told.startswith("virsh-blkmigrate: ") and why in told, told
+
+
+def test_every_option_of_this_machine_s_virsh_is_known() -> None:
+    told = subprocess.run(["virsh", "help", "migrate"], check=True, capture_output=True, text=True).stdout
+    theirs = set(re.findall(r"^    (?:\[)?(--[a-z0-9-]+)", told, re.MULTILINE))
+    ours = {option for action in parser()._actions for option in action.option_strings}
+    assert "--undefinesource" in theirs
+    assert theirs <= ours, theirs - ours
 
 
 @pytest.mark.parametrize("option", [*REFUSED, *REFUSED_VALUES])
