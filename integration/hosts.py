@@ -5,6 +5,9 @@
 hosta has a network, a host name, /run and an ssh configuration of its own; hostb also its own processes, boot id and
 sshd, and neither sees the other's folder. Processes of hostb have other numbers outside than inside. All of it ends
 with the process that made it. Root only.
+
+hostb can be another system: $BLKMIG_HOSTB names a folder with one, furnished by `scripts/matrix`, whose programs and
+files hostb then has, but for /boot, temporary files, the checkout, and what the kernel shows.
 """
 
 from __future__ import annotations
@@ -29,6 +32,23 @@ PORT = 2222
 """Of hostb's sshd; hosta's ssh configuration does not tell it, so that URLs must."""
 ADDRESSES = {"hosta": "10.77.0.1", "hostb": "10.77.0.2"}
 
+SYSTEM_B = os.environ.get("BLKMIG_HOSTB")
+"""The folder with hostb's system; None: this one's."""
+PYTHON_B = sys.executable if SYSTEM_B is None else "/src/.venv/bin/python"
+"""Runs this checkout in hostb."""
+
+_ENTER_SYSTEM = """
+set -e
+mount --bind {system} {system}
+for path in /proc /dev /sys /boot /tmp /var/tmp; do
+    mount --rbind $path {system}$path
+done
+mkdir -p {system}{repository}
+mount --bind -o ro {repository} {system}{repository}
+cd {system}
+pivot_root . mnt
+umount -l /mnt
+"""
 # `wait` in the first process of a PID namespace also reaps what is orphaned there.
 _BOOT_A = """
 set -e
@@ -160,7 +180,7 @@ class Hosts:
         (self._etc / "boot_id").write_text(f"{uuid.uuid4()}\n")
         (self._etc / "up").unlink(missing_ok=True)
         kinds = ["--fork", "--pid", "--mount-proc", "--kill-child=KILL", "--net", "--mount", "--uts", "--ipc"]
-        self._b = self._start(kinds, _BOOT_B)
+        self._b = self._start(kinds, _BOOT_B if SYSTEM_B is None else _ENTER_SYSTEM + _BOOT_B)
         self._wait_up(self._etc / "up", self._b)
         for host in ("hosta", "hostb"):
             with contextlib.suppress(LabError):
@@ -264,7 +284,8 @@ class Hosts:
         self._wait_up(self._ssh / "up", self._a)
 
     def _start(self, namespaces: list[str], script: str) -> subprocess.Popen[bytes]:
-        shell = ["sh", "-c", script.format(near=self.near, far=self.far, home=Path.home())]
+        places = {"near": self.near, "far": self.far, "home": Path.home(), "system": SYSTEM_B, "repository": REPOSITORY}
+        shell = ["sh", "-c", script.format(**places)]
         command = [*TIED, "unshare", *namespaces, "--", *shell]
         with (self.near / "boot.log").open("ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=plain_environment())
@@ -297,7 +318,7 @@ class Hosts:
         (self._ssh / "known_hosts").write_text(f"[{ADDRESSES['hostb']}]:{PORT} {host_key}")
 
     def _write_tool(self) -> None:
-        self.tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m qemu_blkmig "$@"\n')
+        self.tool.write_text(f'#!/bin/sh\nexec {PYTHON_B} -m qemu_blkmig "$@"\n')
         self.tool.chmod(0o755)
 
     @property

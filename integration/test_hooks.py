@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.hosts import REPOSITORY
+from integration.hosts import PYTHON_B, REPOSITORY
 from integration.lab import LabError
 from integration.virthosts import VirtHosts
 from qemu_blkmig.destination import ownership
@@ -63,7 +63,9 @@ class Hooked:
         return (self.hosts.far if far else self.hosts.near) / "state"
 
     def tool(self, *words: object, far: bool = False) -> str:
-        return self.hosts.run(*self.environment(far=far), sys.executable, "-m", "qemu_blkmig", *words, far=far)
+        return self.hosts.run(
+            *self.environment(far=far), PYTHON_B if far else sys.executable, "-m", "qemu_blkmig", *words, far=far
+        )
 
     def environment(self, *, far: bool) -> list[str]:
         return ["env", f"PYTHONPATH={REPOSITORY}", f"QEMU_BLKMIG_STATE_DIR={self.state(far=far)}"]
@@ -162,7 +164,7 @@ def test_only_the_job_s_migration_starts_on_its_incomplete_image_where_the_job_w
 
     twin = DOMAIN.format(name=name, uuid=uuid, image=new.replace("&", "&amp;").replace("'", "&apos;"))
     (hosts.far / "twin.xml").write_text(twin)
-    words = [*hooked.environment(far=True), sys.executable, "-c", EXPECT, uuid, name, new]
+    words = [*hooked.environment(far=True), PYTHON_B, "-c", EXPECT, uuid, name, new]
     expecting = subprocess.Popen([*hosts.enter_far, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert expecting.stdin and expecting.stdout and expecting.stdout.readline() == b"expected\n"
     assert "is incomplete" in hooked.fails("create", hosts.far / "twin.xml", far=True)
@@ -199,7 +201,7 @@ def test_a_migration_that_fails_is_noted_and_the_domain_expected_no_more(hooked:
     name, uuid = hooked.define(image)
     hosts.virsh("start", name)
     gone = str(hosts.far / "not-there")
-    words = [*hooked.environment(far=True), sys.executable, "-c", EXPECT, uuid, name, gone]
+    words = [*hooked.environment(far=True), PYTHON_B, "-c", EXPECT, uuid, name, gone]
     expecting = subprocess.Popen([*hosts.enter_far, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert expecting.stdin and expecting.stdout and expecting.stdout.readline() == b"expected\n"
     assert "not-there" in hooked.fails(*hooked.migrate(name))
