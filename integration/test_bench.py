@@ -21,7 +21,7 @@ def test_the_benchmark_compares_us_with_a_mirror_and_leaves_figures_and_a_pictur
     monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / "out")])
     bench.main()
     figures = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert {each["row"] for each in figures} == {"blkmig", "blkmig (pass)", "blockdev-mirror"}
+    assert {each["row"] for each in figures} == {"blkmig", "blkmig (pass)", "blkmig (first byte)", "blockdev-mirror"}
     assert all(each["usage"]["seconds"] > 0 and each["usage"]["source_memory"] > 1 << 20 for each in figures)
     assert (tmp_path / "out" / "bench.svg").read_text().startswith("<svg")
     assert "scattered-tcp" in capsys.readouterr().out

@@ -237,6 +237,9 @@ class _CopySink:
             self._note_down(lambda table: table.zeroed(piece.offset, piece.length))
         self._zero(piece.offset, piece.length, lambda: None)
 
+    def is_nothing(self, zeroes: Piece) -> bool:
+        return self._is_zero_already(zeroes.offset, zeroes.length)
+
     def data(self, lease: Lease) -> None:
         offset = lease.piece.offset
         self._note_down(lambda table: table.wrote(offset, lease.view))

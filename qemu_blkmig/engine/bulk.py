@@ -13,7 +13,7 @@ MOST_UNFLUSHED = 256 << 20
 """Bytes of the pass after which it is flushed, however large the disk is; a range is copied to its end before."""
 FIRST_STRIDE = 32 << 20
 LONG_STRIDE = 512 << 20
-PART = 256
+PART = 64
 """A range is no longer than LONG_STRIDE, or this part of a disk."""
 CHANGE = 8
 """How many times as long as the last range the next one is at most, or as short."""

@@ -23,7 +23,7 @@ CONNECT_TIMEOUT = 10.0
 ANSWER = 30.0
 """Seconds in which a server must answer what is waited for; a flush may take any time."""
 ASSUMED_REQUEST_LIMIT = 32 << 20
-STATUS_LIMIT = 2 << 30
+STATUS_LIMIT = (4 << 30) - (4 << 20)
 """Most bytes in one block status query."""
 
 Entries = list[tuple[int, int]]

@@ -10,12 +10,14 @@ from typing import Any
 
 from qemu_blkmig import errors
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.nbd.connection import Connection, Entries
+from qemu_blkmig.nbd.connection import STATUS_LIMIT, Connection, Entries
 
 ALLOCATION = "base:allocation"
 DEPTH = "qemu:allocation-depth"
 WINDOW = 256 << 20
-"""Bytes asked for in one lookup."""
+"""Bytes asked for in one lookup, at first; twice as many each time that little was found."""
+LITTLE = 4
+"""Pieces."""
 
 _ZERO = 2
 _AHEAD = 64
@@ -69,6 +71,7 @@ class Plan:
         self._look_from = look_from if ALLOCATION in connection.contexts or DEPTH in connection.contexts else 1 << 63
         self._disk = disk
         self._unit = unit
+        self._window = WINDOW
         self._begun: Piece | None = None
         self._known: deque[Piece] = deque()
         self._asked: Extent | None = None
@@ -115,9 +118,9 @@ class Plan:
         if extent.length < self._look_from:
             self._known.append(Piece(extent.offset, extent.length, Action.DATA))
             return
-        asked = Extent(extent.offset, min(WINDOW, extent.length))
-        if extent.length > WINDOW:
-            self._unknown.appendleft(Extent(extent.offset + WINDOW, extent.length - WINDOW))
+        asked = Extent(extent.offset, min(self._window, extent.length))
+        if extent.length > asked.length:
+            self._unknown.appendleft(Extent(asked.end, extent.length - asked.length))
         self._answers = []
         self._connection.status(asked.offset, asked.length, self._answers)
         self._asked = asked
@@ -127,7 +130,7 @@ class Plan:
         if asked is None:
             return
         answer, error = self._answers.pop()
-        covered = asked.offset
+        covered, known = asked.offset, len(self._known)
         if not error:
             for length, flags in _merged(answer, asked.length, self._connection.contexts):
                 action = self._classify(*flags)
@@ -137,6 +140,8 @@ class Plan:
             what = f"the source gives no block status at offset {covered} (errno {error})"
             raise errors.SourceReadError(what, disk=self._disk, offset=covered)
         self._asked = None
+        little = covered >= asked.end and len(self._known) - known <= LITTLE
+        self._window = min(2 * self._window, STATUS_LIMIT) if little else WINDOW
         if covered < asked.end:
             self._unknown.appendleft(Extent(covered, asked.end - covered))
 

@@ -74,6 +74,9 @@ class Sink(Protocol):
     def pass_over(self, piece: Piece) -> None:
         """A piece that needs no reading: ZERO or SKIP."""
 
+    def is_nothing(self, zeroes: Piece) -> bool:
+        """Whether nothing is to be done for these zeroes, so that they may be passed over at once."""
+
     def settle(self) -> None:
         """Take note of the operations that are over."""
 
@@ -148,7 +151,7 @@ class Pump:
     def _submit(self, plan: Plan, sink: Sink, control: Control) -> None:
         while not (control.cancelled or sink.failure):
             plan.look_ahead()
-            piece = plan.take(self._cut)
+            piece = plan.take(lambda piece: self._cut(piece, sink))
             if piece is None:
                 return
             if piece.action is not Action.DATA:
@@ -157,11 +160,11 @@ class Pump:
                 plan.put_back(piece)
                 return
 
-    def _cut(self, piece: Piece) -> int:
+    def _cut(self, piece: Piece, sink: Sink) -> int:
         if piece.action is Action.SKIP:
             return piece.length
         if piece.action is Action.ZERO:
-            return ZERO_PIECE - piece.offset % ZERO_PIECE
+            return piece.length if sink.is_nothing(piece) else ZERO_PIECE - piece.offset % ZERO_PIECE
         wish = self._throttle.largest_request(self._request_size)
         size = max(self._unit, wish // self._unit * self._unit)
         return size - piece.offset % size

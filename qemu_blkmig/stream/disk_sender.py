@@ -164,6 +164,10 @@ class _ThreadedSink:
         """A piece that needs no reading."""
         self._hand_over(piece, None)
 
+    def is_nothing(self, zeroes: Piece) -> bool:
+        """All is told of."""
+        return False
+
     def settle(self) -> None:
         """Give back the memory of what was sent."""
         while self._over:
