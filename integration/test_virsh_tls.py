@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,30 +11,15 @@ import pytest
 from integration.virthosts import PLAIN, VirtHosts, two_virt_hosts
 from integration.virtlab import Domain, VirtLab
 from qemu_blkmig.demo.guest import Kernel
+from tests.certificates import make_certificates
 
 TCP = ("--migrateuri", "tcp://hostb:49180", "--listen-address", "0.0.0.0")
-KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-
-
-def _certify(directory: Path) -> None:
-    """An authority, and a certificate of its for both hosts, as server and as client, named as qemu.conf wants it."""
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=directory, check=True, capture_output=True)
-
-    openssl("req", "-x509", *KEY, "-keyout", "ca-key.pem", "-out", "ca-cert.pem", "-days", "2", "-subj", "/CN=ca")
-    (directory / "ext").write_text("subjectAltName=DNS:hosta,DNS:hostb\nextendedKeyUsage=serverAuth,clientAuth\n")
-    openssl("req", *KEY, "-keyout", "server-key.pem", "-out", "csr", "-subj", "/CN=hosts")
-    signing = ("-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial", "-days", "2")
-    openssl("x509", "-req", "-in", "csr", *signing, "-extfile", "ext", "-out", "server-cert.pem")
-    for what in ("cert", "key"):
-        (directory / f"client-{what}.pem").write_bytes((directory / f"server-{what}.pem").read_bytes())
 
 
 @pytest.fixture(scope="module")
 def virt() -> Iterator[VirtHosts]:
     with tempfile.TemporaryDirectory(prefix="pki-", dir="/tmp") as directory:
-        _certify(Path(directory))
+        make_certificates(Path(directory), "DNS:hosta,DNS:hostb")
         with two_virt_hosts(qemu_conf=f'{PLAIN}migrate_tls_x509_cert_dir = "{directory}"\n') as hosts:
             yield hosts
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import stat
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from qemu_blkmig.nbd.address import X509, Psk, TcpAddress
 from qemu_blkmig.nbd.connection import connect
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.removal import remove_all
+from tests.certificates import make_certificates
 from tests.qmp.conftest import MakeImage, Qemu, StartQemu
 
 NAME = "blkmig-1a2b-tls"
@@ -110,7 +110,10 @@ async def test_without_tls_everybody_may_read(qemu: Qemu, tmp_path: Path) -> Non
 
 
 async def test_certificates_of_the_user_s_are_checked_on_both_sides(qemu: Qemu, tmp_path: Path) -> None:
-    ours, theirs = certificates(tmp_path / "ours"), certificates(tmp_path / "theirs")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for place in (ours, theirs):
+        place.mkdir()
+        make_certificates(place, "IP:127.0.0.1")
     server = await serve(qemu, tmp_path, DataPath(tls=True, host="127.0.0.1", certificates=str(ours)))
     assert await size(tcp(server)) == 8 << 20
     with pytest.raises(ConnectionLost):
@@ -135,21 +138,3 @@ async def test_a_place_without_certificates_is_refused_and_nothing_is_left(qemu:
 )
 def test_a_way_for_the_data_is_read(text: str, insecure: bool, path: DataPath) -> None:
     assert parse_data_path(text, insecure=insecure) == path
-
-
-def certificates(directory: Path) -> Path:
-    """An authority, and certificates of it for 127.0.0.1 as server and as client."""
-    directory.mkdir()
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca-key.pem", "-out", "ca-cert.pem", "-days", "2", "-subj", "/CN=ca")
-    for side in ("server", "client"):
-        names = f"subjectAltName=IP:127.0.0.1\nextendedKeyUsage={side}Auth\nkeyUsage=digitalSignature\n"
-        (directory / f"{side}.ext").write_text(names)
-        openssl("req", *key, "-keyout", f"{side}-key.pem", "-out", f"{side}.csr", "-subj", f"/CN={side}")
-        signed = ("-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial", "-days", "2")
-        openssl("x509", "-req", "-in", f"{side}.csr", *signed, "-extfile", f"{side}.ext", "-out", f"{side}-cert.pem")
-    return directory
