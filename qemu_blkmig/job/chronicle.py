@@ -136,40 +136,15 @@ class Chronicle:
         with self._reading() as database:
             return _stable(database)
 
-    def agreed(self) -> list[AgreedDisk]:
-        """What was agreed, disk by disk."""
-        with self._reading() as database:
-            return _all(database, AgreedDisk, _AGREED)
-
     def facts(self) -> dict[str, str]:
         """What was noted of the job as a whole."""
         with self._reading() as database:
             return dict(database.execute("SELECT name, value FROM fact"))
 
-    def phases(self) -> list[PhaseChange]:
-        """The phases in their order."""
-        with self._reading() as database:
-            return _all(database, PhaseChange, f"{_PHASE} ORDER BY id")
-
-    def rounds(self) -> list[RoundDone]:
-        """The dirty rounds in their order, the older ones thinned out."""
-        with self._reading() as database:
-            return _all(database, RoundDone, _ROUNDS)
-
-    def samples(self) -> list[Sample]:
-        """The figures in their order, about one a second, the older ones thinned out."""
-        with self._reading() as database:
-            return _all(database, Sample, f"{_SAMPLE} ORDER BY id")
-
     def maps(self) -> dict[str, Cells]:
         """When and how often each part of a disk was copied, by disk."""
         with self._reading() as database:
             return _maps(database)
-
-    def notes(self) -> list[Note]:
-        """What was told, the latest thousand."""
-        with self._reading() as database:
-            return _all(database, Note, f"{_NOTE} ORDER BY id")
 
     def last(self) -> Last:
         """The latest of everything, of one moment."""

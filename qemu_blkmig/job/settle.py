@@ -149,11 +149,11 @@ async def _rest(job: Job, settlement: Settlement) -> None:
 def kept(job: Job) -> str:
     """How much of a suspended job's disks need not be copied again, in words."""
     try:
-        journal = Chronicle(job.directory / FILE)
-        stable, total = journal.stable_by_disk(), sum(disk.size for disk in journal.agreed())
+        disks = Chronicle(job.directory / FILE).last().disks
     except Refused:
         return "0 % of it known to be safe"
-    return f"{sum(stable.values()) * 100 // max(1, total)} % of the disks known to be safe"
+    stable, total = sum(disk.stable for disk in disks), sum(disk.size for disk in disks)
+    return f"{stable * 100 // max(1, total)} % of the disks known to be safe"
 
 
 async def _settle(job: Job, sides: Sides, settlement: Settlement) -> None:

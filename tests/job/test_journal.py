@@ -54,11 +54,13 @@ async def test_what_is_told_can_be_read_while_it_is_written_and_after(tmp_path: 
         assert await journal.written()
         other = Chronicle(tmp_path / FILE)
         assert other.stable_by_disk() == journal.stable_by_disk() == {"vda": 16 * MIB}
-    assert other.agreed() == [VDA]
-    assert [phase.name for phase in other.phases()] == ["bulk"]
-    assert [(round_.number, round_.bytes) for round_ in other.rounds()] == [(1, MIB)]
-    assert other.facts() == {"source": "qmp:/x"}
+    story = other.story()
+    assert story.agreed == [VDA]
+    assert [phase.name for phase in story.phases] == ["bulk"]
+    assert [(round_.number, round_.bytes) for round_ in story.rounds] == [(1, MIB)]
+    assert story.facts == other.facts() == {"source": "qmp:/x"}
     last = other.last()
+    assert story.last == last
     assert last.disks[0].bulk_done == 20 * MIB and last.disks[0].stable == 16 * MIB
     assert last.sample is not None and last.sample.speed == 1e6
     assert last.note is not None and last.note.text == "hello"
@@ -76,8 +78,9 @@ async def test_a_map_is_kept_once_for_each_disk_and_an_earlier_versions_journal_
         for table, column in LATER:
             database.execute(f"ALTER TABLE {table} DROP COLUMN {column.split()[0]}")
         database.execute("INSERT INTO sample VALUES (1, 5.0, 1, 2, 3, 4, NULL, NULL, NULL)")
-    assert Chronicle(tmp_path / FILE).maps() == {}
-    assert [each.copied for each in Chronicle(tmp_path / FILE).samples()] == [None]
+    story = Chronicle(tmp_path / FILE).story()
+    assert story.maps == {}
+    assert [each.copied for each in story.samples] == [None]
     cells = DiskMap(64 * MIB, 7.0).kept()
     with kept(tmp_path) as journal:
         journal.agree([VDA])
@@ -180,10 +183,11 @@ async def test_days_of_samples_do_not_make_the_file_grow(tmp_path: Path, monkeyp
             if number % 50 == 0:
                 assert await journal.written()
         assert await journal.written()
-        samples = journal.samples()
+        story = journal.story()
+        samples = story.samples
         assert 16 <= len(samples) <= 64 + 50
-        assert len(journal.rounds()) <= 64 + 50
-        assert len(journal.phases()) <= 10 and len(journal.notes()) <= 10
+        assert len(story.rounds) <= 64 + 50
+        assert len(story.phases) <= 10 and len(story.notes) <= 10
         assert samples[-1].round == 2999 and samples[0].round == 0, "from the beginning to now"
         assert [each.round for each in samples[-16:]] == list(range(2984, 3000)), "the latest ones are all there"
         size = (tmp_path / FILE).stat().st_size
