@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from integration.lab import Disk, Hardware, Lab, wait_until
+from integration.luck import Attempt, kill
 from integration.tool import (
     assert_figures_add_up,
     assert_nothing_left,
@@ -88,9 +89,17 @@ def test_a_guest_with_an_external_snapshot_arrives_layer_by_layer_or_with_one_ov
     shutil.copy(base.path, lab.target / base.path.name)
     guest = lab.boot([top], Orders(writer="random", rate=200, span=MIB))
     guest.wait_for_writing(more=50)
-    # Layer by layer, first.
-    outcome = run("copy", guest, lab.target, "--shared-base", "--flatten", "no").succeeded()
+    # Layer by layer, first; slowly, so that the agent can be killed meanwhile.
+    guest.pause()
+    attempt = Attempt(
+        lab, guest, "--shared-base", "--flatten", "no", "--retry", 2, "--bandwidth", "1M", verb="copy", launch=False
+    )
+    attempt.wait_copying()
+    kill(attempt.agent())
+    outcome = attempt.outcome().succeeded()
     assert "is copied first, as a layer of its own" in outcome.stderr
+    assert "trying again in 1 s (1 of 2)" in outcome.stderr
+    guest.resume()
     assert _chain(lab.target / "top") == ["below", "base", None]
     layers = [below.path, lab.target / "below"]
     subprocess.run(["qemu-img", "compare", "-U", *layers], check=True, stdout=subprocess.DEVNULL)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +71,25 @@ def test_a_domain_that_does_not_run_is_copied_and_defined_there_and_starts(virtl
     virtlab.assert_nothing_left()
 
 
+def test_one_that_is_cut_off_goes_on_where_it_is_certain(virtlab: VirtLab, off: Domain) -> None:
+    images = [virtlab.outside(disk.path, far=False) for disk in off.disks]
+    # Of what was written to just now nobody can tell later whether it was written to again.
+    wait_until(lambda: max(path.stat().st_ctime for path in images) < time.time() - 2, "the images to have rested")
+    running = virtlab.attempt(off, *ENDS, "--bandwidth", "4M")
+    running.wait_event(lambda event: event.get("percent", 0) >= 60, "a good part of the bulk pass")
+    running.signal(signal.SIGKILL)
+    job = virtlab.job()
+    assert f"qemu-blkmig resume {job}" in running.outcome().stderr
+    assert off.state(far=True) is None and len(virtlab.images_there(off)) == 2
+    result = virtlab.virsh("--resume", job, "--bandwidth", "1000", "--output", "json").succeeded().result
+    assert sum(disk["resumed"] for disk in result["disks"]) >= 32 * MIB
+    for disk, told in zip(off.disks, result["disks"], strict=True):
+        assert told["copied"] + told["zeroed"] + told["skipped"] + told["resumed"] == disk.size
+        assert _content(virtlab, disk, disk.path, far=True) == _content(virtlab, disk, disk.path, far=False)
+    assert off.state(far=True) == "shut off"
+    virtlab.assert_nothing_left()
+
+
 def test_without_undefinesource_it_stays_defined_here_and_that_is_told(virtlab: VirtLab, off: Domain) -> None:
     told = virtlab.virsh(off.name, virtlab.target, *ENDS).succeeded()
     assert "still defined here: start it on one host only" in told.stdout
@@ -86,12 +107,15 @@ def test_a_domain_that_runs_is_not_moved_offline_nor_one_that_does_not_online(vi
 def test_a_domain_that_is_started_meanwhile_cannot_or_is_not_defined_there(virtlab: VirtLab, off: Domain) -> None:
     running = virtlab.attempt(off, *ENDS, "--bandwidth", "1")
     running.wait_copying()
-    # Its root disk is held by the copy; an admin who takes that away from it may start it.
+    # Its disks are held by the copy; an admin who takes them away from it may start it.
     with pytest.raises(LabError, match="lock"):
         virtlab.hosts.virsh("start", off.name)
     xml = virtlab.hosts.virsh("dumpxml", off.name)
-    (virtlab.hosts.near / "other.xml").write_text(xml.replace(str(off.disks[0].path), "/var/lib/libvirt/images/spare"))
-    virtlab.hosts.run("qemu-img", "create", "-q", "-f", "qcow2", IMAGES / "spare", "64M")
+    for number, disk in enumerate(off.disks):
+        spare = IMAGES / f"spare{number}"
+        xml = xml.replace(str(disk.path), str(spare))
+        virtlab.hosts.run("qemu-img", "create", "-q", "-f", disk.format, spare, "64M")
+    (virtlab.hosts.near / "other.xml").write_text(xml)
     virtlab.hosts.virsh("define", virtlab.hosts.near / "other.xml")
     virtlab.hosts.virsh("start", off.name)
     wait_until(lambda: off.state() == "running", "the domain", 30)

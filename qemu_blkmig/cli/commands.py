@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from qemu_blkmig.observe.progress import progress
 from qemu_blkmig.units import parse_size
 
 if TYPE_CHECKING:
-    from qemu_blkmig.job.result import Result
+    from qemu_blkmig.job.layers import Work
 
 
 def add_all(commands: Commands) -> None:
@@ -108,10 +109,11 @@ def _migrate(arguments: argparse.Namespace) -> int:
         **options.common(arguments),
     )
 
-    async def work(*shown: Any) -> Result:
-        return await migrate(wanted if wanted.selection.flatten else await bring_layers(wanted, *shown), *shown)
+    async def layers_first(*told: Any) -> Work:
+        return partial(migrate, await bring_layers(wanted, *told))
 
-    return resume_command.run(work, arguments, arguments.source, wanted.target.place)
+    first = None if wanted.selection.flatten else layers_first
+    return resume_command.run(partial(migrate, wanted), arguments, arguments.source, wanted.target.place, first)
 
 
 def _add_copy(commands: Commands) -> None:
@@ -160,10 +162,11 @@ def _copy(arguments: argparse.Namespace) -> int:
         **options.common(arguments),
     )
 
-    async def work(*shown: Any) -> Result:
-        return await copy(wanted if wanted.selection.flatten else await bring_layers(wanted, *shown), *shown)
+    async def layers_first(*told: Any) -> Work:
+        return partial(copy, await bring_layers(wanted, *told))
 
-    return resume_command.run(work, arguments, arguments.source, wanted.target.place)
+    first = None if wanted.selection.flatten else layers_first
+    return resume_command.run(partial(copy, wanted), arguments, arguments.source, wanted.target.place, first)
 
 
 def _add_check(commands: Commands) -> None:

@@ -18,10 +18,11 @@ from qemu_blkmig.observe.watch import watching
 from qemu_blkmig.units import parse_rate
 
 if TYPE_CHECKING:
+    from qemu_blkmig.job.layers import Persist, Work
     from qemu_blkmig.job.reporting import Reporter
     from qemu_blkmig.job.result import Result
 
-    Work = Callable[[Reporter, Interrupts, RealClock], Awaitable[Result]]
+    First = Callable[[Reporter, Persist], Awaitable[Work]]
 
 
 def add(commands: Commands) -> None:
@@ -66,9 +67,12 @@ def add_retry(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(work: Work, arguments: argparse.Namespace, source: str, destination: object) -> int:
-    """Do the work, and resume it as often as `--retry` says; show the result. `source`, `destination`: as metrics are
-    to name them."""
+def run(work: Work, arguments: argparse.Namespace, source: str, destination: object, first: First | None = None) -> int:
+    """Do the work, and resume it as often as `--retry` says; show the result.
+
+    `source`, `destination`: as metrics are to name them. `first`: what has jobs of its own, which are resumed as often;
+    what it returns is the work then.
+    """
     from qemu_blkmig.job.resume import Changes, persist, resume
 
     if arguments.retry < 0:
@@ -80,8 +84,8 @@ def run(work: Work, arguments: argparse.Namespace, source: str, destination: obj
         def interrupts() -> Interrupts:
             return Interrupts(reporter.note)
 
-        result = asyncio.run(
-            persist(
+        async def persistently(work: Work) -> Result:
+            return await persist(
                 lambda: work(reporter, interrupts(), clock),
                 lambda job: resume(job, Changes(), reporter, interrupts(), clock),
                 arguments.retry,
@@ -89,7 +93,11 @@ def run(work: Work, arguments: argparse.Namespace, source: str, destination: obj
                 clock,
                 watch.failed,
             )
-        )
+
+        async def all_of_it() -> Result:
+            return await persistently(work if first is None else await first(reporter, persistently))
+
+        result = asyncio.run(all_of_it())
         watch.done(result)
     return options.print_outcome(result, arguments.output, show.result)
 

@@ -6,7 +6,7 @@ Shared by `migrate` and `copy`; owns nothing of the guest's run state.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.protocol import (
@@ -32,7 +32,7 @@ from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.job.space import SpaceWatch
 from qemu_blkmig.job.verification import Verification
-from qemu_blkmig.nbd.address import Address, UnixAddress
+from qemu_blkmig.nbd.address import Address, Export, UnixAddress
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
@@ -95,18 +95,18 @@ class Carriage:
         await self._agent.request(Keep())
         return True
 
-    async def open(self, source: Address, exports: dict[str, str]) -> None:
-        """Connect the mover to the source's exports (by disk name), reached from here at `source`."""
+    async def open(self, exports: Mapping[str, Export]) -> None:
+        """Connect the mover to the source's exports, by disk, as they are reached from here."""
         self._job.record.filling = True
         await self._job.save()
-        self._comparison = Comparison(self._agent, source, exports, self._transfer.hash)
-        there = UnixAddress(await self._host.expose(source.path)) if isinstance(source, UnixAddress) else source
+        self._comparison = Comparison(self._agent, exports, self._transfer.hash)
+        there = {address: await self._seen_there(address) for address in {each.address for each in exports.values()}}
         for disk in self._plan.disks:
             await self._agent.request(
                 Open(
                     disk=disk.name,
-                    source=there,
-                    export=exports[disk.name],
+                    source=there[exports[disk.name].address],
+                    export=exports[disk.name].name,
                     connections=self._transfer.connections,
                     requests=self._transfer.requests,
                     request_size=self._transfer.request_size,
@@ -116,6 +116,9 @@ class Carriage:
                     hash_unit=self._unit(disk),
                 )
             )
+
+    async def _seen_there(self, address: Address) -> Address:
+        return UnixAddress(await self._host.expose(address.path)) if isinstance(address, UnixAddress) else address
 
     async def engine(
         self, log: DirtyLog, guest: Guest, clock: Clock, watched: Callable[[Mover], Mover]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from qemu_blkmig.destination.protocol import Digests, DigestsReply
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import ConnectionLost, ContentsDiffer, DestinationFailed, SourceReadError
 from qemu_blkmig.hashing import Algorithm
-from qemu_blkmig.nbd.address import Address
+from qemu_blkmig.nbd.address import Export
 from qemu_blkmig.nbd.connection import connect
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.nbd.digests import SECTOR, SLICE, UNIT, differing_units, digests_of
@@ -39,14 +38,11 @@ PATIENCE = 5.0
 class Comparison:
     """Compares open disks with their exports. Implements `engine.ports.Comparer`.
 
-    `source`: where the source's exports are reached from here; `exports`: their names, by disk.
+    `exports`: the source's, by disk, as they are reached from here.
     """
 
-    def __init__(
-        self, agent: AgentClient, source: str | Path | Address, exports: Mapping[str, str], algorithm: Algorithm
-    ) -> None:
+    def __init__(self, agent: AgentClient, exports: Mapping[str, Export], algorithm: Algorithm) -> None:
         self._agent = agent
-        self._source = source
         self._exports = exports
         self._algorithm = algorithm
         self._readers: dict[str, NbdReader] = {}
@@ -95,7 +91,7 @@ class Comparison:
     async def _of_source(self, disk: str, extent: Extent, unit: int) -> bytes:
         try:
             if disk not in self._readers:
-                connected = await asyncio.to_thread(connect, self._source, self._exports[disk], contexts=[ALLOCATION])
+                connected = await asyncio.to_thread(connect, *self._exports[disk], contexts=[ALLOCATION])
                 self._readers[disk] = NbdReader([connected])
             return await _digests(self._readers[disk], extent, unit, self._algorithm)
         except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from qemu_blkmig.job.options import CopyOptions, MigrateOptions, SaveOptions
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.job.verification import Verification
-from qemu_blkmig.nbd.address import Address
+from qemu_blkmig.nbd.address import Export
 from qemu_blkmig.qmp.guest import QemuGuest
 
 
@@ -26,8 +26,8 @@ class Carrying(Protocol):
     async def prepare(self) -> None:
         """Refuse what would fail; make what is needed at the destination."""
 
-    async def open(self, source: Address, exports: dict[str, str]) -> None:
-        """Connect to the source's exports (by disk name) at `source`."""
+    async def open(self, exports: Mapping[str, Export]) -> None:
+        """Connect to the source's exports, by disk, as they are reached from here."""
 
     async def engine(
         self, log: DirtyLog, guest: Guest, clock: Clock, watched: Callable[[Mover], Mover]
@@ -77,16 +77,16 @@ async def connect(
     await life.agree(plan)
     transfer = options.transfer
     log, exports = await life.open_source(plan, transfer.granularity, options.selection.shared_base, transfer.data)
-    await open_carriage(life, carriage, life.exports.address, exports)
+    await open_carriage(life, carriage, exports)
     engine = await carriage.engine(log, guest, clock, life.reporter.maps.watched)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
     return Connected(guest, carriage, guard, engine, carriage.verification(engine, clock))
 
 
-async def open_carriage(life: Lifecycle, carriage: Carrying, source: Address, exports: dict[str, str]) -> None:
+async def open_carriage(life: Lifecycle, carriage: Carrying, exports: Mapping[str, Export]) -> None:
     """Connect the mover to the exports. Raises what that raises, with what a job that is gone on with may do."""
     try:
-        await carriage.open(source, exports)
+        await carriage.open(exports)
     except Refused as error:
         if life.job.record.recording:
             error.advice = error.advice or compare_instead(life.job.record.job)

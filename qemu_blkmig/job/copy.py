@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from qemu_blkmig.engine.convergence import Policy, Verdict
@@ -13,18 +12,17 @@ from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, Stalled
 from qemu_blkmig.job.adapting import Adapting
 from qemu_blkmig.job.carriage import Carriage
-from qemu_blkmig.job.connected import Carrying, begin, connect, open_carriage
-from qemu_blkmig.job.imagefile import ImageSource
+from qemu_blkmig.job.connected import begin, connect
+from qemu_blkmig.job.copy_images import OpenWay, Way, copy_image
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import CopyOptions, SaveOptions, Verify
-from qemu_blkmig.job.plan import Placed, Plan, Planner
+from qemu_blkmig.job.plan import Planner
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.sharing import Sharing
 from qemu_blkmig.job.steering import Steering
-from qemu_blkmig.nbd.address import UnixAddress
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import QemuGuest
 from qemu_blkmig.units import show_seconds
@@ -32,18 +30,6 @@ from qemu_blkmig.units import show_seconds
 FREEZE = 5.0
 """Seconds in which a guest agent must freeze; one that hangs is given up on."""
 THAW_TRIES = 3
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the disks of a plan get to where they are copied to."""
-
-    planner: Planner
-    carriage: Callable[[Plan], Carrying]
-
-
-OpenWay = Callable[[Lifecycle], Awaitable[Way]]
-"""Called once the source, if it is a guest, is connected."""
 
 
 async def copy(
@@ -83,71 +69,6 @@ async def copy(
         if options.image is not None:
             return await life.conduct(copy_image(life, options, to_images, clock))
         return await life.conduct(GuestCopy(life, options, to_images, clock).whole())
-
-
-async def copy_image(life: Lifecycle, options: CopyOptions | SaveOptions, open_way: OpenWay, clock: Clock) -> Result:
-    """The same engine over a disk that nobody writes to."""
-    watch = Stopwatch(clock, life.reporter)
-    resumable = isinstance(options, CopyOptions) and not options.part
-    with watch.phase("prepare"):
-        way = await open_way(life)
-        source = await ImageSource.serve(str(options.image), options.image_format, life.job.runtime)
-    try:
-        if resumable:
-            await _keep_in_mind(life.job, source)
-        plan = await way.planner.plan_image(source.disk, _placed(source.disk.name, options))
-        plan.require()
-        carriage = way.carriage(plan)
-        await carriage.prepare()
-        await open_carriage(life, carriage, UnixAddress(str(source.socket)), {source.disk.name: ""})
-        await life.agree(plan)
-        engine = await carriage.engine(source, source, clock, life.reporter.maps.watched)
-        life.steering.on_change(lambda: engine.limit(life.steering.rate))
-        async with Sharing(life.job.record.job, options.transfer, life.steering, life.reporter):
-            with watch.phase("bulk"):
-                await (begin(life, carriage, engine) if resumable else engine.setup())
-                await engine.bulk()
-        await engine.complete()
-        verification = carriage.verification(engine, clock)
-        if verification.wanted:
-            with watch.phase("readback"):
-                while not await verification.rest():
-                    await engine.complete()
-        if options.verify is Verify.FULL:
-            with watch.phase("verify"):
-                await carriage.compare()
-        await carriage.close()
-        await engine.finish()
-    finally:
-        await source.close()
-    disks = carriage.results(engine)
-    return Result(
-        job=life.job.record.job,
-        outcome="copied",
-        guest="no guest: an image file was copied",
-        disks=disks,
-        total_copied=sum(disk.copied for disk in disks),
-        phases=watch.phases,
-        downtime=None,
-        verified=options.verify.value,
-        read_back=verification.read_back,
-        mended=verification.mended,
-        warnings=list(plan.warnings),
-    )
-
-
-async def _keep_in_mind(job: Job, source: ImageSource) -> None:
-    """What the image is like, or was when a copy of it began that is gone on with."""
-    if job.record.recording and not job.starts_over:
-        source.was(job.record.unchanged)
-    else:
-        job.record.unchanged = await source.unchanged()
-
-
-def _placed(disk: str, options: CopyOptions | SaveOptions) -> Placed | None:
-    if isinstance(options, SaveOptions) or options.image_there is None:
-        return None
-    return Placed(disk, options.image_there, options.owner)
 
 
 class GuestCopy:

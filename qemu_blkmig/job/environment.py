@@ -68,8 +68,7 @@ def libvirt_version(number: int) -> str:
 
 def terms(record: Record) -> dict[str, str]:
     """What was asked for, by the name that it has for people."""
-    options = record.migrate or record.copy or (record.managed.options if record.managed else None)
-    return {} if options is None else dict(_terms(options))
+    return {} if record.options is None else dict(_terms(record.options))
 
 
 def _terms(options: MigrateOptions | CopyOptions | ManagedOptions) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""An image file that no guest uses, as a source: served read-only by qemu-nbd; nothing of it ever gets dirty."""
+"""Image files that no guest uses, as a source: served read-only by qemu-nbd; nothing of them ever gets dirty."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qemu_blkmig.destination import images, locks
@@ -15,6 +16,7 @@ from qemu_blkmig.destination.basecache import Identity, identity, settled
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.nbd.address import Export, UnixAddress
 from qemu_blkmig.qmp.disks import Disk, Layer, data_file_of, named_backing, snapshots_in
 
 START = 10.0
@@ -24,51 +26,38 @@ CONNECTIONS = 65
 _IN_USE = "if a guest is using it, copy from the guest: qmp:SOCKET"
 
 
-class ImageSource:
-    """A served image file. Implements the engine's `DirtyLog` and `Guest` for a disk that nobody writes to.
+@dataclass(frozen=True)
+class ImageFile:
+    """An image at `path`, of `format` (None: as qemu-img recognizes it); `disk`: its name (None: its file's)."""
 
-    No guest can start to write to it meanwhile: qemu-nbd alone would let one write to a raw image.
-    """
+    path: str
+    format: str | None = None
+    disk: str | None = None
 
-    def __init__(self, disk: Disk, socket: Path, server: asyncio.subprocess.Process, descriptor: int) -> None:
-        """Use `serve`. `descriptor` holds the image's lock."""
-        self._before: Identity | None = None
+
+class _Served:
+    """One image, served by a qemu-nbd of its own; `lock`: the descriptor that holds its lock."""
+
+    def __init__(self, disk: Disk, socket: Path, server: asyncio.subprocess.Process, lock: int) -> None:
         self.disk = disk
         self.socket = socket
         self._server = server
-        self._descriptor = descriptor
+        self._lock = lock
 
     @classmethod
-    async def serve(cls, path: str, image_format: str | None, runtime: Path) -> ImageSource:
-        """Serve the image at `path`, of `image_format` (None: as qemu-img recognizes it). Raises `Refused`."""
-        disk = await describe(path, image_format)
-        descriptor = _locked(path)
+    async def begin(cls, image: ImageFile, socket: Path) -> _Served:
+        disk = await describe(image.path, image.format)
+        lock = _locked(image.path)
         try:
-            return await cls._serve(disk, runtime / "image.nbd", descriptor)
+            server = await _serve(disk, socket)
         except BaseException:
-            os.close(descriptor)
+            os.close(lock)
             raise
+        return cls(replace(disk, name=image.disk or disk.name), socket, server, lock)
 
-    @classmethod
-    async def _serve(cls, disk: Disk, socket: Path, descriptor: int) -> ImageSource:
-        path = disk.filename
-        server = await asyncio.create_subprocess_exec(
-            "setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--read-only", "--persistent", f"--shared={CONNECTIONS}",
-            "--allocation-depth", f"--format={disk.format}", f"--socket={socket}", path,
-            stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        deadline = asyncio.get_running_loop().time() + START
-        while not socket.exists():
-            if server.returncode is not None or asyncio.get_running_loop().time() > deadline:
-                said = await server.stderr.read() if server.stderr and server.returncode is not None else b""
-                if server.returncode is None:
-                    server.kill()
-                raise Refused(
-                    f"the image {path} cannot be served: {said.decode(errors='replace').strip() or 'qemu-nbd hangs'}",
-                    advice=_IN_USE,
-                )
-            await asyncio.sleep(0.01)
-        return cls(disk, socket, server, descriptor)
+    async def identity(self) -> Identity | None:
+        _, files = await asyncio.to_thread(images.chain, self.disk.filename, self.disk.format)
+        return identity(files)
 
     async def close(self) -> None:
         """End the server: it only reads, so nothing is lost by killing it.
@@ -78,45 +67,85 @@ class ImageSource:
         if self._server.returncode is None:
             self._server.kill()
         await self._server.wait()
-        os.close(self._descriptor)
+        os.close(self._lock)
 
-    async def unchanged(self) -> Identity | None:
-        """What tells later whether the image is still as it is now; None where nothing does.
 
-        That is so of block devices, and of files that were written to so lately that another change may not be seen.
+class ImageSource:
+    """Served image files. Implements the engine's `DirtyLog` and `Guest` for disks that nobody writes to.
+
+    No guest can start to write to them meanwhile: qemu-nbd alone would let one write to a raw image.
+    """
+
+    def __init__(self, served: Sequence[_Served]) -> None:
+        """Use `serve`."""
+        self._served = served
+        self._before: Mapping[str, Identity] = {}
+
+    @classmethod
+    async def serve(cls, files: Iterable[ImageFile], runtime: Path) -> ImageSource:
+        """Serve the images. Raises `Refused`."""
+        served: list[_Served] = []
+        try:
+            for number, image in enumerate(files):
+                served.append(await _Served.begin(image, runtime / f"image{number}.nbd"))
+        except BaseException:
+            await cls(served).close()
+            raise
+        return cls(served)
+
+    @property
+    def disks(self) -> list[Disk]:
+        """What the images hold, in the order asked for."""
+        return [each.disk for each in self._served]
+
+    @property
+    def exports(self) -> dict[str, Export]:
+        """Where they are read, by disk."""
+        return {each.disk.name: Export(UnixAddress(str(each.socket)), "") for each in self._served}
+
+    async def close(self) -> None:
+        """End the servers, and let others write to the images."""
+        for each in self._served:
+            await each.close()
+
+    async def unchanged(self) -> dict[str, Identity]:
+        """What tells later whether the images are still as they are now, by disk, where anything does.
+
+        Nothing does of block devices, and of files that were written to so lately that another change may not be seen.
         """
-        _, files = await asyncio.to_thread(images.chain, self.disk.filename, self.disk.format)
-        found = identity(files)
-        return found if found is not None and settled(found) else None
+        found = {each.disk.name: await each.identity() for each in self._served}
+        return {disk: files for disk, files in found.items() if files is not None and settled(files)}
 
-    def was(self, before: Identity | None) -> None:
-        """When a copy of it that is to be gone on with began, `unchanged` told `before`."""
+    def were(self, before: Mapping[str, Identity]) -> None:
+        """When a copy of them that is to be gone on with began, `unchanged` told `before`."""
         self._before = before
 
     async def start(self) -> None:
         """Nothing to record."""
 
     async def reattach(self) -> None:
-        """Nothing was recorded, and need not be, if the image is as it was. Raises `Refused`."""
-        path = self.disk.filename
-        if self._before is None:
-            raise Refused(
-                f"whether the image {path} has changed meanwhile cannot be known: it is no file, or was written to "
-                "just before its copy began"
-            )
-        _, files = await asyncio.to_thread(images.chain, path, self.disk.format)
-        if identity(files) != self._before:
-            raise Refused(
-                f"the image {path}, or one below it, has changed since its copy began (its inode, size or time stamps)"
-            )
+        """Nothing was recorded, and need not be, if the images are as they were. Raises `Refused`."""
+        for each in self._served:
+            path = each.disk.filename
+            before = self._before.get(each.disk.name)
+            if before is None:
+                raise Refused(
+                    f"whether the image {path} has changed meanwhile cannot be known: it is no file, or was written to "
+                    "just before its copy began"
+                )
+            if await each.identity() != before:
+                raise Refused(
+                    f"the image {path}, or one below it, has changed since its copy began (its inode, size or time "
+                    "stamps)"
+                )
 
     async def pending(self) -> Mapping[str, int]:
         """Nothing, ever."""
-        return {self.disk.name: 0}
+        return dict.fromkeys(self.exports, 0)
 
     async def harvest(self) -> _NothingDirty:
         """Nothing, ever."""
-        return _NothingDirty(self.disk.name)
+        return _NothingDirty(self.exports)
 
     async def verify_topology(self) -> None:
         """It has no guest that could change it."""
@@ -130,10 +159,10 @@ class ImageSource:
 
 
 class _NothingDirty:
-    """The round of a disk that nobody writes to."""
+    """The round of disks that nobody writes to."""
 
-    def __init__(self, disk: str) -> None:
-        self.dirty: Mapping[str, int] = {disk: 0}
+    def __init__(self, disks: Iterable[str]) -> None:
+        self.dirty: Mapping[str, int] = dict.fromkeys(disks, 0)
 
     async def extents(self, disk: str) -> AsyncIterator[Sequence[Extent]]:
         """None."""
@@ -146,6 +175,29 @@ class _NothingDirty:
 
     async def restore(self) -> None:
         """Nothing was taken."""
+
+
+async def _serve(disk: Disk, socket: Path) -> asyncio.subprocess.Process:
+    """The qemu-nbd that serves the disk by now. Raises `Refused`."""
+    server = await asyncio.create_subprocess_exec(
+        "setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--read-only", "--persistent", f"--shared={CONNECTIONS}",
+        "--allocation-depth", f"--format={disk.format}", f"--socket={socket}", disk.filename,
+        stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(START):
+            while not socket.exists():
+                if server.returncode is not None:
+                    said = (await server.stderr.read()).decode(errors="replace") if server.stderr else ""
+                    raise Refused(f"the image {disk.filename} cannot be served: {said.strip()}", advice=_IN_USE)
+                await asyncio.sleep(0.01)
+    except BaseException as error:
+        if server.returncode is None:
+            server.kill()
+        if isinstance(error, TimeoutError):
+            raise Refused(f"the image {disk.filename} cannot be served: qemu-nbd hangs", advice=_IN_USE) from None
+        raise
+    return server
 
 
 def _locked(path: str) -> int:

@@ -7,15 +7,16 @@ beneath it there. For the guest's own job only the top layer is private then, an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from qemu_blkmig.destination.protocol import Files, FilesReply
+from qemu_blkmig.destination.protocol import Files, FilesReply, Image, Inspect, InspectReply
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import Interrupted
+from qemu_blkmig.errors import BlkmigError, Interrupted, Refused
 from qemu_blkmig.job.base_proof import path_here
 from qemu_blkmig.job.bases import Base, bases_of, path_there
 from qemu_blkmig.job.copy import copy
@@ -24,10 +25,16 @@ from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, Target
 from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.reporting import Reporter
+from qemu_blkmig.job.result import Result
 from qemu_blkmig.qmp.disks import Disk, inventory, plain_filename, select
 from qemu_blkmig.qmp.socket import SocketMonitor
+from qemu_blkmig.transport.client import AgentClient
 
 _Options = TypeVar("_Options", MigrateOptions, CopyOptions)
+
+Work = Callable[[Reporter, Interrupts, Clock], Awaitable[Result]]
+Persist = Callable[[Work], Awaitable[Result]]
+"""Does the work, and goes on with it as often as was asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +47,36 @@ class _Layer:
     path: str
 
 
-async def bring_layers(options: _Options, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> _Options:
-    """Copy the layers that are to be there and are not; what is left to be done then. Raises as `copy` does."""
+async def bring_layers(options: _Options, reporter: Reporter, persist: Persist) -> _Options:
+    """Copy the layers that are to be there and are not; what is left to be done then.
+
+    Raises as `copy` does, and `Refused` where a layer is there that a job has left incomplete.
+    """
     if options.target.qmp is not None:
         # It waits upon layers that it has open.
         return options
     for layer in await _missing(options):
         reporter.note(f"disk {layer.disk}: {layer.file} is copied first, as a layer of its own (--flatten no)")
-        await copy(_copied(layer, options), reporter, interrupts, clock)
+        try:
+            await persist(_Copying(_copied(layer, options)))
+        except BlkmigError as error:
+            if error.suspended is not None:
+                error.advice = f"{error.advice}; that brings this layer, then run the same command again"
+            raise
+    return replace(options, selection=replace(options.selection, base=None))
+
+
+@dataclass(frozen=True)
+class _Copying:
+    """The copy of a layer; an interrupt that it did not heed any more ends what follows it."""
+
+    options: CopyOptions
+
+    async def __call__(self, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
+        result = await copy(self.options, reporter, interrupts, clock)
         if interrupts.received is not None:
             raise Interrupted(interrupts.received)
-    return replace(options, selection=replace(options.selection, base=None))
+        return result
 
 
 def _copied(layer: _Layer, options: MigrateOptions | CopyOptions) -> CopyOptions:
@@ -62,7 +88,6 @@ def _copied(layer: _Layer, options: MigrateOptions | CopyOptions) -> CopyOptions
         selection=replace(options.selection, disks=None, base=None, compare=False, target_is_zero=False),
         transfer=replace(options.transfer, data=None),
         verify=options.verify,
-        part=True,
     )
 
 
@@ -80,11 +105,24 @@ async def _missing(options: MigrateOptions | CopyOptions) -> list[_Layer]:
                 paths = [path_there(base, Path(options.target.place.directory)) for base in bases]
                 ids = (await agent.expect(Files(paths), FilesReply)).ids
                 there = [identity is not None for identity in ids]
+                await _require_complete(agent, disk, list(itertools.compress(paths, there)))
                 for number in _to_be_brought(bases, there, options.selection.base):
                     base, path = bases[number], paths[number]
                     file = path_here(plain_filename(base.layer.filename), process)
                     found.setdefault(path, _Layer(disk.name, file, base.layer.driver, path))
     return list(found.values())
+
+
+async def _require_complete(agent: AgentClient, disk: Disk, paths: Sequence[str]) -> None:
+    """Raise `Refused` where a job has left one of these layers incomplete."""
+    layers = [Image(disk.name, path, disk.format, disk.size, create=True) for path in paths]
+    if incomplete := (await agent.expect(Inspect(layers), InspectReply)).incomplete:
+        raise Refused(
+            f"disk {disk.name}: a layer that is there is incomplete: {'; '.join(incomplete)}",
+            state="nothing was touched",
+            advice="qemu-blkmig resume JOB, of that job, goes on with it: then run the same command again (cleanup JOB "
+            "removes it)",
+        )
 
 
 def _to_be_brought(bases: Sequence[Base], there: Sequence[bool], base: str | None) -> list[int]:

@@ -46,6 +46,7 @@ from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.telling import Telling
 from qemu_blkmig.job.watchdog_client import Watchdog
+from qemu_blkmig.nbd.address import Export
 from qemu_blkmig.qmp.clients import SOCKET as SOCKET_NAME
 from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.exports import ExportServer
@@ -328,25 +329,24 @@ class Lifecycle:
 
     async def open_source(
         self, plan: Plan, granularity: int, shared_base: bool, data: DataPath | None
-    ) -> tuple[BitmapLog, dict[str, str]]:
+    ) -> tuple[BitmapLog, dict[str, Export]]:
         """Start the source's NBD server, on a unix socket or where `data` says, with a lasting export for each disk.
 
-        Returns the record of what the guest writes, and the exports' names by disk.
+        Returns the record of what the guest writes, and the exports by disk.
         """
         prefix = self.job.record.prefix
         self._exports = await self._export_server(data)
         topology = await Topology.snapshot(self.source, plan.disks, ours=prefix)
         await self._start_server(self._exports)
-        names = {}
+        exports = {}
         for number, disk in enumerate(plan.disks):
-            names[disk.name] = f"{prefix}-data{number}"
-            await self._exports.add(
-                names[disk.name], disk.node, allocation_depth=shared_base and disk.backing is not None
-            )
+            name = f"{prefix}-data{number}"
+            await self._exports.add(name, disk.node, allocation_depth=shared_base and disk.backing is not None)
+            exports[disk.name] = Export(self._exports.address, name)
         log_ = BitmapLog(
             self.source, plan.disks, prefix=prefix, granularity=granularity, exports=self._exports, topology=topology
         )
-        return log_, names
+        return log_, exports
 
     async def _export_server(self, data: DataPath | None) -> ExportServer:
         place = self.job.record.target_place

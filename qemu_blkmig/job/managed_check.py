@@ -12,7 +12,7 @@ from qemu_blkmig.errors import BlkmigError
 from qemu_blkmig.job.arrangement import Arrangement, arrange
 from qemu_blkmig.job.check import CheckedDisk, checked_disks, state_directory_trouble
 from qemu_blkmig.job.ends import Ends
-from qemu_blkmig.job.managed_offline import arrange_offline, plan_offline
+from qemu_blkmig.job.managed_offline import arrange_offline, offline_images, plan_offline
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.plan import Plan, Planner
@@ -56,7 +56,7 @@ async def check_managed(options: ManagedOptions) -> DomainCheck:
             agent = await _agent(options, stack)
             if options.offline:
                 arrangement = await arrange_offline(options, ends, agent)
-                plans = await plan_offline(options, ends.domain, arrangement, agent)
+                plans = await plan_offline(options, offline_images(ends.domain, arrangement), agent)
             else:
                 arrangement = await arrange(options, ends.domain, ends.source, ends.target, agent)
                 plans = [await _plan(options, ends, arrangement, agent, stack)]

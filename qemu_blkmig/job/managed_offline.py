@@ -1,73 +1,93 @@
-"""A domain that does not run: its images are copied one by one, then libvirt defines it at the destination."""
+"""A domain that does not run: its images are copied, as one job, then libvirt defines it at the destination."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
+from qemu_blkmig.destination.protocol import Created, Mark
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, MigrationError, Refused
 from qemu_blkmig.job.arrangement import Arrangement, arrange
-from qemu_blkmig.job.copy import copy
+from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.copy_images import copy_images
 from qemu_blkmig.job.ends import Ends
-from qemu_blkmig.job.imagefile import describe
+from qemu_blkmig.job.imagefile import ImageFile, ImageSource, describe
 from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
-from qemu_blkmig.job.options import CopyOptions, Selection, Target
-from qemu_blkmig.job.place import host_of
-from qemu_blkmig.job.plan import Placed, Plan, Planner
-from qemu_blkmig.job.reporting import Reporter
-from qemu_blkmig.job.result import DiskResult, Result
+from qemu_blkmig.job.options import Selection
+from qemu_blkmig.job.plan import Placed, Plan, Planner, together
+from qemu_blkmig.job.record import Job, Managed
+from qemu_blkmig.job.reporting import Reporter, Stopwatch
+from qemu_blkmig.job.result import Result
+from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.connection import libvirt
 from qemu_blkmig.virt.domain import Domain
 from qemu_blkmig.virt.storage import refresh_pools
 
+VARIABLES = "UEFI variables"
+"""What the image of a UEFI's variables is called, among the disks."""
 TPM_STATES = Path("/var/lib/libvirt/swtpm")
 """Where libvirt keeps the state of emulated TPMs, by the domain's UUID (seen on libvirt 9.0)."""
 
 
-async def move_offline(options: ManagedOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
-    """Copy the images and define the domain there.
+async def move_offline(
+    options: ManagedOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock, suspended: Job | None = None
+) -> Result:
+    """Copy the images and define the domain there, or go on with the suspended job.
 
-    Raises a `BlkmigError`. Images that are complete by then stay, and are overwritten when it is tried again.
+    Raises a `BlkmigError`. Once all images are complete they stay, whatever becomes of the domain.
     """
+    steering = Steering(options.downtime, options.transfer.bandwidth)
     async with contextlib.AsyncExitStack() as stack:
+        life = await stack.enter_async_context(Lifecycle(reporter, interrupts, steering, suspended))
+        return await life.conduct(_move(life, options, interrupts, clock, stack))
+
+
+async def _move(
+    life: Lifecycle, options: ManagedOptions, interrupts: Interrupts, clock: Clock, stack: contextlib.AsyncExitStack
+) -> Result:
+    watch, record = Stopwatch(clock, life.reporter), life.job.record
+    with watch.phase("prepare"):
         ends = await Ends.open(options, stack)
-        async with _looking(options) as agent:
-            arrangement = await arrange_offline(options, ends, agent)
-            plans = await plan_offline(options, ends.domain, arrangement, agent)
+        domain = ends.domain
+        record.offline = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
+        agent = await life.start_agent(options.place)
+        arrangement = await arrange_offline(options, ends, agent)
+        images = offline_images(domain, arrangement)
+        plans = await plan_offline(options, images, agent, record.identities)
         if problems := [*arrangement.problems, *(problem for plan in plans for problem in plan.problems)]:
             raise Refused("; ".join(problems), state="nothing was touched")
         for warning in arrangement.warnings:
-            reporter.note(warning)
-        results = []
-        before = _as_it_is(ends.domain)
-        for each in _copies(options, ends.domain, arrangement):
-            results.append(await copy(each, reporter, interrupts, clock))
+            life.reporter.note(warning)
+        before = _as_it_is(domain)
+        source = await ImageSource.serve([image.file for image in images], life.job.runtime)
+    try:
+        plan = together(plans)
+        carriage = Carriage(
+            life.job, plan, life.host, agent, options.transfer, life.reporter, options.verify, life.journal.stable
+        )
+        copied = await copy_images(life, watch, source, plan, carriage, options.transfer, options.verify)
+    finally:
+        await source.close()
+    await _require_as_before(ends, before)
+    with interrupts.deferred(), _told_how_it_stands():
+        await _let_images_stay(life, agent)
         await refresh_pools(ends.target, arrangement.paths.values())
-        await _define(options, ends, arrangement, before)
-        return _together(results, options, ends, arrangement)
-
-
-@contextlib.asynccontextmanager
-async def _looking(options: ManagedOptions) -> AsyncIterator[AgentClient]:
-    """An agent that only looks."""
-    with tempfile.TemporaryDirectory(prefix="blkmig-check-") as runtime:
-        host = host_of(options.place, Path(runtime))
-        try:
-            agent = await host.start_agent()
-            try:
-                yield agent
-            finally:
-                await agent.close()
-        finally:
-            await host.close()
+        await _define(options, ends, arrangement)
+    gone = "" if options.undefine_source else "; it is still defined here: start it on one host only"
+    return msgspec.structs.replace(
+        copied,
+        outcome="migrated",
+        guest=f"domain {record.offline.name_there} is defined at the destination and does not run{gone}",
+        warnings=[*arrangement.warnings, *copied.warnings],
+    )
 
 
 async def arrange_offline(options: ManagedOptions, ends: Ends, agent: AgentClient) -> Arrangement:
@@ -80,36 +100,44 @@ async def arrange_offline(options: ManagedOptions, ends: Ends, agent: AgentClien
     return found
 
 
-async def plan_offline(
-    options: ManagedOptions, domain: Domain, arrangement: Arrangement, agent: AgentClient
-) -> list[Plan]:
-    """A plan for each image: what would fail of it; nothing is touched. Raises `Refused` where one cannot be read."""
-    plans = []
-    for disk in domain.disks:
-        if disk.path is not None and (path := arrangement.paths.get(disk.target)) is not None:
-            source = replace(await describe(disk.path, disk.format), name=disk.target)
-            planner = Planner(agent, replace(options.selection, disks=None), Path("/"))
-            plans.append(await planner.plan_image(source, Placed(disk.target, path, arrangement.owner)))
-    return plans
+@dataclass(frozen=True)
+class OfflineImage:
+    """An image and where it goes. `variables`: it holds those of its UEFI, not a disk."""
+
+    file: ImageFile
+    placed: Placed
+    variables: bool = False
 
 
-def _copies(options: ManagedOptions, domain: Domain, arrangement: Arrangement) -> Iterator[CopyOptions]:
-    """The images, and its UEFI variables, to where they are to lie there."""
-    whole = CopyOptions(
-        target=Target(options.place),
-        image="",
-        selection=replace(options.selection, disks=None),
-        transfer=options.transfer,
-        verify=options.verify,
-        owner=arrangement.owner,
-        part=True,
-    )
+def offline_images(domain: Domain, arrangement: Arrangement) -> list[OfflineImage]:
+    """The domain's images, and its UEFI variables, which lie there where they lie here."""
+    found = []
     for disk in domain.disks:
-        if (path := arrangement.paths.get(disk.target)) is not None:
-            yield replace(whole, image=disk.path, image_format=disk.format, image_there=path)
+        path = arrangement.paths.get(disk.target)
+        if disk.path is not None and path is not None:
+            placed = Placed(disk.target, path, arrangement.owner)
+            found.append(OfflineImage(ImageFile(disk.path, disk.format, disk.target), placed))
     if domain.nvram is not None and Path(domain.nvram).exists():
-        variables = replace(whole, image=domain.nvram, image_format="raw", image_there=domain.nvram)
-        yield replace(variables, selection=Selection(ignore_ownership=options.selection.ignore_ownership))
+        placed = Placed(VARIABLES, domain.nvram, arrangement.owner)
+        found.append(OfflineImage(ImageFile(domain.nvram, "raw", VARIABLES), placed, variables=True))
+    return found
+
+
+async def plan_offline(
+    options: ManagedOptions, images: Sequence[OfflineImage], agent: AgentClient, begun: Sequence[Created] = ()
+) -> list[Plan]:
+    """A plan for each image: what would fail of it; nothing is touched. Raises `Refused` where one cannot be read.
+
+    `begun`: the images of a job that is resumed.
+    """
+    plans = []
+    for image in images:
+        wanted = replace(options.selection, disks=None)
+        if image.variables:
+            wanted = Selection(ignore_ownership=wanted.ignore_ownership, compare=wanted.compare)
+        source = replace(await describe(image.file.path, image.file.format), name=image.placed.target)
+        plans.append(await Planner(agent, wanted, Path("/"), begun=begun).plan_image(source, image.placed))
+    return plans
 
 
 def _as_it_is(domain: Domain) -> Mapping[str, tuple[int, int]]:
@@ -119,17 +147,28 @@ def _as_it_is(domain: Domain) -> Mapping[str, tuple[int, int]]:
     return {path: (each.st_mtime_ns, each.st_size) for path, each in status.items()}
 
 
-async def _define(
-    options: ManagedOptions, ends: Ends, arrangement: Arrangement, before: Mapping[str, tuple[int, int]]
-) -> None:
-    """libvirt's own offline migration, which copies nothing: it defines the domain there, and may undefine it here."""
-    module, source = libvirt(), ends.source
-    if await source.call(ends.handle.isActive) or _as_it_is(ends.domain) != before:
+async def _require_as_before(ends: Ends, before: Mapping[str, tuple[int, int]]) -> None:
+    if await ends.source.call(ends.handle.isActive) or _as_it_is(ends.domain) != before:
         raise MigrationError(
             "the domain was started while its images were copied, or they were written to",
-            state="the domain is the source's; its images at the destination are old",
             advice="try again while it does not run, or without --offline while it does",
         )
+
+
+async def _let_images_stay(life: Lifecycle, agent: AgentClient) -> None:
+    """They are complete, and may soon be a domain's: nothing that happens to the job removes them any more."""
+    record = life.job.record
+    try:
+        await agent.request(Mark(record.job, record.images, "complete"))
+    except BlkmigError as error:
+        life.reporter.note(f"the images at the destination are complete, but their records do not say so: {error}")
+    record.images, record.created, record.recording = [], [], False
+    await life.job.save()
+
+
+async def _define(options: ManagedOptions, ends: Ends, arrangement: Arrangement) -> None:
+    """libvirt's own offline migration, which copies nothing: it defines the domain there, and may undefine it here."""
+    module, source = libvirt(), ends.source
     chosen = {
         module.VIR_MIGRATE_OFFLINE: True,
         module.VIR_MIGRATE_PERSIST_DEST: True,
@@ -144,11 +183,10 @@ async def _define(
     }
     parameters = {name: value for name, value in told.items() if value is not None}
     flags = sum(flag for flag, wanted in chosen.items() if wanted)
-    with _told_how_it_stands():
-        if options.peer_to_peer:
-            await source.call(ends.handle.migrateToURI3, ends.target.uri, parameters, flags)
-        else:
-            await source.call(ends.handle.migrate3, ends.target.handle, parameters, flags)
+    if options.peer_to_peer:
+        await source.call(ends.handle.migrateToURI3, ends.target.uri, parameters, flags)
+    else:
+        await source.call(ends.handle.migrate3, ends.target.handle, parameters, flags)
 
 
 @contextlib.contextmanager
@@ -157,35 +195,8 @@ def _told_how_it_stands() -> Iterator[None]:
         yield
     except BlkmigError as error:
         raise MigrationError(
-            f"libvirt did not define the domain at the destination: {error}",
+            f"the domain was not defined at the destination: {error}",
             state="the domain is the source's; its images at the destination are complete",
-            advice="mend the cause and run the same command again",
+            advice="mend the cause and run the same command again, with --compare: it reads both sides and copies what "
+            "differs",
         ) from error
-
-
-def _together(results: list[Result], options: ManagedOptions, ends: Ends, arrangement: Arrangement) -> Result:
-    """One result of all the copies, with the disks called as in the domain."""
-    names = {path: target for target, path in arrangement.paths.items()}
-    phases: dict[str, float] = {}
-    for each in results:
-        for phase, seconds in each.phases.items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
-    name = options.dname or ends.domain.name
-    gone = "" if options.undefine_source else "; it is still defined here: start it on one host only"
-    return Result(
-        job=results[-1].job if results else "",
-        outcome="migrated",
-        guest=f"domain {name} is defined at the destination and does not run{gone}",
-        disks=[_called(disk, names) for each in results for disk in each.disks],
-        total_copied=sum(each.total_copied for each in results),
-        phases=phases,
-        downtime=None,
-        verified=options.verify.value,
-        read_back=sum(each.read_back for each in results),
-        mended=sum(each.mended for each in results),
-        warnings=[*arrangement.warnings, *(warning for each in results for warning in each.warnings)],
-    )
-
-
-def _called(disk: DiskResult, names: Mapping[str, str]) -> DiskResult:
-    return msgspec.structs.replace(disk, name=names.get(disk.destination, "UEFI variables"))

@@ -207,8 +207,7 @@ def check_convergence(downtime: float, max_rounds: int | None) -> None:
 class CopyOptions:
     """`qemu-blkmig copy`: from a running guest (`source`: QMP socket) or an image file (`image`).
 
-    `image_there`: where an image file goes, if not into the directory under its own name; `owner`: uid and gid there.
-    `part`: it is a part of something larger, and starts over with that: it is not to be resumed.
+    `image_there`: where an image file goes, if not into the directory under its own name.
     `freeze_limit`: seconds that the guest's file systems may stay frozen, or the guest paused, at most.
     """
 
@@ -217,7 +216,6 @@ class CopyOptions:
     image: str | None = None
     image_format: str | None = None
     image_there: str | None = None
-    owner: tuple[int, int] | None = None
     agent: str | None = None
     selection: Selection = Selection()
     transfer: Transfer = Transfer()
@@ -225,7 +223,6 @@ class CopyOptions:
     max_rounds: int | None = 30
     freeze_limit: float = 10.0
     verify: Verify = Verify.WRITTEN
-    part: bool = False
 
     def __post_init__(self) -> None:
         _check_copy(self)

@@ -450,6 +450,18 @@ class Planner:
             self._warnings.append(f"{where} has {show_bytes(reply.free)} free, the disks occupy {show_bytes(needed)}")
 
 
+def together(plans: Sequence[Plan]) -> Plan:
+    """One plan of several without a guest, for disks of different names."""
+    return Plan(
+        disks=tuple(disk for plan in plans for disk in plan.disks),
+        skipped=(),
+        images={name: image for plan in plans for name, image in plan.images.items()},
+        problems=tuple(problem for plan in plans for problem in plan.problems),
+        warnings=tuple(warning for plan in plans for warning in plan.warnings),
+        private={name: layers for plan in plans for name, layers in plan.private.items()},
+    )
+
+
 async def verify_launched(plan: Plan, target: TargetQemu) -> None:
     """Raise `Refused` unless the QEMU that we launched uses just the images that we fill, each for the right disk."""
     found = (await target.inventory()).disks

@@ -83,11 +83,12 @@ class Record(msgspec.Struct):
     `marked`: the ownership records at the destination say that it has the guest.
     `identities`: the files that `images` are. `migrate`, `copy`: what was asked for, so that it can be resumed.
     `steered`: what of that holds now.
-    `recording`: our bitmaps record on the source what the destination, which holds a part, has not got; of an image
-    file that is copied, nobody writes to it, which `unchanged` tells: its files, None where nothing does.
+    `recording`: our bitmaps record on the source what the destination, which holds a part, has not got; image files
+    that are copied nobody writes to, which `unchanged` tells: their files by disk, where anything does.
     `suspended`: the guest is at rest at the source, and the job can be resumed.
     `throttled`: disks whose writes we slow, or are about to, with the limits that they had.
-    `managed`: both QEMUs are libvirt's, and only libvirt pauses, resumes and ends the guest.
+    `managed`: both QEMUs are libvirt's, and only libvirt pauses, resumes and ends the guest. `offline`: a domain that
+    does not run, whose images are copied.
     `volumes`: those of `images` that libvirt made at the destination; its pools are to forget them with the files.
     """
 
@@ -121,11 +122,18 @@ class Record(msgspec.Struct):
     copy: CopyOptions | None = None
     steered: Steered | None = None
     recording: bool = False
-    unchanged: Identity | None = None
+    unchanged: dict[str, Identity] = {}
     suspended: bool = False
     throttled: list[Throttled] = []
     managed: Managed | None = None
+    offline: Managed | None = None
     volumes: list[Volume] = []
+
+    @property
+    def options(self) -> MigrateOptions | CopyOptions | ManagedOptions | None:
+        """What was asked for, as far as it is known."""
+        domain = self.managed or self.offline
+        return self.migrate or self.copy or (domain.options if domain is not None else None)
 
     def rest(self, *, target_ended: bool) -> None:
         """Forget what is gone now that the job is suspended: all that was made but images and bitmaps."""

@@ -14,6 +14,7 @@ from qemu_blkmig.job.connected import compare_instead
 from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.managed import forget_recording, migrate_managed
+from qemu_blkmig.job.managed_offline import move_offline
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.migrate import migrate
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
@@ -47,8 +48,7 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
     """Go on with the job `name`. Raises as `migrate` and `copy` do; `Refused` where it cannot be gone on with."""
     job = Job.load(name)
     try:
-        managed = job.record.managed.options if job.record.managed is not None else None
-        options: _Options | None = job.record.migrate or job.record.copy or managed
+        options: _Options | None = job.record.options
         if options is None or not (job.record.recording or job.record.suspended):
             raise Refused(
                 f"job {name} cannot be resumed: nothing was copied yet, or it cannot be told what",
@@ -65,7 +65,8 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
         job.release()
         raise
     if isinstance(options, ManagedOptions):
-        return await migrate_managed(options, reporter, interrupts, clock, job)
+        move = move_offline if options.offline else migrate_managed
+        return await move(options, reporter, interrupts, clock, job)
     if isinstance(options, MigrateOptions):
         return await migrate(options, reporter, interrupts, clock, job)
     return await copy(options, reporter, interrupts, clock, job)

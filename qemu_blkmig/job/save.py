@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.job.copy import GuestCopy, Way, copy_image
+from qemu_blkmig.job.copy import GuestCopy
+from qemu_blkmig.job.copy_images import Way, copy_image
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.options import SaveOptions

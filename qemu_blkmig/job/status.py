@@ -207,13 +207,13 @@ def noted(record: Record) -> dict[str, str]:
 
 
 def _source(record: Record) -> str | None:
-    if record.managed is not None:
-        return f"libvirt:{record.managed.name}"
+    if (domain := _domain(record)) is not None:
+        return f"libvirt:{domain.name}"
     return f"qmp:{record.source_qmp}" if record.source_qmp else None
 
 
 def _domain(record: Record) -> DomainMoved | None:
-    managed = record.managed
+    managed = record.managed or record.offline
     if managed is None:
         return None
     return DomainMoved(managed.name, managed.uuid, managed.name_there, managed.options.target_uri)
@@ -232,7 +232,7 @@ def _destination(record: Record) -> str | None:
 def _guest(record: Record, *, alive: bool) -> str:
     if record.source_qmp is None and record.managed is None:
         image = record.copy is not None and record.copy.image is not None
-        return "no guest is concerned" if image else "nothing was done to a guest"
+        return "no guest is concerned" if image or record.offline is not None else "nothing was done to a guest"
     if record.owner is Owner.DESTINATION:
         return "the guest is the destination's"
     if record.owner is Owner.UNDECIDED:

@@ -18,7 +18,7 @@ from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.job.stream_mover import Saving, StreamMover
 from qemu_blkmig.job.verification import Verification
-from qemu_blkmig.nbd.address import Address
+from qemu_blkmig.nbd.address import Export
 from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Classify
@@ -77,11 +77,11 @@ class StreamCarriage:
         """A stream that broke off cannot be gone on with."""
         return False
 
-    async def open(self, source: Address, exports: dict[str, str]) -> None:
-        """Connect to the source's exports (by disk name), then to where the stream goes; its header is sent."""
+    async def open(self, exports: Mapping[str, Export]) -> None:
+        """Connect to the source's exports, by disk, then to where the stream goes; its header is sent."""
         total = sum(disk.size for disk in self._plan.disks)
         options = self._options
-        connections = await self._attempt(lambda _: self._connect_all(source, exports))
+        connections = await self._attempt(lambda _: self._connect_all(exports))
         try:
             self._channel = await self._attempt(lambda _: open_target(self._target()))
         except BaseException:
@@ -183,7 +183,7 @@ class StreamCarriage:
         except OSError as error:
             raise MigrationError(f"{self._partial} cannot be renamed to {self._file}: {error.strerror}") from error
 
-    def _connect_all(self, source: Address, exports: Mapping[str, str]) -> dict[str, list[Connection]]:
+    def _connect_all(self, exports: Mapping[str, Export]) -> dict[str, list[Connection]]:
         """Connections by disk; raises `Refused` where a disk's tail stands in the way."""
         made: dict[str, list[Connection]] = {}
         try:
@@ -191,7 +191,7 @@ class StreamCarriage:
                 contexts = [ALLOCATION, DEPTH] if self._is_shared(disk) else [ALLOCATION]
                 made[disk.name] = []
                 for _ in range(self._options.transfer.connections):
-                    made[disk.name].append(connect(source, exports[disk.name], contexts=contexts))
+                    made[disk.name].append(connect(*exports[disk.name], contexts=contexts))
                 self._check(disk, made[disk.name][0])
         except BaseException:
             for each in made.values():

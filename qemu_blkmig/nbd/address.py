@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -49,6 +50,13 @@ class TcpAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="t
 
 
 Address = UnixAddress | TcpAddress
+
+
+class Export(NamedTuple):
+    """An export, by its `name`, of the NBD server at `address`."""
+
+    address: Address
+    name: str
 
 
 def address_of(where: str | Path | Address) -> Address:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.imagefile import ImageSource
+from qemu_blkmig.job.imagefile import ImageFile, ImageSource
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def test_a_program_that_is_missing_is_named(image: Path, programs: Path, program: str) -> None:
     (programs / program).unlink()
     with pytest.raises(Refused, match=f"program {program} is not in PATH"):
-        await ImageSource.serve(str(image), None, image.parent)
+        await ImageSource.serve([ImageFile(str(image))], image.parent)
 
 
 async def test_a_server_that_forgets_sigterm_is_ended(image: Path, programs: Path) -> None:
@@ -46,7 +46,7 @@ async def test_a_server_that_forgets_sigterm_is_ended(image: Path, programs: Pat
         "#!/bin/sh\ntrap '' TERM\nfor a; do case $a in --socket=*) touch ${a#--socket=};; esac; done\nexec sleep 60\n"
     )
     deaf.chmod(0o755)
-    source = await ImageSource.serve(str(image), None, image.parent)
+    source = await ImageSource.serve([ImageFile(str(image))], image.parent)
     async with asyncio.timeout(10):
         await source.close()
 
@@ -54,5 +54,5 @@ async def test_a_server_that_forgets_sigterm_is_ended(image: Path, programs: Pat
 @pytest.mark.parametrize(("name", "words"), [("nothing", "No such file"), ("", "neither a file nor a block device")])
 async def test_what_is_no_image_is_told_apart(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(Refused, match=words) as caught:
-        await ImageSource.serve(str(tmp_path / name), None, tmp_path)
+        await ImageSource.serve([ImageFile(str(tmp_path / name))], tmp_path)
     assert caught.value.advice is None

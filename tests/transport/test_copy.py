@@ -12,6 +12,7 @@ import pytest
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.job.compare import Comparison
+from qemu_blkmig.nbd.address import Export, UnixAddress
 from qemu_blkmig.transport.client import AgentClient
 from tests.nbd.servers import Monitor, qemu_export
 from tests.transport.conftest import GIB, KIB, MIB, bulk, dirty, image, opened, opening
@@ -47,7 +48,7 @@ def guest_does(qmp: Monitor, listening: Path, *commands: str) -> None:
 
 async def compared(agent: AgentClient, listening: Path, size: int) -> None:
     """Compare both sides of disk `d`, as `--verify full` does."""
-    comparison = Comparison(agent, listening, {"d": "disk"}, "xxh3-128")
+    comparison = Comparison(agent, {"d": Export(UnixAddress(str(listening)), "disk")}, "xxh3-128")
     try:
         await comparison.require_equal("d", size)
     finally:
