@@ -51,10 +51,11 @@ SETTLED = 3
 
 @dataclass(frozen=True)
 class Move:
-    """`seconds`: of the command; `gap`: the longest between two writes, as the guest told."""
+    """`seconds`: of the command; `gap`: the longest between two writes that the guest told. `phases`: seconds of ours."""
 
     seconds: float
     gap: float
+    phases: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ class Bench:
         there = self.lab.outside(disk.path, far=True)
         if who == PEER:
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", there, str(disk.size)], check=True)
+        phases: dict[str, float] = {}
         began = time.monotonic()
         if who == PEER:
             self.lab.hosts.virsh("migrate", "--live", "--copy-storage-all", domain.name, self.lab.target)
         else:
-            self._by_us(domain, *OURS[who])
+            phases = self._by_us(domain, *OURS[who])
         seconds = time.monotonic() - began
         domain.wait_for_writing(far=True, more=SETTLED * rate)
         gap = domain.longest_gap(far=True)
@@ -86,11 +88,13 @@ class Bench:
         domain.destroy()
         for far in (False, True):
             self.lab.outside(disk.path, far=far).unlink(missing_ok=True)
-        return Move(seconds, gap)
+        return Move(seconds, gap, phases)
 
-    def _by_us(self, domain: Domain, *options: str) -> None:
-        words = ["--live", domain.name, self.lab.target, "--downtime", str(self.downtime), "--progress", "none"]
-        finish(start([*self.lab.entering, *VIRSH, *words, *options])).succeeded()
+    def _by_us(self, domain: Domain, *options: str) -> dict[str, float]:
+        words = ["--live", domain.name, self.lab.target, "--downtime", str(self.downtime)]
+        words += ["--progress", "none", "--output", "json", *options]
+        result = finish(start([*self.lab.entering, *VIRSH, *words])).succeeded().result
+        return dict(result["phases"])
 
 
 def tell(writer: Writer, found: dict[str, list[Move]]) -> None:
@@ -103,6 +107,11 @@ def tell(writer: Writer, found: dict[str, list[Move]]) -> None:
             f"{spread(speeds)}; gap {statistics.median(gaps):.0f} ms ({min(gaps):.0f} to {max(gaps):.0f})",
             flush=True,
         )
+        told = ", ".join(
+            f"{name} {statistics.median(move.phases.get(name, 0.0) for move in moves):.2f}" for name in moves[0].phases
+        )
+        if told:
+            print(f"{'':21} of it {told} s", flush=True)
 
 
 def main() -> None:
