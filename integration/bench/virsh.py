@@ -51,7 +51,7 @@ SETTLED = 3
 
 @dataclass(frozen=True)
 class Move:
-    """`seconds`: of the command; `gap`: the longest between two writes that the guest told. `phases`: seconds of ours."""
+    """Seconds: of the command, of `gap`, the longest between two writes that the guest told, and of our `phases`."""
 
     seconds: float
     gap: float
