@@ -39,22 +39,24 @@ class Completion:
         Raises MigrationError when the guest is not paused or its disks are still written to, TopologyChanged, and
         what the ports raise. The bandwidth limit stays off, also after an error.
         """
-        await self._check_guest_and_topology()
+        await self._check_guest()
         await self._mover.set_bandwidth(None)
+        dirty = await self._dirty()
         for _ in range(LAST_ROUNDS):
-            if not await self._dirty():
-                break
-            await self._rounds.run()
-        for device in self._devices:
-            await self._carrier.flush(device)
-        await self._check_guest_and_topology()
-        if dirty := await self._dirty():
-            raise MigrationError(f"the disks are written to though the guest is paused: {dirty} bytes are dirty")
+            if dirty:
+                await self._rounds.run()
+            for device in self._devices:
+                await self._carrier.flush(device)
+            await self._check_guest()
+            await self._log.verify_topology()
+            dirty = await self._dirty()
+            if not dirty:
+                return
+        raise MigrationError(f"the disks are written to though the guest is paused: {dirty} bytes are dirty")
 
-    async def _check_guest_and_topology(self) -> None:
+    async def _check_guest(self) -> None:
         if not await self._guest.is_paused():
             raise MigrationError("switchover refused: the guest is not paused")
-        await self._log.verify_topology()
 
     async def _dirty(self) -> int:
         await self._rounds.look()

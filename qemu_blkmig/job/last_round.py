@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 
 from qemu_blkmig.engine.convergence import Policy
 from qemu_blkmig.errors import Stalled
@@ -16,6 +16,10 @@ from qemu_blkmig.job.rounds import disks_budget
 
 LEAST_FOR_RAM = 0.01
 """Seconds of downtime that RAM is left at least."""
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
+"""Of the downtime that RAM may take, one after the other while it is not ready to cross in so little."""
+LOOSENED = 0.25
+"""Seconds between two of them."""
 PATIENCE = 10.0
 """Seconds that the last pass may take at least, whatever was predicted, before the guest is given back."""
 
@@ -36,6 +40,7 @@ class LastRound:
         self._verification = connected.verification
         self._policy = Policy(downtime=0.0, max_rounds=None, put_off=options.put_off)
         self._caught_up = False
+        self._share = SHARES[0]
         self.may_last = options.on_stall is OnStall.PAUSE
         """Whether the guest may stand still for as long as it takes."""
 
@@ -54,6 +59,7 @@ class LastRound:
         """
         self._verification.release()
         self._caught_up = not within
+        self._share = SHARES[0]
         if self._verification.wanted:
             with self._watch.phase("readback"):
                 await self._verification.catch_up(self._policy, within)
@@ -65,8 +71,18 @@ class LastRound:
         self._caught_up = True
 
     def left_for_ram(self) -> float:
-        """Seconds of the downtime that RAM may take."""
-        return max(LEAST_FOR_RAM, self._steering.downtime - (self._engine.figures().predicted or 0.0))
+        """Seconds of the downtime that RAM may take for now; see `loosen`."""
+        return max(LEAST_FOR_RAM, self._share * (self._steering.downtime - (self._engine.figures().predicted or 0.0)))
+
+    async def loosen(self, allow: Callable[[float], Awaitable[None]]) -> None:
+        """Have RAM allowed more and more of the downtime (seconds), up to all that the disks leave.
+
+        QEMU pauses the guest as soon as the rest of RAM fits what is allowed: a guest that hardly writes to its RAM
+        stands still no longer than it must.
+        """
+        for self._share in SHARES:
+            await allow(self.left_for_ram())
+            await self._clock.sleep(LOOSENED)
 
     async def keep_in_step(self, paused: Awaitable[None], beside: Coroutine[None, None, None]) -> float:
         """Rounds until `paused` returns, while `beside` is done; when that was. Raises what any of them does."""

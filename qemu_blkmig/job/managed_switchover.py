@@ -208,10 +208,13 @@ class ManagedSwitchover:
         """
         options = self._options
         await self._last.caught_up()
-        milliseconds = max(1, round(self._last.left_for_ram() * 1000))
-        with contextlib.suppress(BlkmigError):
-            await self._ends.source.call(self._ends.handle.migrateSetMaxDowntime, milliseconds)
-        passage.gate.admit()
+
+        async def allow(seconds: float) -> None:
+            with contextlib.suppress(BlkmigError):
+                await self._ends.source.call(self._ends.handle.migrateSetMaxDowntime, max(1, round(seconds * 1000)))
+            passage.gate.admit()
+
+        await self._last.loosen(allow)
         if options.on_stall is OnStall.WAIT or options.max_rounds is None:
             return
         while await passage.migration.passes() <= options.max_rounds:

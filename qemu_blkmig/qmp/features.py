@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from qemu_blkmig.qmp.monitor import Monitor
 
@@ -53,7 +54,7 @@ class Features:
 
 async def probe(monitor: Monitor) -> Features:
     """Ask a QEMU what it can do. Raises what `Monitor.execute` raises."""
-    schema = Schema(await monitor.execute("query-qmp-schema"))
+    schema = await schema_of(monitor)
     missing = [words for command, words in _COMMANDS.items() if not schema.has(command)]
     missing += [words for path, words in _MEMBERS.items() if not schema.has(*path)]
     return Features(
@@ -62,6 +63,13 @@ async def probe(monitor: Monitor) -> Features:
         iothread_exports=schema.has("block-job-change"),
         set_active=schema.has("blockdev-set-active"),
     )
+
+
+async def schema_of(monitor: Monitor) -> Schema:
+    """What this QEMU tells of its QMP; asked for once, because the answer is long. Raises what `Monitor.execute` does."""
+    if (known := _KNOWN.get(monitor)) is None:
+        known = _KNOWN[monitor] = Schema(await monitor.execute("query-qmp-schema"))
+    return known
 
 
 class Schema:
@@ -98,3 +106,6 @@ class Schema:
             case "object":
                 yield from (member["type"] for member in entity["members"] if member["name"] == step)
                 yield from (branch["type"] for branch in entity.get("variants", []) if branch["case"] == step)
+
+
+_KNOWN: WeakKeyDictionary[Monitor, Schema] = WeakKeyDictionary()

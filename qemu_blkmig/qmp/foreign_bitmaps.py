@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qemu_blkmig.qmp.disks import OUR_NAMES, Disk
-from qemu_blkmig.qmp.features import Schema
+from qemu_blkmig.qmp.features import schema_of
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.removal import remove_bitmaps
 
@@ -96,7 +96,7 @@ async def copy_bitmaps(
 async def foreign_bitmaps(monitor: Monitor, disks: Sequence[Disk]) -> list[ForeignBitmaps]:
     """The bitmaps of others on the disks. Raises what `Monitor.execute` raises."""
     nodes = {node["node-name"]: node for node in await monitor.execute("query-named-block-nodes", {"flat": True})}
-    can_map = Schema(await monitor.execute("query-qmp-schema")).has(*_TRANSFORM)
+    can_map = (await schema_of(monitor)).has(*_TRANSFORM)
     found: list[ForeignBitmaps] = []
     for disk in disks:
         below = False

@@ -101,6 +101,10 @@ class RamMigration:
         """Set QEMU's downtime limit (seconds) and bandwidth (bytes a second; None: no limit) while it migrates."""
         await self._set_parameters(self._source, _limits(downtime, bandwidth))
 
+    async def allow(self, downtime: float) -> None:
+        """Set QEMU's downtime limit alone (seconds) while it migrates."""
+        await self._set_parameters(self._source, {"downtime-limit": _milliseconds(downtime)})
+
     async def proceed(self) -> None:
         """Let the switchover go on from where `wait_paused` saw it; it cannot be cancelled any more."""
         await self._source.execute("migrate-continue", {"state": "pre-switchover"})

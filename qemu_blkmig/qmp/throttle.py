@@ -15,7 +15,7 @@ import msgspec
 
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.qmp.disks import Disk
-from qemu_blkmig.qmp.features import Schema
+from qemu_blkmig.qmp.features import schema_of
 from qemu_blkmig.qmp.monitor import Monitor
 
 LEAST = 64 << 10
@@ -41,7 +41,7 @@ class Throttled(msgspec.Struct, frozen=True):
 
 async def check_can_throttle(monitor: Monitor) -> None:
     """Raise `Refused` where this QEMU cannot throttle a disk that is named by its device."""
-    if not Schema(await monitor.execute("query-qmp-schema")).has("block_set_io_throttle", "id"):
+    if not (await schema_of(monitor)).has("block_set_io_throttle", "id"):
         raise Refused("--on-stall throttle: this QEMU cannot throttle a disk (block_set_io_throttle)")
 
 
