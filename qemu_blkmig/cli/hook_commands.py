@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from qemu_blkmig.cli import options
-from qemu_blkmig.cli.options import Commands
+from qemu_blkmig.cli.form import Commands, command
 from qemu_blkmig.errors import Refused, UsageError
 from qemu_blkmig.hooks import guard, install
 
@@ -29,7 +29,7 @@ def add_all(commands: Commands) -> None:
 
 
 def _add_hooks(commands: Commands) -> None:
-    parser = options.command(
+    parser = command(
         commands,
         "hooks",
         "install libvirt's hook, which starts no guest from an image that is incomplete or has moved away",
@@ -83,7 +83,7 @@ def _standing(standing: install.Standing) -> str:
 
 
 def _add_guard(commands: Commands) -> None:
-    parser = options.command(
+    parser = command(
         commands,
         "guard",
         "tell whether a libvirt domain may be started here, by its images' ownership records; libvirt is not asked",

@@ -11,7 +11,7 @@ import sys
 import msgspec
 
 from qemu_blkmig.cli import options, show_job
-from qemu_blkmig.cli.options import Commands
+from qemu_blkmig.cli.form import Commands, argument, command
 from qemu_blkmig.errors import Interrupted, Refused, UsageError
 from qemu_blkmig.job import others
 from qemu_blkmig.job.control import Change
@@ -36,7 +36,7 @@ def add_all(commands: Commands) -> None:
 
 
 def _add_jobs(commands: Commands) -> None:
-    parser = options.command(commands, "jobs", "list the jobs that run, or were left behind", "[options]")
+    parser = command(commands, "jobs", "list the jobs that run, or were left behind", "[options]")
     parser.add_argument("--all", action="store_true", help="also those that are over, of which the last 100 are kept")
     options.add_form(parser)
     parser.set_defaults(run=_jobs)
@@ -61,7 +61,7 @@ def _jobs(arguments: argparse.Namespace) -> int:
 
 
 def _add_status(commands: Commands) -> None:
-    parser = options.command(
+    parser = command(
         commands,
         "status",
         "tell how a job stands: how far it is, who has the guest, what to do next",
@@ -94,7 +94,7 @@ async def _follow(name: str, form: str) -> None:
 
 
 def _add_set(commands: Commands) -> None:
-    parser = options.command(
+    parser = command(
         commands,
         "set",
         "change the limits of a running job; it takes effect at once",
@@ -107,11 +107,11 @@ def _add_set(commands: Commands) -> None:
     _add_job(parser)
     parser.add_argument(
         "--bandwidth",
-        type=options.argument(_rate_or_none),
+        type=argument(_rate_or_none),
         metavar="RATE",
         help="most MiB/s, such as 100; or bytes a second with a suffix, such as 512k; or none",
     )
-    parser.add_argument("--downtime", type=options.argument(options.count), metavar="MS",
+    parser.add_argument("--downtime", type=argument(options.count), metavar="MS",
                         help="longest pause of the guest to aim at, in milliseconds")  # fmt: skip
     options.add_form(parser)
     parser.set_defaults(run=_set)
@@ -136,7 +136,7 @@ def _set(arguments: argparse.Namespace) -> int:
 
 
 def _add_switchover(commands: Commands) -> None:
-    parser = options.command(
+    parser = command(
         commands,
         "switchover",
         "let a guest move whose migration waits for that (migrate --switchover manual or at=TIME)",
@@ -153,7 +153,7 @@ def _switchover(arguments: argparse.Namespace) -> int:
 
 
 def _add_cancel(commands: Commands) -> None:
-    parser = options.command(
+    parser = command(
         commands,
         "cancel",
         "give a job up, as Ctrl-C does: the guest stays, what was made is removed",
@@ -178,7 +178,7 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
 
 def _add_cleanup(commands: Commands) -> None:
-    parser = options.command(
+    parser = command(
         commands,
         "cleanup",
         "bring a job that was left behind to rest, and remove what it made",

@@ -11,13 +11,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import msgspec
 
 from qemu_blkmig import __version__
 from qemu_blkmig.cli import commands
-from qemu_blkmig.errors import BlkmigError, Interrupted, UsageError, kind_of
+from qemu_blkmig.cli.form import Parser
+from qemu_blkmig.errors import BlkmigError, Interrupted, kind_of
 
 EXIT_CODES = """\
 exit codes:
@@ -53,17 +53,11 @@ class Failure(msgspec.Struct, frozen=True):
     error: ErrorReport
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells of a mistake in our form, without a page of usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `UsageError`."""
-        raise UsageError(message, advice=f"see {self.prog} --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 usage, 3 refused, 4 undecided, 5 differ, 128+n)."""
-    return run(parser, sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    named = next((word for word in given if not word.startswith("-")), None)
+    return run(lambda: parser(named), given)
 
 
 def run(make: Callable[[], argparse.ArgumentParser], given: Sequence[str]) -> int:
@@ -152,8 +146,8 @@ def _set_up_logging(*, verbose: bool) -> None:
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line; manuals and completion are made from it."""
+def parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line; manuals and completion are made from it. `wanted`: what this command needs suffices."""
     root = Parser(
         prog="qemu-blkmig",
         usage="%(prog)s [-v] COMMAND ...",
@@ -165,7 +159,9 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument(
         "-v", "--verbose", dest="debug", action="store_true", help="show causes and what is done in detail"
     )
-    commands.add_all(root.add_subparsers(title="commands", prog="qemu-blkmig", required=True, metavar="COMMAND"))
+    commands.add_all(
+        root.add_subparsers(title="commands", prog="qemu-blkmig", required=True, metavar="COMMAND"), wanted
+    )
     return root
 
 

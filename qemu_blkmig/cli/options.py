@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import msgspec
 
+from qemu_blkmig.cli.form import argument
 from qemu_blkmig.errors import BlkmigError, UsageError
 from qemu_blkmig.hashing import SIZES, USUAL
 from qemu_blkmig.job.datapath import parse_data_path
@@ -22,7 +22,6 @@ from qemu_blkmig.observe.watch import Asked, parse_listen
 from qemu_blkmig.units import parse_rate, parse_size
 
 _T = TypeVar("_T")
-Commands = Any  # argparse keeps the type of its sub-parsers' collection private
 
 
 class Common(TypedDict):
@@ -44,24 +43,6 @@ def common(arguments: argparse.Namespace) -> Common:
         max_rounds=arguments.max_rounds,
         verify=Verify(arguments.verify),
     )
-
-
-def command(commands: Commands, name: str, what: str, usage: str, examples: str = "") -> argparse.ArgumentParser:
-    """A command's parser; `what` is its help, `usage` what stands behind its name."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
-        usage=f"%(prog)s {usage}",
-        epilog=f"examples:{examples}" if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "-v", "--verbose", dest="debug", action="store_true", default=argparse.SUPPRESS,
-        help="show causes and what is done in detail",
-    )  # fmt: skip
-    parser.set_defaults(command=name)
-    return parser
 
 
 def add_ends(parser: argparse.ArgumentParser, *, domains: bool) -> None:
@@ -338,18 +319,6 @@ def bandwidth_group(text: str) -> tuple[str, int]:
     if not equals:
         raise UsageError(f"not a group: {text!r}", advice="write NAME=RATE, such as backup=100")
     return name, parse_rate(rate)
-
-
-def argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
-    """`parse` as argparse wants it, which then names the option in its message."""
-
-    def parsed(text: str) -> _T:
-        try:
-            return parse(text)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(f"{error}" + (f": {error.advice}" if error.advice else "")) from error
-
-    return parsed
 
 
 def source(text: str) -> tuple[str, str]:

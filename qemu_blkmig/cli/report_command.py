@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 from qemu_blkmig.cli import options
-from qemu_blkmig.cli.options import Commands
+from qemu_blkmig.cli.form import Commands, argument, command
 from qemu_blkmig.errors import Refused, UsageError
 
 PORTS = range(1 << 16)
 
 
-def add(commands: Commands) -> None:
+def add_all(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = options.command(
+    parser = command(
         commands,
         "report",
         "show a job, over or under way, as a page with figures: phases, rates, downtime, a map of each disk",
@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="serve the page on 127.0.0.1 until the job is over, or interrupted by Ctrl-C",
     )
-    parser.add_argument("--port", type=options.argument(options.count), default=0, metavar="N",
+    parser.add_argument("--port", type=argument(options.count), default=0, metavar="N",
                         help="with --live: the port (default: any that is free)")  # fmt: skip
     parser.set_defaults(run=_report)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qemu_blkmig.cli import options, show
 from qemu_blkmig.cli.clock import RealClock
-from qemu_blkmig.cli.options import Commands
+from qemu_blkmig.cli.form import Commands, argument, command
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job import others
 from qemu_blkmig.job.interrupts import Interrupts
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     First = Callable[[Reporter, Persist], Awaitable[Work]]
 
 
-def add(commands: Commands) -> None:
+def add_all(commands: Commands) -> None:
     """Add `resume` to the parser."""
-    parser = options.command(
+    parser = command(
         commands,
         "resume",
         "go on with a migration or copy that was suspended",
@@ -44,9 +44,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="read both sides and copy what differs, whatever was recorded"
     )
-    parser.add_argument("--bandwidth", type=options.argument(parse_rate), metavar="RATE", help="as of migrate")
-    parser.add_argument("--downtime", type=options.argument(options.count), metavar="MS", help="as of migrate")
-    parser.add_argument("--max-rounds", type=options.argument(options.count), metavar="N", help="as of migrate")
+    parser.add_argument("--bandwidth", type=argument(parse_rate), metavar="RATE", help="as of migrate")
+    parser.add_argument("--downtime", type=argument(options.count), metavar="MS", help="as of migrate")
+    parser.add_argument("--max-rounds", type=argument(options.count), metavar="N", help="as of migrate")
     parser.add_argument("--launch", metavar="CMD", help="as of migrate: another command for the destination QEMU")
     parser.add_argument("--on-stall", choices=[choice.value for choice in OnStall], help="as of migrate")
     add_retry(parser)
@@ -59,7 +59,7 @@ def add_retry(parser: argparse.ArgumentParser) -> None:
     """Add `--retry`."""
     parser.add_argument(
         "--retry",
-        type=options.argument(options.count),
+        type=argument(options.count),
         default=0,
         metavar="N",
         help="when it is suspended, by a failure that may pass, resume it up to N times, after 1, 2, 4 .. 30 s "

@@ -14,8 +14,9 @@ from typing import Any
 
 from qemu_blkmig import __version__
 from qemu_blkmig.cli import options, resume_command, show, virsh_options
+from qemu_blkmig.cli.form import Parser
 from qemu_blkmig.cli.libvirt_ends import agent_place, disk_paths
-from qemu_blkmig.cli.main import EXIT_CODES, Parser, run
+from qemu_blkmig.cli.main import EXIT_CODES, run
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.moment import AT_ONCE

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from qemu_blkmig.cli import options, resume_command
+from qemu_blkmig.cli.form import argument
 from qemu_blkmig.cli.libvirt_ends import DESTINATION
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.place import REMOTE_COMMAND
@@ -72,7 +73,7 @@ def add_all(parser: argparse.ArgumentParser) -> None:
     options.add_selection(parser, "--shared-base", "--copy-storage-inc")
     convergence = options.add_convergence(parser)
     options.add_switchover(convergence)
-    convergence.add_argument("--timeout", type=options.argument(options.count), metavar="SECONDS",
+    convergence.add_argument("--timeout", type=argument(options.count), metavar="SECONDS",
                              help="when it has taken that long, the guest is paused until it has moved; the first "
                              "pass over the disks is waited for")  # fmt: skip
     convergence.add_argument("--timeout-suspend", action="store_true", help="what --timeout does")
@@ -164,7 +165,7 @@ def _add_ram(parser: argparse.ArgumentParser) -> None:
         ("--auto-converge-initial", "of --auto-converge, percent by which CPUs are slowed at first"),
         ("--auto-converge-increment", "of --auto-converge, percent more each time"),
     ):
-        group.add_argument(name, type=options.argument(options.count), metavar="N", help=told)
+        group.add_argument(name, type=argument(options.count), metavar="N", help=told)
 
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:

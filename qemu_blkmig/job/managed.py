@@ -28,7 +28,9 @@ from qemu_blkmig.job.result import Downtime, Result, remarks
 from qemu_blkmig.job.rounds import Rounds
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.volumes import make_volumes
+from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.throttle import check_can_throttle
 from qemu_blkmig.transport.client import AgentClient
@@ -103,24 +105,30 @@ class _Run:
         self._rounds.hurry()
         await over.hurry()
 
-    async def _connect(self) -> tuple[Ends, AgentClient]:
-        """To both libvirts and the agent, at once: each takes its time over ssh."""
+    async def _reach(self) -> tuple[Ends, Monitor]:
+        """The domain, by both libvirts, and its QEMU, which is asked what it can do: that takes a while, too."""
+        ends = await Ends.open(self._options, self._stack)
+        monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
+        self._life.adopt_domain(monitor, ends.source, ends.target)
+        await probe(monitor)
+        return ends, monitor
+
+    async def _connect(self) -> tuple[Ends, Monitor, AgentClient]:
+        """To all of them at once: each takes its time over ssh."""
         try:
             async with asyncio.TaskGroup() as group:
-                ends = group.create_task(Ends.open(self._options, self._stack))
+                reached = group.create_task(self._reach())
                 agent = group.create_task(self._life.start_agent(self._options.place))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
-        return ends.result(), agent.result()
+        return *reached.result(), agent.result()
 
     async def _prepare(self) -> None:
         options, life, record = self._options, self._life, self._job.record
-        ends, agent = await self._connect()
+        ends, monitor, agent = await self._connect()
         self._ends = ends
         domain = ends.domain
         record.managed = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
-        monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
-        life.adopt_domain(monitor, ends.source, ends.target)
         self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target, agent)
         placed = self._arrangement.placed(domain)
         planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)

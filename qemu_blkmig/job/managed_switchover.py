@@ -253,8 +253,6 @@ class ManagedSwitchover:
         with self._watch.phase("handover"), self._interrupts.deferred():
             await self._carriage.close()
             self._watch.step("images closed")
-            await self._life.exports.stop()
-            self._watch.step("exports ended")
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
             async with starts_of(self._ends.target, self._ends.domain.uuid, self._clock.now) as started:

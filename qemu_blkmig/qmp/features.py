@@ -66,7 +66,7 @@ async def probe(monitor: Monitor) -> Features:
 
 
 async def schema_of(monitor: Monitor) -> Schema:
-    """What this QEMU tells of its QMP; asked for once, because the answer is long. Raises what `Monitor.execute` does."""
+    """What this QEMU tells of its QMP; asked for once, because the answer is long. Raises as `Monitor.execute` does."""
     if (known := _KNOWN.get(monitor)) is None:
         known = _KNOWN[monitor] = Schema(await monitor.execute("query-qmp-schema"))
     return known

@@ -19,6 +19,10 @@ class FakeRam:
 
     def __init__(self) -> None:
         self.count = 0
+        self.allowed: list[float] = []
+
+    async def allow(self, downtime: float) -> None:
+        self.allowed.append(downtime)
 
     async def passes(self) -> int:
         self.count += 1
@@ -38,7 +42,7 @@ def run_with(on_stall: OnStall, done: list[str]) -> Any:
     clock: Any = SimpleNamespace(sleep=sleep, now=lambda: 0.0)
     life: Any = SimpleNamespace(job=None, reporter=SimpleNamespace(note=done.append), steering=Steering(0.3, None))
     connected: Any = SimpleNamespace(
-        engine=None,
+        engine=SimpleNamespace(figures=lambda: SimpleNamespace(predicted=0.1)),
         verification=None,
         carriage=None,
         guest=SimpleNamespace(pause=pause),
@@ -65,3 +69,9 @@ async def test_whoever_waits_is_not_bound() -> None:
     ram = FakeRam()
     await run_with(OnStall.WAIT, [])._bound_ram(ram)
     assert ram.count == 0
+
+
+async def test_ram_is_allowed_ever_more_of_what_the_disks_leave_of_the_downtime() -> None:
+    ram = FakeRam()
+    await run_with(OnStall.WAIT, [])._bound_ram(ram)
+    assert ram.allowed == [pytest.approx(share) for share in (0.025, 0.05, 0.1, 0.2)]
