@@ -6,7 +6,7 @@ help:
 	@echo "make lab     two hosts and guests to try things with, as root: docs/tutorial.md"
 	@echo "make test    lint, quick tests, oldest dependencies, integration tests with real guests"
 	@echo "make bench   how fast whole copies are, ours and others', in one run: docs/explanation/benchmarks.md"
-	@echo "make matrix  the tests again on Debian 13 (QEMU 10), in a debootstrapped folder"
+	@echo "make matrix  the tests again on Debian 13 (QEMU 10), and from here to there: CONTRIBUTING.md"
 	@echo "make docs    the manual as HTML and man pages, in build/docs"
 	@echo "make deb     a Debian package, in dist/"
 	@echo "make setup   only what these need: Debian packages, .venv"

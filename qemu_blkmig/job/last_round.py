@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 
 from qemu_blkmig.engine.convergence import Policy
-from qemu_blkmig.errors import Stalled
+from qemu_blkmig.errors import RequestError, SourceReadError, Stalled
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Verify
 from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.rounds import disks_budget
+
+log = logging.getLogger(__name__)
 
 LEAST_FOR_RAM = 0.01
 """Seconds of downtime that RAM is left at least."""
@@ -84,22 +87,40 @@ class LastRound:
             await allow(self.left_for_ram())
             await self._clock.sleep(LOOSENED)
 
-    async def keep_in_step(self, paused: Awaitable[None], beside: Coroutine[None, None, None]) -> float:
-        """Rounds until `paused` returns, while `beside` is done; when that was. Raises what any of them does."""
+    async def keep_in_step(
+        self,
+        paused: Awaitable[None],
+        beside: Coroutine[None, None, None],
+        taken: Callable[[], Awaitable[bool]] | None = None,
+    ) -> float:
+        """Rounds until `paused` returns, while `beside` is done; when that was. Raises what any of them does.
+
+        `taken`: whether the guest has been paused, and its disks perhaps been taken from it, before `paused` is back:
+        a round that cannot go on then is left to the last one.
+        """
         try:
             async with asyncio.TaskGroup() as group:
-                rounds = group.create_task(self._engine.keep_in_step(self._policy))
+                rounds = group.create_task(self._rounds(taken))
                 bound = group.create_task(beside)
                 await paused
                 began = self._clock.now()
                 bound.cancel()
-                self._engine.request_stop()
+                if not rounds.done():
+                    self._engine.request_stop()
                 # What a longer round still holds is left to the last one, which --bandwidth does not slow down.
                 await asyncio.wait({rounds}, timeout=self._policy.downtime)
                 rounds.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         return began
+
+    async def _rounds(self, taken: Callable[[], Awaitable[bool]] | None) -> None:
+        try:
+            await self._engine.keep_in_step(self._policy)
+        except (RequestError, SourceReadError) as error:
+            if taken is None or not await taken():
+                raise
+            log.info("the round under way at the pause is left to the last one: %s", error)
 
     async def fits(self, paused: float) -> bool:
         """With the guest paused since `paused`: whether what is dirty fits what is left of the downtime, if it ran."""

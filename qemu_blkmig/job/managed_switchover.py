@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from qemu_blkmig.destination.protocol import Domain as Named
@@ -31,7 +31,8 @@ from qemu_blkmig.job.pulse import pulse
 from qemu_blkmig.job.record import Owner
 from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.result import Downtime
-from qemu_blkmig.qmp.guest import is_virtualized
+from qemu_blkmig.qmp.features import probe
+from qemu_blkmig.qmp.guest import is_virtualized, migration_status
 from qemu_blkmig.qmp.monitor import EventStream
 from qemu_blkmig.virt.gate import Gate
 from qemu_blkmig.virt.migration import DomainMigration, Wish, starts_of
@@ -46,6 +47,8 @@ RAM_POLL = 0.5
 """Seconds between two looks at how often RAM has been passed over."""
 AT_THE_PAUSE = ("pre-switchover", "device", "completed")
 """What QEMU says of its migration from when it has paused the guest (MIGRATION events)."""
+DISKS_TAKEN = AT_THE_PAUSE[1:]
+"""The same, from when it has taken the guest's disks from it: libvirt lets it go on from the first at once."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,19 @@ class ManagedSwitchover:
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
         await self._last.aim()
+        may_be_inactive = (await probe(self._life.source)).set_active
         for attempt in itertools.count(1):
             await self._last.catch_up(within=BEFOREHAND)
             async with self._under_way(attempt) as passage:
                 with self._watch.phase("ram"):
-                    paused = await self._last.keep_in_step(self._paused(passage), self._beside(passage))
+                    paused = await self._last.keep_in_step(
+                        self._come_to(passage, AT_THE_PAUSE), self._beside(passage), self._at_the_pause
+                    )
                 self._watch.paused(paused)
                 self._watch.step("round under way")
+                if may_be_inactive:
+                    await self._activate(passage)
+                    self._watch.step("disks activated")
                 async with self._pulse():
                     if await self._last.fits(paused):
                         self._watch.step("what is dirty counted")
@@ -181,8 +190,8 @@ class ManagedSwitchover:
             bandwidth=limit,
         )
 
-    async def _paused(self, passage: _Passage) -> None:
-        """Return when QEMU has paused the guest to move the rest of RAM. Raises `MigrationError` when it never will."""
+    async def _come_to(self, passage: _Passage, statuses: Sequence[str]) -> None:
+        """Return when QEMU's migration is in one of them. Raises `LibvirtFailed` when it never will be."""
         while True:
             event = asyncio.create_task(passage.events.get())
             ended = asyncio.create_task(passage.migration.failed())
@@ -191,12 +200,28 @@ class ManagedSwitchover:
                 task.cancel()
             if ended in done:
                 raise self._failed(ended.result())
-            if event.result().data["status"] in AT_THE_PAUSE:
+            if event.result().data["status"] in statuses:
                 return
             # libvirt takes a guest that is paused before for one that is to stay so.
             if not self._moving and self._hurried:
                 await self._suspend()
             self._moving = True
+
+    async def _at_the_pause(self) -> bool:
+        return await migration_status(self._life.source) in AT_THE_PAUSE
+
+    async def _activate(self, passage: _Passage) -> None:
+        """Have the source's disks active again, whose exports would give no block status otherwise.
+
+        QEMU inactivates them when it goes on from the pause. 7.2 answers all the same, 10.0 does not (both seen); it
+        takes them anew if the guest is given back. Raises `LibvirtFailed`, and what `Monitor.execute` raises.
+        """
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._come_to(passage, DISKS_TAKEN)
+        except TimeoutError:
+            raise LibvirtFailed(f"libvirt did not go on with the paused guest within {PATIENCE:.0f} s") from None
+        await self._life.source.execute("blockdev-set-active", {"active": True})
 
     def _failed(self, error: BlkmigError | None) -> LibvirtFailed:
         return LibvirtFailed(f"libvirt could not migrate the guest: {error or 'it says that it has, too early'}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qemu_blkmig.cli.clock import RealClock
+from qemu_blkmig.errors import RequestError
 from qemu_blkmig.job.last_round import LastRound
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 from qemu_blkmig.job.place import Local
@@ -68,6 +70,27 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
         paused = await over._migrate_ram(ram)
     assert engine.stop_requested and engine.cancelled
     assert began < paused < RealClock().now()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+async def test_a_round_that_fails_is_left_to_the_last_one_only_if_the_guest_has_been_paused(taken: bool) -> None:
+    async def refused(_policy: object) -> None:
+        raise RequestError("no block status")
+
+    async def is_taken() -> bool:
+        return taken
+
+    asked: list[bool] = []
+    engine = SimpleNamespace(keep_in_step=refused, request_stop=lambda: asked.append(True))
+    life: Any = SimpleNamespace(steering=Steering(0.4, None))
+    watch: Any = SimpleNamespace(clock=RealClock())
+    connected: Any = SimpleNamespace(engine=engine, carriage=None, verification=None)
+    options = MigrateOptions(source="/s", target=Target(Local("/d"), qmp="/q"), on_stall=OnStall.ABORT)
+    last = LastRound(life, options, watch, connected)
+    with contextlib.nullcontext() if taken else pytest.raises(RequestError):
+        await last.keep_in_step(asyncio.sleep(0.01), nothing(), is_taken)
+    # There is nothing to stop: the next call of its would end at once.
+    assert not asked
 
 
 @pytest.mark.parametrize(("spent", "fits"), [(0.0, True), (0.1, True), (0.3, False), (9.0, False)])

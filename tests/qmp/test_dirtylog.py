@@ -14,9 +14,11 @@ import pytest
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused, RequestError, TopologyChanged
 from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.nbd.dirty import dirty_extents
 from qemu_blkmig.qmp.dirtylog import BitmapLog, BitmapRound
 from qemu_blkmig.qmp.disks import inventory, select
 from qemu_blkmig.qmp.exports import ExportServer
+from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.topology import Topology
 from tests.qmp.conftest import GRANULARITY, MakeImage, Qemu, StartQemu
 
@@ -80,6 +82,26 @@ async def test_a_round_can_be_read_again_until_it_is_retired(rig: Rig) -> None:
     with pytest.raises(RequestError, match="over"):
         await rig.dirty(harvested, "a")
     assert await rig.qemu.bitmaps() == [(node, f"{PREFIX}-b2") for node, _name in await rig.qemu.bitmaps()]
+
+
+async def test_inactive_disks_keep_their_recording_and_are_read_once_they_are_active_again(rig: Rig) -> None:
+    if not (await probe(rig.qemu.monitor)).set_active:
+        pytest.skip("this QEMU cannot be told to inactivate disks")
+    await rig.log.start()
+    await rig.qemu.io("a", "write 0 64k")
+    first = await rig.log.harvest()
+    await rig.qemu.user.execute("stop")
+    node = next(disk.node for disk in select(await inventory(rig.qemu.user), None) if disk.name == "a")
+    await rig.exports.add("shown", node, bitmaps=[f"{PREFIX}-b1"])
+    await rig.qemu.user.execute("blockdev-set-active", {"active": False})
+    with pytest.raises(RequestError, match="no dirty block status"):
+        await asyncio.to_thread(list, dirty_extents(rig.exports.address, "shown", f"{PREFIX}-b1", SIZE))
+    await rig.exports.remove("shown")
+    await first.restore()
+    assert await rig.log.pending() == {"a": GRANULARITY, "b": 0}
+    again = await rig.log.harvest()
+    await rig.qemu.user.execute("blockdev-set-active", {"active": True})
+    assert await rig.dirty(again, "a") == [Extent(0, 65536)]
 
 
 async def test_what_is_restored_is_harvested_again_together_with_later_writes(rig: Rig) -> None:

@@ -146,6 +146,7 @@ STEPS = {
     "pausing": "step-pausing",
     "before it was noticed": "step-pausing",
     "round under way": "step-dirty",
+    "disks activated": "step-dirty",
     "what is dirty counted": "step-count",
     "last round": "step-last",
     "disks": "step-last",
