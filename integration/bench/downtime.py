@@ -1,6 +1,6 @@
 """In how many of many moves a guest stands still for no longer than `--downtime`: by the guest's own heartbeat.
 
-Run as `python -m integration.bench.downtime --runs 100 --results gaps.jsonl [--writers idle,random,hot] [--pause 60]`.
+Run as `python -m integration.bench.downtime --runs 100 --results gaps.jsonl [--writers idle,random,hot] [--load 1]`.
 Each run boots a guest of the laboratory (TCG), moves it with its RAM and its disk, checks its records, and appends a
 line to the file, so that runs can be spread out over days and processes: it goes on until the file has so many. Without
 --runs it tells what is in the file.
@@ -8,18 +8,19 @@ line to the file, so that runs can be spread out over days and processes: it goe
 `gap`: the longest time between two completed writes that the guest told at the destination, in seconds; null: it wrote
 no more (QEMU 7.2 damages a busy guest under TCG now and then; docs/decisions/009-ram-under-tcg.md), or the move failed,
 and why is in `failed`. `before`: the same at the source before it moved: what this machine does to a guest that is left
-alone. `told`: what the command told of it. `load`: of the machine, before.
+alone. `told`, `steps`: what the command told of it. `load`: of the machine, before; with --load runs wait for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from integration.bench.convergence import small_laboratory
@@ -31,6 +32,8 @@ MIB = 1 << 20
 SETTLED = 3
 """Seconds of writing after which a gap shows in what the guest tells."""
 TARGET = 0.95
+POLL = 5.0
+"""Seconds between two looks at the load."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Run:
     told: float | None
     load: float
     failed: str | None = None
+    steps: dict[str, float] = field(default_factory=dict)
 
     @property
     def kept(self) -> bool:
@@ -65,7 +69,8 @@ def run(writer: Writer, downtime: int) -> Run:
         done = Run(time.time(), writer, downtime / 1e3, None, before, None, load)
         if outcome.code:
             return replace(done, failed=outcome.stderr)
-        done = replace(done, told=outcome.result["downtime"]["total"])
+        told = outcome.result["downtime"]
+        done = replace(done, told=told["total"], steps=told["steps"])
         try:
             arrived.wait_for_writing(more=SETTLED * rate, timeout=60)
         except LabError:
@@ -103,6 +108,12 @@ def tell(runs: list[Run]) -> None:
         )
 
 
+def wait_for_quiet(load: float, until: float) -> None:
+    """Wait until the machine's load has come down to `load`, or the monotonic time `until` has come."""
+    while os.getloadavg()[0] > load and time.monotonic() < until:
+        time.sleep(POLL)
+
+
 def main() -> None:
     """The command; its exit code tells whether 95 of 100 were kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,11 +122,15 @@ def main() -> None:
     parser.add_argument("--writers", default="idle,random,hot", help="of guests, in turn")
     parser.add_argument("--downtime", type=int, default=300, help="milliseconds")
     parser.add_argument("--pause", type=float, default=0, help="seconds between two runs")
-    parser.add_argument("--minutes", type=float, help="begin no run after so long")
+    parser.add_argument("--load", type=float, default=math.inf, help="wait before each run until the load is no more")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
     wanted = parser.parse_args()
     writers = wanted.writers.split(",")
-    ends = time.monotonic() + 60 * wanted.minutes if wanted.minutes is not None else None
-    while (number := len(read(wanted.results))) < wanted.runs and (ends is None or time.monotonic() < ends):
+    ends = time.monotonic() + 60 * wanted.minutes
+    while (number := len(read(wanted.results))) < wanted.runs:
+        wait_for_quiet(wanted.load, ends)
+        if time.monotonic() > ends:
+            break
         done = run(writers[number % len(writers)], wanted.downtime)
         append(wanted.results, done)
         print(f"{number + 1}: {done}", file=sys.stderr, flush=True)
