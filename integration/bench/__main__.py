@@ -99,14 +99,15 @@ def main() -> None:
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     measured: list[Measured] = []
     before = os.getloadavg()[0]
+    arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as name, as_installed(Path(name)):
         for case in cases:
             peers = [peer for peer in PEERS if peer.name in (*names, case.baseline) and peer.applies(case)]
             for each in measure(case, peers, size, rounds, Path(name)):
                 measured.append(each)
                 print(f"{each.case} {each.row}: {each.usage.seconds:.2f} s", file=sys.stderr, flush=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "bench.json").write_text(as_json(measured))
+            # What was measured is not lost if a later case fails.
+            (arguments.output / "bench.json").write_text(as_json(measured))
     baselines = {case.name: case.baseline for case in cases}
     (arguments.output / "bench.svg").write_text(picture(measured, baselines))
     print(table(measured, baselines))
