@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from integration.devices import loop_device
 from integration.lab import Disk, Hardware, Lab, assert_records_sound
 from integration.tool import migrate
 from qemu_blkmig.demo.guest import Orders
 
 MIB = 1 << 20
-
-
-@contextlib.contextmanager
-def loop_device(file: Path, size: int, sector: int) -> Iterator[Path]:
-    with file.open("wb") as made:
-        made.truncate(size)
-    command = ["losetup", "--find", "--show", "--sector-size", str(sector), str(file)]
-    device = subprocess.check_output(command, text=True).strip()
-    try:
-        yield Path(device)
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 @pytest.mark.parametrize("sector", [512, 4096])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.devices import loop_device
 from integration.lab import Format, Guest, Hardware, Lab, assert_records_sound, compare_images
 from integration.tool import (
     Outcome,
@@ -26,6 +28,17 @@ from integration.tool import (
 from qemu_blkmig.demo.guest import Orders
 
 MIB = 1 << 20
+
+
+@contextlib.contextmanager
+def file_system_without_holes(place: Path, device: Path) -> Iterator[None]:
+    """An exFAT on the device, at `place`: no file can have a hole, and fallocate(2) is not supported."""
+    subprocess.run(["mkfs.exfat", device], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["mount.exfat-fuse", device, place], check=True, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
 
 
 @contextlib.contextmanager
@@ -159,3 +172,26 @@ def test_an_image_that_cannot_be_written_any_further_ends_the_migration_and_is_l
     assert_runs_on(lab, guest)
     run("migrate", guest, lab.target, "--pause-only", "--verify", "full").succeeded()
     compare_images(disk, replace(disk, path=lab.target / "disk"))
+
+
+@pytest.mark.skipif(
+    not Path("/dev/fuse").exists() or shutil.which("mount.exfat-fuse") is None, reason="no exFAT can be mounted"
+)
+@pytest.mark.parametrize("preallocation", ["off", "falloc"])
+def test_where_a_file_can_have_no_holes_zeroes_are_written(lab: Lab, tmp_path: Path, preallocation: str) -> None:
+    disk = lab.disk("disk", 8 * MIB + 512, data=[(MIB, MIB), (4 * MIB, MIB)])
+    options = ("--verify", "full", "--preallocation", preallocation)
+    with (
+        loop_device(tmp_path / "device", 64 * MIB, 512) as device,
+        file_system_without_holes(lab.target, device),
+    ):
+        there = replace(disk, path=lab.target / "disk")
+        run("copy", disk.path, lab.target, *options).succeeded()
+        compare_images(disk, there)
+        with disk.path.open("r+b") as file:
+            file.seek(MIB + 4096)
+            file.write(bytes(MIB // 2))
+        subprocess.run(["fallocate", "--punch-hole", "-o", str(4 * MIB), "-l", str(MIB), disk.path], check=True)
+        run("copy", disk.path, lab.target, *options).succeeded()
+        compare_images(disk, there)
+        assert there.path.stat().st_blocks * 512 >= disk.size
