@@ -26,18 +26,24 @@ UNHURRIED = ("--on-stall", "pause")
     ids=["dynamic", "by-hand"],
 )
 def lab(request: pytest.FixtureRequest, kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[VirtLab]:
-    """QEMUs run as a user of their own; what they boot is copied to where that one may read it, and libvirt own it."""
+    """QEMUs run as a user of their own; what they boot is copied to where that one may read it, and libvirt own it.
+
+    Each host has copies of its own: that user's group has another number on another system.
+    """
     folder = Path(tempfile.mkdtemp(prefix="blkmig-boot-", dir="/var/tmp"))
     folder.chmod(0o755)
-
-    def readable(path: Path) -> Path:
-        copied = folder / path.name
-        shutil.copyfile(path, copied)
-        return copied
-
     try:
-        boot = replace(kernel, image=readable(kernel.image))
         with two_virt_hosts(qemu_conf=request.param) as hosts:
+            theirs = hosts.far / "boot"
+            theirs.mkdir(mode=0o755)
+            hosts.run("mount", "--bind", theirs, folder, far=True)
+
+            def readable(path: Path) -> Path:
+                for place in (folder, theirs):
+                    shutil.copyfile(path, place / path.name)
+                return folder / path.name
+
+            boot = replace(kernel, image=readable(kernel.image))
             made = VirtLab(hosts, boot, lambda agent: readable(initramfs(agent)))
             for far in (False, True):
                 pool = "pool-define-as", "vm", "dir", "--target", IMAGES / "vm"

@@ -157,11 +157,11 @@ class VirtHosts(Hosts):
 
 
 def _of_daemon(pid: int) -> list[int]:
-    """The process and what it runs in its stead in another PID namespace."""
+    """The process, or what it runs in its stead in another PID namespace, with whose end it ends, too."""
     with contextlib.suppress(OSError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         if Path(f"/proc/{pid}/comm").read_text().strip() == "nsenter":
-            return [*map(int, children), pid]
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            return [*map(int, children)] or [pid]
     return [pid]
 
 

@@ -109,10 +109,10 @@ class ManagedSwitchover:
                     )
                 self._watch.paused(paused)
                 self._watch.step("round under way")
-                if may_be_inactive:
-                    await self._activate(passage)
-                    self._watch.step("disks activated")
                 async with self._pulse():
+                    if may_be_inactive:
+                        await self._activate(passage)
+                        self._watch.step("disks activated")
                     if await self._last.fits(paused):
                         self._watch.step("what is dirty counted")
                         with self._watch.phase("switchover"):
