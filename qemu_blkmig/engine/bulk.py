@@ -12,9 +12,8 @@ from qemu_blkmig.engine.ports import Comparer, CopyKind
 MOST_UNFLUSHED = 256 << 20
 """Bytes of the pass after which it is flushed, however large the disk is; a range is copied to its end before."""
 FIRST_STRIDE = 32 << 20
-LONG_STRIDE = 512 << 20
-PART = 64
-"""A range is no longer than LONG_STRIDE, or this part of a disk."""
+PART, MOMENT = 32, 0.1
+"""A range is no longer than this part of a disk, or what takes so many seconds: a failure throws no more away."""
 CHANGE = 8
 """How many times as long as the last range the next one is at most, or as short."""
 
@@ -23,17 +22,19 @@ class Stride:
     """How many bytes of a disk to ask for at once, so that it takes about `seconds`, by what the last range took.
 
     What lies between two ranges (a question, its way and back, a flush) is then little beside them on a long way; and
-    what a failure throws away is little time's work. Where nothing is stored, ranges become long.
+    what a failure throws away is little. Where nothing is stored, ranges become long.
     """
 
     def __init__(self, seconds: float, chunk_size: int) -> None:
         self._seconds = seconds
         self._chunk = chunk_size
-        self._length = max(FIRST_STRIDE, chunk_size)
+        self._length: int | None = None
 
-    def length(self, size: int) -> int:
-        """Whole chunks, of a disk of `size` bytes."""
-        most = max(LONG_STRIDE, size // PART) // self._chunk * self._chunk
+    def length(self, size: int, interval: int) -> int:
+        """Whole chunks, of a disk of `size` bytes; no more than `interval` until something was measured."""
+        if self._length is None:
+            return min(max(FIRST_STRIDE, self._chunk), interval)
+        most = max(size // PART, int(self._length * MOMENT / self._seconds)) // self._chunk * self._chunk
         return max(self._chunk, min(self._length, most))
 
     def took(self, length: int, seconds: float) -> None:
@@ -79,7 +80,9 @@ class BulkPass:
         """Copy what the pass has not yet copied of `device`, and flush it; raises what the mover raises."""
         interval = self._interval(device.size)
         while device.cursor < device.size:
-            length = min(self._range_size, interval) if self._stride is None else self._stride.length(device.size)
+            length = (
+                min(self._range_size, interval) if self._stride is None else self._stride.length(device.size, interval)
+            )
             try:
                 await self._bring(device, device.next_range(length))
             except Exception as error:
