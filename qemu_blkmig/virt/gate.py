@@ -46,6 +46,8 @@ class Gate:
         self._threads: list[threading.Thread] = []
         self._admitted = self._opened = self._dropped = False
         self._wake, self._waker = socket.socketpair()
+        # Who came may be gone before it is accepted, and then there is nobody to wait for.
+        listener.setblocking(False)
         self._start(self._accept, "gate")
 
     @property
