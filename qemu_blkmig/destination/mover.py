@@ -80,7 +80,7 @@ class DiskMover:
         self._unflushed = False
         self._lost: errors.DestinationWriteError | None = None
         self._sources = _connect_all(disk, size, settings)
-        limits = Limits(requests_for(settings, _round_trip(self._sources[0])), settings.request_size)
+        limits = Limits(requests_for(settings, self._sources[0].round_trip), settings.request_size)
         self._pump = Pump(disk, self._sources, limits, throttle, unit=self._unit)
 
     def copy(self, extents: Sequence[Extent], control: Control, *, bulk: bool) -> float:
@@ -299,17 +299,6 @@ class _CopySink:
     def _note(self, error: int, offset: int) -> None:
         if error and self.failure is None:
             self.failure = write_error(self._disk, offset, error)
-
-
-def _round_trip(connection: Connection) -> float:
-    """Seconds there and back: the second time, a sector is found in memory. Raises `ConnectionLost`."""
-    sector = memoryview(bytearray(min(connection.size, max(512, connection.minimum_block))))
-    took = []
-    for _ in range(2):
-        began = time.monotonic()
-        connection.read_now(sector, 0)
-        took.append(time.monotonic() - began)
-    return min(took)
 
 
 def requests_for(settings: Settings, round_trip: float) -> int:

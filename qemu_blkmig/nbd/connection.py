@@ -23,6 +23,8 @@ CONNECT_TIMEOUT = 10.0
 ANSWER = 30.0
 """Seconds in which a server must answer what is waited for; a flush may take any time."""
 ASSUMED_REQUEST_LIMIT = 32 << 20
+EXCHANGES = 4
+"""Times there and back that a handshake takes, about: greeting, structured replies, meta contexts, the export."""
 STATUS_LIMIT = (4 << 30) - (4 << 20)
 """Most bytes in one block status query."""
 
@@ -33,10 +35,12 @@ Entries = list[tuple[int, int]]
 class Connection:
     """A handshaken connection; made by `connect`. Used by one thread at a time."""
 
-    def __init__(self, module: Any, handle: Any, where: str, contexts: Sequence[str]) -> None:
+    def __init__(self, module: Any, handle: Any, where: str, contexts: Sequence[str], round_trip: float) -> None:
+        """`round_trip`: seconds there and back, about."""
         self._nbd = module
         self._handle = handle
         self.where = where
+        self.round_trip = round_trip
         self.size: int = handle.get_size()
         self.contexts = frozenset(name for name in contexts if handle.can_meta_context(name))
         limit: int = handle.get_block_size(module.SIZE_MAXIMUM)
@@ -196,11 +200,12 @@ def connect(
     handle.set_pread_initialize(False)
     for name in contexts:
         handle.add_meta_context(name)
+    began = time.monotonic()
     try:
         with contextlib.ExitStack() as stack:
             _begin(handle, module, address, stack)
-            _handshake(handle, module, time.monotonic() + timeout, where)
-        return Connection(module, handle, where, contexts)
+            _handshake(handle, module, began + timeout, where)
+        return Connection(module, handle, where, contexts, (time.monotonic() - began) / EXCHANGES)
     except module.Error as error:
         raise errors.ConnectionLost(f"{where}: {error}") from error
 
