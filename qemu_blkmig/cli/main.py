@@ -56,7 +56,7 @@ class Failure(msgspec.Struct, frozen=True):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 usage, 3 refused, 4 undecided, 5 differ, 128+n)."""
     given = sys.argv[1:] if arguments is None else arguments
-    named = next((word for word in given if not word.startswith("-")), None)
+    named = next((word for word in given if word in ("-h", "--help") or not word.startswith("-")), None)
     return run(lambda: parser(named), given)
 
 

@@ -175,7 +175,7 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
         "--adaptive",
         action="store_true",
         help="begin slowly, and copy only as fast as leaves the guest's disks about as quick as they were; --bandwidth "
-        "stays the most. In force until the guest moves, or is slowed itself (--on-stall throttle)",
+        "stays the most. In force for the first pass over the disks",
     )
     group.add_argument(
         "--bandwidth-group",

@@ -131,6 +131,8 @@ def _copy(arguments: argparse.Namespace) -> int:
     from qemu_blkmig.job.layers import bring_layers
 
     kind, place = options.source(arguments.source)
+    if kind == "image" and arguments.adaptive:
+        raise UsageError("--adaptive goes by how quick a guest's disks are, and image: has no guest")
     wanted = CopyOptions(
         target=Target(options.place(arguments)),
         source=place if kind == "qmp" else None,

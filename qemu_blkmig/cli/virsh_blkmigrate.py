@@ -29,7 +29,7 @@ _CHANGED = ("bandwidth", "downtime", "max_rounds", "on_stall")
 """What may be other than it was when a job is resumed; None: as it was."""
 _RUNNING = (
     "suspend", "timeout", "auto_converge", "tls", "parallel", "migrateuri", "migrateuri_option", "listen_address",
-    "abort_on_error", "graphicsuri", "switchover", "retry", "data",
+    "abort_on_error", "graphicsuri", "switchover", "retry", "data", "adaptive",
 )  # fmt: skip
 """What is of no use to a domain that does not run."""
 _OF_THIS_RUN = (

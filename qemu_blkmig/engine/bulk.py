@@ -12,8 +12,8 @@ from qemu_blkmig.engine.ports import Comparer, CopyKind
 MOST_UNFLUSHED = 256 << 20
 """Bytes of the pass after which it is flushed, however large the disk is; a range is copied to its end before."""
 FIRST_STRIDE = 32 << 20
-PART, MOMENT = 32, 0.1
-"""A range is no longer than this part of a disk, or what takes so many seconds: a failure throws no more away."""
+PART, LONGEST = 32, 16 << 30
+"""A range is no longer than this part of a disk, nor than so many bytes: a failure throws no more away."""
 CHANGE = 8
 """How many times as long as the last range the next one is at most, or as short."""
 
@@ -34,7 +34,7 @@ class Stride:
         """Whole chunks, of a disk of `size` bytes; no more than `interval` until something was measured."""
         if self._length is None:
             return min(max(FIRST_STRIDE, self._chunk), interval)
-        most = max(size // PART, int(self._length * MOMENT / self._seconds)) // self._chunk * self._chunk
+        most = min(size // PART, LONGEST) // self._chunk * self._chunk
         return max(self._chunk, min(self._length, most))
 
     def took(self, length: int, seconds: float) -> None:
@@ -62,11 +62,11 @@ class BulkPass:
         interval: Callable[[int], int],
         on_stable: Callable[[str, int], None],
         comparer: Comparer | None,
-        stride: Stride | None = None,
+        stride: Callable[[], Stride] | None = None,
     ) -> None:
         """`interval`: for a disk's size, the bytes after which its pass is flushed.
 
-        A range is of at most `range_size` bytes, unless a `stride` tells.
+        A range is of at most `range_size` bytes, unless a `stride`, which is made for each disk, tells.
         """
         self._carrier = carrier
         self._range_size = range_size
@@ -79,12 +79,14 @@ class BulkPass:
     async def run(self, device: Device) -> None:
         """Copy what the pass has not yet copied of `device`, and flush it; raises what the mover raises."""
         interval = self._interval(device.size)
+        stride = self._stride() if self._stride is not None else None
         while device.cursor < device.size:
-            length = (
-                min(self._range_size, interval) if self._stride is None else self._stride.length(device.size, interval)
-            )
+            length = stride.length(device.size, interval) if stride else min(self._range_size, interval)
             try:
-                await self._bring(device, device.next_range(length))
+                extent = device.next_range(length)
+                seconds = await self._bring(device, extent)
+                if stride:
+                    stride.took(extent.length, seconds)
             except Exception as error:
                 if not self._carrier.halted:
                     await self._secure_after(error, device)
@@ -94,21 +96,20 @@ class BulkPass:
         if not device.bulk_done:
             await self._secure(device)
 
-    async def _bring(self, device: Device, extent: Extent) -> None:
+    async def _bring(self, device: Device, extent: Extent) -> float:
+        """The seconds that copying took."""
         if self._comparer is None:
-            seconds = await self._carrier.copy(device, [extent], CopyKind.BULK)
-            if self._stride is not None:
-                self._stride.took(extent.length, seconds)
-            return
+            return await self._carrier.copy(device, [extent], CopyKind.BULK)
         self._carrier.check_halted(device)
         batcher = Batcher(most=self._batch, volume=self._range_size, size=device.size, unit=device.unit)
         differing = await self._comparer.differing(device.name, extent)
-        sent = 0
+        sent, seconds = 0, 0.0
         for batch in (*batcher.feed(differing), batcher.rest()):
             if batch:
-                await self._carrier.copy(device, batch, CopyKind.DIRTY)
+                seconds += await self._carrier.copy(device, batch, CopyKind.DIRTY)
                 sent += sum(each.length for each in batch)
         self._carrier.compared(device, extent, max(0, extent.length - sent))
+        return seconds
 
     async def _secure(self, device: Device) -> None:
         """Flush; on a failure never again: a second fsync succeeds though the first one dropped the data."""

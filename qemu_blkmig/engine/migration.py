@@ -170,7 +170,7 @@ class BlockMigration:
             lambda size: flush_interval(size, tuning.flushes, tuning.chunk_size),
             on_stable,
             compare,
-            Stride(tuning.stride, tuning.chunk_size) if tuning.stride is not None and compare is None else None,
+            _stride(tuning) if compare is None else None,
         )
         self._rounds = DirtyRounds(
             self._devices,
@@ -517,3 +517,8 @@ def _draw_disk(device: Device) -> DiskFigures:
         resumed=device.resumed,
         put_off=device.left_off,
     )
+
+
+def _stride(tuning: Tuning) -> Callable[[], Stride] | None:
+    seconds = tuning.stride
+    return None if seconds is None else lambda: Stride(seconds, tuning.chunk_size)

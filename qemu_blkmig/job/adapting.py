@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -26,10 +25,15 @@ PAUSE = 1.0
 """Seconds between two looks."""
 ENOUGH = 5
 """Requests between two looks that an average is worth something of."""
+MISSED = 5
+"""Looks without an answer after which copying is not held back any more."""
 
 
 class Adapting:
-    """Sets the limit as long as its block lasts, but for the time in `suspended`; does nothing unless `wanted`."""
+    """Sets the limit as long as its block lasts; does nothing unless `wanted`.
+
+    Its block is the first pass: rounds that are held back might never end, and the last one is held back by nothing.
+    """
 
     def __init__(self, life: Lifecycle, disks: Sequence[Disk], clock: Clock, *, wanted: bool) -> None:
         self._life = life
@@ -41,45 +45,35 @@ class Adapting:
         self._following: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        await self._begin()
+        if self._wanted:
+            self._life.steering.adapted = int(self._adaptive.limit)
+            await self._life.steering.changed()
+            self._following = asyncio.create_task(self._follow())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._end()
-
-    @contextlib.asynccontextmanager
-    async def suspended(self) -> AsyncIterator[None]:
-        """Copying is not held back, whatever the guest's disks do."""
-        await self._end()
-        await self._life.steering.changed()
-        try:
-            yield
-        finally:
-            await self._begin()
-
-    async def _begin(self) -> None:
-        if self._wanted:
-            self._life.steering.adapted = int(self._adaptive.limit)
-            await self._life.steering.changed()
-            self._following = asyncio.create_task(self._follow())
-
-    async def _end(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.wait({self._following})
-            self._following = None
+        if self._following is None:
+            return
+        self._following.cancel()
+        await asyncio.wait({self._following})
         self._life.steering.adapted = self._life.steering.latency = None
+        if kind is None:
+            await self._life.steering.changed()
 
     async def _follow(self) -> None:
         then, before, settled = self._clock.now(), await self._look(), self._life.reporter.settled
-        while True:
+        missed = 0
+        while missed < MISSED:
             await self._clock.sleep(PAUSE)
             now, after, done = self._clock.now(), await self._look(), self._life.reporter.settled
+            missed = missed + 1 if after is None else 0
             if before is not None and after is not None:
                 await self._adapt(_latency(before, after), max(0, done - settled) / (now - then))
             then, before, settled = now, after, done
+        self._life.reporter.note("how long the guest's requests take is not told any more: --adaptive is over")
+        await self._set(None)
 
     async def _look(self) -> Served | None:
         try:
@@ -96,11 +90,14 @@ class Adapting:
             self._held = adaptive.held
             self._tell(latency)
         if limit != steering.adapted:
-            steering.adapted = limit
-            try:
-                await steering.changed()
-            except BlkmigError as error:
-                log.warning("the limit of --adaptive could not be set: %s", error)
+            await self._set(limit)
+
+    async def _set(self, limit: int | None) -> None:
+        self._life.steering.adapted = limit
+        try:
+            await self._life.steering.changed()
+        except BlkmigError as error:
+            log.warning("the limit of --adaptive could not be set: %s", error)
 
     def _tell(self, latency: float | None) -> None:
         if not self._held:

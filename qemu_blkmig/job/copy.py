@@ -99,10 +99,11 @@ class GuestCopy:
         adapting = Adapting(
             self._life, self._plan.disks, self._clock, wanted=self._options.transfer.adaptive
         )  # fmt: skip
-        async with sharing, adapting:
-            with self._watch.phase("bulk"):
-                await begin(self._life, self._carriage, self._engine)
-                await self._engine.bulk()
+        async with sharing:
+            async with adapting:
+                with self._watch.phase("bulk"):
+                    await begin(self._life, self._carriage, self._engine)
+                    await self._engine.bulk()
             sharing.bulk_over()
             async with self._verification.in_background():
                 await self._converge()

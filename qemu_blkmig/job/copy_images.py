@@ -94,9 +94,9 @@ async def copy_images(
 async def _keep_in_mind(job: Job, source: ImageSource) -> None:
     """What the images are like, or were when a copy of them began that is gone on with."""
     if job.record.recording and not job.starts_over:
-        source.were(job.record.unchanged)
+        source.were(job.record.untouched)
     else:
-        job.record.unchanged = await source.unchanged()
+        job.record.untouched = await source.unchanged()
 
 
 def _placed(disk: str, options: CopyOptions | SaveOptions) -> Placed | None:

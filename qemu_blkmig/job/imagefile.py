@@ -130,8 +130,8 @@ class ImageSource:
             before = self._before.get(each.disk.name)
             if before is None:
                 raise Refused(
-                    f"whether the image {path} has changed meanwhile cannot be known: it is no file, or was written to "
-                    "just before its copy began"
+                    f"whether the image {path} has changed meanwhile cannot be known: it is no file, was written to "
+                    "just before its copy began, or was not part of the job then"
                 )
             if await each.identity() != before:
                 raise Refused(

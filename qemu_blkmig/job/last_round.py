@@ -74,18 +74,24 @@ class LastRound:
         self._caught_up = True
 
     def left_for_ram(self) -> float:
-        """Seconds of the downtime that RAM may take for now; see `loosen`."""
-        return max(LEAST_FOR_RAM, self._share * (self._steering.downtime - (self._engine.figures().predicted or 0.0)))
+        """Seconds of the downtime that RAM may take for now; see `loosen`.
 
-    async def loosen(self, allow: Callable[[float], Awaitable[None]]) -> None:
+        The disks never get more than their part of it: a burst that is being copied passes.
+        """
+        for_disks = min(self._engine.figures().predicted or 0.0, disks_budget(self._options, self._steering.downtime))
+        return max(LEAST_FOR_RAM, self._share * (self._steering.downtime - for_disks))
+
+    async def loosen(self, allow: Callable[[float], Awaitable[None]], passes: Callable[[], Awaitable[int]]) -> None:
         """Have RAM allowed more and more of the downtime (seconds), up to all that the disks leave.
 
         QEMU pauses the guest as soon as the rest of RAM fits what is allowed: a guest that hardly writes to its RAM
-        stands still no longer than it must.
+        stands still no longer than it must. `passes`: how often RAM has been passed over; the first is waited for.
         """
         for self._share in SHARES:
             await allow(self.left_for_ram())
             await self._clock.sleep(LOOSENED)
+            while self._share == SHARES[0] and await passes() < 2:
+                await self._clock.sleep(LOOSENED)
 
     async def keep_in_step(
         self,

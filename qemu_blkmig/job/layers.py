@@ -61,7 +61,7 @@ async def bring_layers(options: _Options, reporter: Reporter, persist: Persist) 
             await persist(_Copying(_copied(layer, options)))
         except BlkmigError as error:
             if error.suspended is not None:
-                error.advice = f"{error.advice}; that brings this layer, then run the same command again"
+                error.advice = f"{error.advice}; once resumed, this layer is there: then run the same command again"
             raise
     return replace(options, selection=replace(options.selection, base=None))
 

@@ -87,7 +87,7 @@ class _Run:
             await self._prepare()
         over = ManagedSwitchover(
             self._life, self._options, self._interrupts, self._watch, self._connected, self._ends, self._arrangement,
-            self._rounds.converge,
+            self._plan.disks, self._rounds.converge,
         )  # fmt: skip
         timer = asyncio.create_task(self._time_out(over))
         try:

@@ -31,6 +31,7 @@ from qemu_blkmig.job.pulse import pulse
 from qemu_blkmig.job.record import Owner
 from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.result import Downtime
+from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.guest import is_virtualized, migration_status
 from qemu_blkmig.qmp.monitor import EventStream
@@ -75,6 +76,7 @@ class ManagedSwitchover:
         connected: Connected,
         ends: Ends,
         arrangement: Arrangement,
+        disks: Sequence[Disk],
         converge: Callable[[], Awaitable[None]],
     ) -> None:
         self._life = life
@@ -91,6 +93,7 @@ class ManagedSwitchover:
         self._guard = connected.guard
         self._ends = ends
         self._arrangement = arrangement
+        self._disks = disks
         self._converge = converge
         self._last = LastRound(life, options, watch, connected)
         self._last.may_last |= not options.live
@@ -221,7 +224,9 @@ class ManagedSwitchover:
                 await self._come_to(passage, DISKS_TAKEN)
         except TimeoutError:
             raise LibvirtFailed(f"libvirt did not go on with the paused guest within {PATIENCE:.0f} s") from None
-        await self._life.source.execute("blockdev-set-active", {"active": True})
+        # Not those that stay where they are, on shared storage: the destination opens them.
+        for disk in self._disks:
+            await self._life.source.execute("blockdev-set-active", {"active": True, "node-name": disk.node})
 
     def _failed(self, error: BlkmigError | None) -> LibvirtFailed:
         return LibvirtFailed(f"libvirt could not migrate the guest: {error or 'it says that it has, too early'}")
@@ -239,7 +244,7 @@ class ManagedSwitchover:
                 await self._ends.source.call(self._ends.handle.migrateSetMaxDowntime, max(1, round(seconds * 1000)))
             passage.gate.admit()
 
-        await self._last.loosen(allow)
+        await self._last.loosen(allow, passage.migration.passes)
         if options.on_stall is OnStall.WAIT or options.max_rounds is None:
             return
         while await passage.migration.passes() <= options.max_rounds:

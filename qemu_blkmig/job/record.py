@@ -84,7 +84,7 @@ class Record(msgspec.Struct):
     `identities`: the files that `images` are. `migrate`, `copy`: what was asked for, so that it can be resumed.
     `steered`: what of that holds now.
     `recording`: our bitmaps record on the source what the destination, which holds a part, has not got; image files
-    that are copied nobody writes to, which `unchanged` tells: their files by disk, where anything does.
+    that are copied nobody writes to, which `untouched` tells: their files by disk, where anything does.
     `suspended`: the guest is at rest at the source, and the job can be resumed.
     `throttled`: disks whose writes we slow, or are about to, with the limits that they had.
     `managed`: both QEMUs are libvirt's, and only libvirt pauses, resumes and ends the guest. `offline`: a domain that
@@ -122,7 +122,7 @@ class Record(msgspec.Struct):
     copy: CopyOptions | None = None
     steered: Steered | None = None
     recording: bool = False
-    unchanged: dict[str, Identity] = {}
+    untouched: dict[str, Identity] = {}
     suspended: bool = False
     throttled: list[Throttled] = []
     managed: Managed | None = None

@@ -75,14 +75,13 @@ class Rounds:
                 with self._watch.phase("bulk"):
                     await begin(life, self._connected.carriage, self._connected.engine)
                     await self._engine.bulk()
-                sharing.bulk_over()
-                async with self._connected.verification.in_background():
-                    if self._options.switchover.waits:
-                        await self._wait_for_word()
-                    else:
-                        await self.converge()
-                    async with self._adapting.suspended():
-                        return await switch_over()
+            sharing.bulk_over()
+            async with self._connected.verification.in_background():
+                if self._options.switchover.waits:
+                    await self._wait_for_word()
+                else:
+                    await self.converge()
+                return await switch_over()
 
     def hurry(self) -> None:
         """The next round is the last one, however long the guest stands still for it."""
@@ -145,12 +144,10 @@ class Rounds:
         """Rounds with the guest's writes slowed, the more the longer it takes."""
         usual, self._policy.max_rounds = self._policy.max_rounds, ROUNDS_OF_A_SHARE
         try:
-            # That its requests take longer now is meant.
-            async with self._adapting.suspended():
-                for share in SHARES:
-                    await self.brake.press(self._engine.figures(), share, self._policy.downtime)
-                    if await self._engine.converge(self._policy) is Verdict.FITS:
-                        return Verdict.FITS
-                return Verdict.STALLED
+            for share in SHARES:
+                await self.brake.press(self._engine.figures(), share, self._policy.downtime)
+                if await self._engine.converge(self._policy) is Verdict.FITS:
+                    return Verdict.FITS
+            return Verdict.STALLED
         finally:
             self._policy.max_rounds = usual

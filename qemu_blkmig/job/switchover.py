@@ -216,7 +216,7 @@ class Switchover:
     async def _bound_ram(self, ram: RamMigration) -> None:
         """RAM may be dirtied faster than it crosses: --max-rounds bounds its passes as it does the disks' rounds."""
         options = self._options
-        await self._last.loosen(ram.allow)
+        await self._last.loosen(ram.allow, ram.passes)
         if options.on_stall is OnStall.WAIT or options.max_rounds is None:
             return
         while await ram.passes() <= options.max_rounds:

@@ -10,12 +10,14 @@ from typing import Any
 
 from qemu_blkmig import errors
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.nbd.connection import STATUS_LIMIT, Connection, Entries
+from qemu_blkmig.nbd.connection import Connection, Entries
 
 ALLOCATION = "base:allocation"
 DEPTH = "qemu:allocation-depth"
 WINDOW = 256 << 20
-"""Bytes asked for in one lookup, at first; twice as many each time that little was found."""
+"""Bytes asked for in one lookup, at first; twice as many each time that little was found, up to `WIDEST`."""
+WIDEST = 1 << 30
+"""Bytes: a raw image's every run costs QEMU's main loop two lseeks."""
 LITTLE = 4
 """Pieces."""
 
@@ -140,8 +142,8 @@ class Plan:
             what = f"the source gives no block status at offset {covered} (errno {error})"
             raise errors.SourceReadError(what, disk=self._disk, offset=covered)
         self._asked = None
-        little = covered >= asked.end and len(self._known) - known <= LITTLE
-        self._window = min(2 * self._window, STATUS_LIMIT) if little else WINDOW
+        little = covered >= asked.end and len(self._known) - known <= LITTLE and DEPTH not in self._connection.contexts
+        self._window = min(2 * self._window, WIDEST) if little else WINDOW
         if covered < asked.end:
             self._unknown.appendleft(Extent(covered, asked.end - covered))
 

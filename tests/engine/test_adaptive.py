@@ -96,5 +96,25 @@ def test_what_is_not_to_be_told_from_noise_holds_nothing_back() -> None:
     adaptive.look(0.0001, START)
     adaptive.look(0.0001 + NOISE, adaptive.limit)
     assert not adaptive.held
-    adaptive.look(0.0002 + NOISE, adaptive.limit)
+    for _ in range(2):
+        adaptive.look(0.0002 + NOISE, adaptive.limit)
     assert adaptive.held
+
+
+def test_a_guest_that_is_slow_now_and_then_by_itself_is_not_taken_for_one_that_we_slow() -> None:
+    adaptive, link, copied = Adaptive(), 500.0 * MIB, 0.0
+    for second in range(600):
+        speed = min(adaptive.limit, link)
+        copied += speed
+        adaptive.look(0.0002 if second // 5 % 2 else 0.005, speed)
+    assert copied / 600 > link / 2
+
+
+def test_a_look_at_which_hardly_anything_was_copied_tells_nothing() -> None:
+    adaptive = Adaptive()
+    adaptive.look(0.001, START)
+    usual, limit = adaptive.usual, adaptive.limit
+    for _ in range(5):
+        adaptive.look(0.3, 0.0)
+    assert adaptive.limit == limit
+    assert usual is not None and adaptive.usual == pytest.approx(usual)

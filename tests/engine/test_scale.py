@@ -34,7 +34,7 @@ async def test_a_huge_disk_without_content_is_asked_for_in_long_ranges() -> None
     await migration.setup()
     await migration.bulk()
     assert link.bulk_bytes == 16 << 40
-    assert link.requests <= 32 + 8, "a 32nd of the disk each, but for the first ones"
+    assert link.requests <= 1024 + 8, "16 GiB each, but for the first ones"
 
 
 async def test_ranges_become_short_where_the_link_becomes_slow() -> None:

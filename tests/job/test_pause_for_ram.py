@@ -38,6 +38,11 @@ class SlowRounds:
             raise
 
 
+async def one() -> int:
+    """Passes over RAM."""
+    return 1
+
+
 async def nothing(*_: object, **__: object) -> None:
     """Done."""
 
@@ -64,7 +69,7 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
         verification=None,
     )
     over: Any = Switchover(life, options, Any, SimpleNamespace(clock=RealClock()), connected, (), Any)  # type: ignore[arg-type]
-    ram = SimpleNamespace(start=nothing, allow=nothing, wait_paused=lambda: asyncio.sleep(0.01))
+    ram = SimpleNamespace(start=nothing, allow=nothing, passes=one, wait_paused=lambda: asyncio.sleep(0.01))
     began = RealClock().now()
     async with asyncio.timeout(20):
         paused = await over._migrate_ram(ram)

@@ -10,6 +10,7 @@ import pytest
 from qemu_blkmig.errors import Stalled
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Target
 from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.rounds import disks_budget
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.job.switchover import Switchover
 
@@ -29,7 +30,7 @@ class FakeRam:
         return self.count
 
 
-def run_with(on_stall: OnStall, done: list[str]) -> Any:
+def run_with(on_stall: OnStall, done: list[str], predicted: float = 0.08) -> Any:
     """A switchover of which only what bounds RAM is there."""
 
     async def sleep(_seconds: float) -> None:
@@ -42,7 +43,7 @@ def run_with(on_stall: OnStall, done: list[str]) -> Any:
     clock: Any = SimpleNamespace(sleep=sleep, now=lambda: 0.0)
     life: Any = SimpleNamespace(job=None, reporter=SimpleNamespace(note=done.append), steering=Steering(0.3, None))
     connected: Any = SimpleNamespace(
-        engine=SimpleNamespace(figures=lambda: SimpleNamespace(predicted=0.1)),
+        engine=SimpleNamespace(figures=lambda: SimpleNamespace(predicted=predicted)),
         verification=None,
         carriage=None,
         guest=SimpleNamespace(pause=pause),
@@ -68,10 +69,18 @@ async def test_too_many_passes_pause_the_guest_when_so_asked() -> None:
 async def test_whoever_waits_is_not_bound() -> None:
     ram = FakeRam()
     await run_with(OnStall.WAIT, [])._bound_ram(ram)
-    assert ram.count == 0
+    assert ram.count == 2, "its first pass is waited for, and no more"
 
 
 async def test_ram_is_allowed_ever_more_of_what_the_disks_leave_of_the_downtime() -> None:
     ram = FakeRam()
     await run_with(OnStall.WAIT, [])._bound_ram(ram)
-    assert ram.allowed == [pytest.approx(share) for share in (0.025, 0.05, 0.1, 0.2)]
+    assert ram.allowed == [pytest.approx(share) for share in (0.0275, 0.055, 0.11, 0.22)]
+
+
+async def test_a_burst_on_the_disks_takes_no_more_of_the_downtime_from_ram_than_the_disks_may_have() -> None:
+    ram = FakeRam()
+    await run_with(OnStall.WAIT, [], predicted=5.0)._bound_ram(ram)
+    assert ram.allowed[-1] == pytest.approx(
+        0.3 - disks_budget(MigrateOptions(source="/s", target=Target(Local("/d"), qmp="/q")), 0.3)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import subprocess
 import threading
@@ -86,6 +87,16 @@ def test_nothing_is_left_where_a_job_cannot_be_made(state: Path, monkeypatch: py
     with pytest.raises(Refused, match="cannot make the job's directory"):
         Job.create()
     assert list(state.iterdir()) == []
+
+
+def test_a_record_of_a_job_that_an_older_version_began_is_read(state: Path) -> None:
+    job = Job.create()
+    job.save_blocking()
+    told = json.loads((job.directory / "record.json").read_bytes())
+    del told["untouched"]
+    (job.directory / "record.json").write_text(json.dumps(told | {"unchanged": None}))
+    assert read_record(job.directory) == job.record
+    job.remove()
 
 
 def test_a_damaged_record_is_told(state: Path) -> None:
