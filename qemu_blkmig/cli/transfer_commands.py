@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from qemu_blkmig.job.source_images import Afterwards
 
 if TYPE_CHECKING:
     from qemu_blkmig.job.layers import Work
+    from qemu_blkmig.job.result import Result
 
 
 def add_all(commands: Commands) -> None:
@@ -71,7 +73,6 @@ def _add_migrate(commands: Commands) -> None:
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
-    from qemu_blkmig.job.layers import bring_layers
     from qemu_blkmig.job.migrate import migrate
 
     if domain_source.is_domain(arguments.source):
@@ -87,12 +88,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         source_images=Afterwards(arguments.source_images),
         **options.common(arguments),
     )
-
-    async def layers_first(*told: Any) -> Work:
-        return partial(migrate, await bring_layers(wanted, *told))
-
-    first = None if wanted.selection.flatten else layers_first
-    return resume_command.run(partial(migrate, wanted), arguments, arguments.source, wanted.target.place, first)
+    return _carry(migrate, wanted, arguments)
 
 
 def _add_copy(commands: Commands) -> None:
@@ -128,7 +124,6 @@ def _add_copy(commands: Commands) -> None:
 
 def _copy(arguments: argparse.Namespace) -> int:
     from qemu_blkmig.job.copy import copy
-    from qemu_blkmig.job.layers import bring_layers
 
     kind, place = options.source(arguments.source)
     if kind == "image" and arguments.adaptive:
@@ -142,12 +137,20 @@ def _copy(arguments: argparse.Namespace) -> int:
         freeze_limit=arguments.freeze_limit,
         **options.common(arguments),
     )
+    return _carry(copy, wanted, arguments)
+
+
+def _carry(
+    work: Callable[..., Awaitable[Result]], wanted: MigrateOptions | CopyOptions, arguments: argparse.Namespace
+) -> int:
+    """Do `work` with what is `wanted`, or, with --flatten no, with what that becomes once the layers are there."""
+    from qemu_blkmig.job.layers import bring_layers
 
     async def layers_first(*told: Any) -> Work:
-        return partial(copy, await bring_layers(wanted, *told))
+        return partial(work, await bring_layers(wanted, *told))
 
     first = None if wanted.selection.flatten else layers_first
-    return resume_command.run(partial(copy, wanted), arguments, arguments.source, wanted.target.place, first)
+    return resume_command.run(partial(work, wanted), arguments, arguments.source, wanted.target.place, first)
 
 
 def _add_check(commands: Commands) -> None:

@@ -96,9 +96,7 @@ class GuestCopy:
         with self._watch.phase("prepare"):
             await self._prepare()
         sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
-        adapting = Adapting(
-            self._life, self._plan.disks, self._clock, wanted=self._options.transfer.adaptive
-        )  # fmt: skip
+        adapting = Adapting(self._life, self._plan.disks, self._clock, wanted=self._options.transfer.adaptive)
         async with sharing:
             async with adapting:
                 with self._watch.phase("bulk"):
