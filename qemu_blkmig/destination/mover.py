@@ -22,7 +22,7 @@ from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
-from qemu_blkmig.nbd.pump import Lease, Limits, Pump
+from qemu_blkmig.nbd.pump import SMALL_ROOM, Lease, Limits, Pump
 from qemu_blkmig.nbd.throttle import Throttle
 
 _ZERO_UNIT_OF_MIXED = 4096
@@ -30,8 +30,8 @@ _TOUCH_UNIT = 4 << 20
 _NEAR = 0.005
 _MOST_TIMES = 4
 _MOST_IN_FLIGHT = 32 << 20
-"""A way that takes longer than `_NEAR` seconds there and back gets more requests, so many times as many, and bytes, at
-most."""
+"""A way that takes longer than `_NEAR` seconds there and back gets more requests, so many times as many, and bytes of
+large ones, at most."""
 _LOOK_AT_DIRTY_FROM = 1 << 20
 """Shorter dirty extents are read without asking for their block status first: a round trip costs more."""
 
@@ -80,7 +80,7 @@ class DiskMover:
         self._unflushed = False
         self._lost: errors.DestinationWriteError | None = None
         self._sources = _connect_all(disk, size, settings)
-        limits = Limits(requests_for(settings, self._sources[0].round_trip), settings.request_size)
+        limits = limits_for(settings, self._sources[0].round_trip)
         self._pump = Pump(disk, self._sources, limits, throttle, unit=self._unit)
 
     def copy(self, extents: Sequence[Extent], control: Control, *, bulk: bool) -> float:
@@ -301,11 +301,12 @@ class _CopySink:
             self.failure = write_error(self._disk, offset, error)
 
 
-def requests_for(settings: Settings, round_trip: float) -> int:
-    """How many requests are to be in flight on a connection, so that a long way is full."""
+def limits_for(settings: Settings, round_trip: float) -> Limits:
+    """What is to be in flight on a connection, so that a long way is full; `round_trip` in seconds."""
     times = min(_MOST_TIMES, math.ceil(round_trip / _NEAR))
     room = _MOST_IN_FLIGHT // (settings.connections * settings.request_size)
-    return max(settings.requests, min(settings.requests * times, room))
+    requests = max(settings.requests, min(settings.requests * times, room))
+    return Limits(requests, settings.request_size, small=SMALL_ROOM * max(1, times))
 
 
 def _connect_all(disk: str, size: int, settings: Settings) -> list[Connection]:

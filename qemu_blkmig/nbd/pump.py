@@ -1,8 +1,8 @@
 """The data loop: reads the pieces of a plan with several requests in flight and hands what arrives to a sink.
 
-One thread, one poll over the source's connections and the sink's. Memory is bounded by the slots: per connection
-`requests` of `request_size` bytes and `SMALL_REQUESTS` of `SMALL` bytes, because small scattered extents would
-otherwise wait for a round trip each. Nothing is in flight any more when `run` returns or raises.
+One thread, one poll over the source's connections and the sink's. Memory is bounded: per connection `requests` of
+`request_size` bytes, and for requests of at most `SMALL` bytes a room of their own, because small scattered extents
+would otherwise wait for a round trip each. Nothing is in flight any more when `run` returns or raises.
 """
 
 from __future__ import annotations
@@ -22,27 +22,59 @@ from qemu_blkmig.nbd.plan import Action, Piece, Plan
 from qemu_blkmig.nbd.throttle import Throttle
 
 SMALL = 128 << 10
-SMALL_REQUESTS = 16
+SMALL_ROOM = 2 << 20
+"""Bytes that small requests have in flight on a connection to a near source."""
 ZERO_PIECE = 64 << 20
 """Most bytes that are zeroed at once, so that a cancel is heard."""
 
 _PATIENCE = 5.0
 _THROTTLED_POLL = 0.25
 _RETRY = 64 << 10
+_LEAST_OF_ROOM = 8 << 10
+
+
+class _Slots:
+    """Buffers that stay: large ones that are given back to the system are faulted in again."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self._free = [bytearray(size) for _ in range(count)]
+
+    def take(self, _length: int) -> bytearray | None:
+        return self._free.pop() if self._free else None
+
+    def give_back(self, buffer: bytearray) -> None:
+        self._free.append(buffer)
+
+
+class _Room:
+    """So many bytes at once, in buffers of any length; the smallest count for more, so that they are not countless."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    def take(self, length: int) -> bytearray | None:
+        needed = max(length, _LEAST_OF_ROOM)
+        if needed > self._left:
+            return None
+        self._left -= needed
+        return bytearray(length)
+
+    def give_back(self, buffer: bytearray) -> None:
+        self._left += max(len(buffer), _LEAST_OF_ROOM)
 
 
 class Lease:
     """The bytes of one piece that was read; `release` gives their memory back."""
 
-    def __init__(self, pool: list[bytearray], piece: Piece) -> None:
-        self._pool = pool
-        self._slot = pool.pop()
+    def __init__(self, memory: _Slots | _Room, buffer: bytearray, piece: Piece) -> None:
+        self._memory = memory
+        self._buffer = buffer
         self.piece = piece
-        self.view = memoryview(self._slot)[: piece.length]
+        self.view = memoryview(buffer)[: piece.length]
 
     def release(self) -> None:
         """Nobody reads or writes the bytes any more."""
-        self._pool.append(self._slot)
+        self._memory.give_back(self._buffer)
 
 
 class Driven(Protocol):
@@ -83,10 +115,11 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """`requests`: most requests of `request_size` bytes in flight on a connection."""
+    """In flight on a connection at most: `requests` of `request_size` bytes, and `small` bytes of small ones."""
 
     requests: int
     request_size: int
+    small: int = SMALL_ROOM
 
 
 class Pump:
@@ -104,8 +137,8 @@ class Pump:
             what = f"a request of {self._request_size} bytes does not hold whole units of {unit} bytes"
             raise errors.Refused(what, disk=disk)
         self._throttle = throttle
-        self._large = [bytearray(self._request_size) for _ in range(limits.requests * len(connections))]
-        self._small = [bytearray(SMALL) for _ in range(SMALL_REQUESTS * len(connections))]
+        self._large = _Slots(limits.requests * len(connections), self._request_size)
+        self._small = _Room(limits.small * len(connections))
         self._busy = [0] * len(connections)
         self._arrived: list[tuple[tuple[Lease, int], int]] = []
         self._failed: list[Lease] = []
@@ -170,11 +203,11 @@ class Pump:
         return size - piece.offset % size
 
     def _begin(self, piece: Piece) -> bool:
-        pool = self._small if piece.length <= SMALL else self._large
-        if not pool or self._throttle.delay():
+        memory = self._small if piece.length <= SMALL else self._large
+        if self._throttle.delay() or (buffer := memory.take(piece.length)) is None:
             return False
         index = min(range(len(self._busy)), key=self._busy.__getitem__)
-        lease = Lease(pool, piece)
+        lease = Lease(memory, buffer, piece)
         try:
             self._connections[index].read(lease.view, piece.offset, self._arrived, (lease, index))
         except errors.ConnectionLost:
