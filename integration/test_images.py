@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from integration.lab import Disk, Lab, assert_records_sound
+from integration.lab import Disk, Lab, assert_records_sound, compare_images
 from integration.tool import assert_nothing_left, migrate, run
 from qemu_blkmig.demo.guest import Orders
 
@@ -54,6 +54,5 @@ def test_such_images_are_copied_while_nobody_has_them_open(lab: Lab) -> None:
     for disk in (small, apart):
         there = replace(disk, path=lab.target / disk.path.name)
         run("copy", disk.path, lab.target, "--verify", "full").succeeded()
-        command = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", disk.path, there.path]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        compare_images(disk, there)
         assert "data-file" not in described(there.path)["format-specific"]["data"]
