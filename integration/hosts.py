@@ -146,6 +146,11 @@ class Hosts:
         return Path(f"/proc/{_pid(self._a)}/root")
 
     @property
+    def network_a(self) -> str:
+        """The network namespace of hosta, and of all that runs in it, as a link in /proc/PID/ns names it."""
+        return str(Path(f"/proc/{_pid(self._a)}/ns/net").readlink())
+
+    @property
     def root_b(self) -> Path:
         """The file system as hostb sees it."""
         return Path(f"/proc/{self._init()}/root")

@@ -2,9 +2,9 @@
 
     python -m integration.soak --over ssh --runs 50 --from-seed 7 --results soak.jsonl
 
-Each run is one of `integration.cases`, told by its seed, which repeats it as far as timing allows. What became of it is
-appended to the results, with the commit; a seed that passed is not run again, so that a soak may be spread out.
-`--table` shows what the results hold, by fault.
+Each run is one of `integration.cases` (`--over libvirt`: of `integration.domain_cases`), told by its seed, which
+repeats it as far as timing allows. What became of it is appended to the results, with the commit; a seed that passed is
+not run again, so that a soak may be spread out. `--table` shows what the results hold, by fault.
 """
 
 from __future__ import annotations
@@ -20,15 +20,36 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from integration import domain_cases
 from integration.cases import Case, Verdict, run
+from integration.domain_cases import DomainCase
 from integration.far import far_laboratory
-from integration.lab import Lab, LabError, laboratory
+from integration.lab import LabError, laboratory
+from integration.virtlab import virt_laboratory
 from qemu_blkmig.demo.guest import Kernel, build_initramfs, find_kernel
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where the guests of a soak move: how a case is drawn, where, and by what it is run."""
+
+    draw: Callable[[int], Any]
+    laid_out: Callable[..., AbstractContextManager[Any]]
+    run: Callable[[Any, Any], Verdict]
+
+
+OVER = {
+    "local": Way(partial(Case.draw, far=False), laboratory, run),
+    "ssh": Way(partial(Case.draw, far=True), far_laboratory, run),
+    "libvirt": Way(DomainCase.draw, virt_laboratory, domain_cases.run),
+}
 
 
 def main() -> int:
@@ -52,7 +73,9 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Migrations with something broken at a random moment.")
-    parser.add_argument("--over", choices=("local", "ssh"), default="local", help="to this host, or to another")
+    parser.add_argument(
+        "--over", choices=[*OVER], default="local", help="to this host, to another, or between two libvirts"
+    )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--from-seed", type=int, default=int(time.time()), help="the seed of the first run")
     parser.add_argument("--results", type=Path, help="a file of JSON lines, one a run, that they are appended to")
@@ -65,14 +88,13 @@ def _parse() -> argparse.Namespace:
 
 def _run(seed: int, options: argparse.Namespace, kernel: Kernel, initramfs: Callable[[bool], Path]) -> bool:
     """Run one seed; whether it passed."""
-    far = options.over == "ssh"
-    laid_out: Callable[..., AbstractContextManager[Lab]] = far_laboratory if far else laboratory
-    case, start = Case.draw(seed, far=far), time.monotonic()
+    way = OVER[options.over]
+    case, start = way.draw(seed), time.monotonic()
     verdict: Verdict | None = None
     failure = ""
     try:
-        with laid_out(kernel, initramfs) as lab:
-            verdict = run(case, lab)
+        with way.laid_out(kernel, initramfs) as lab:
+            verdict = way.run(case, lab)
     except (AssertionError, LabError, subprocess.TimeoutExpired) as error:
         failure = str(error)
         traceback.print_exc()
@@ -85,7 +107,9 @@ def _run(seed: int, options: argparse.Namespace, kernel: Kernel, initramfs: Call
     return verdict is not None
 
 
-def _append(results: Path, case: Case, over: str, verdict: Verdict | None, failure: str, seconds: float) -> None:
+def _append(
+    results: Path, case: Case | DomainCase, over: str, verdict: Verdict | None, failure: str, seconds: float
+) -> None:
     commit = subprocess.check_output(["git", "-C", REPOSITORY, "rev-parse", "--short", "HEAD"], text=True).strip()
     entry: dict[str, Any] = {
         "seed": case.seed, "over": over, "commit": commit, "fault": case.fault, "moment": case.moment,

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from integration.hosts import PORT, REPOSITORY
 from integration.lab import Disk, Format, LabError, assert_records_sound, wait_until, write_random
 from integration.listened import Listened, held_at
 from integration.tool import COMMAND, Outcome, finish, start
-from integration.virthosts import VirtHosts, domain_xml
+from integration.virthosts import VirtHosts, domain_xml, two_virt_hosts
 from qemu_blkmig.demo.guest import Kernel, Orders
 
 IMAGES = Path("/var/lib/libvirt/images")
@@ -221,3 +221,10 @@ class VirtLab:
             return not left
 
         wait_until(clean, "everything of ours to be gone", 20, lambda: "; ".join(left))
+
+
+@contextlib.contextmanager
+def virt_laboratory(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[VirtLab]:
+    """A `VirtLab` with hosts of its own."""
+    with two_virt_hosts() as hosts:
+        yield VirtLab(hosts, kernel, initramfs)

@@ -45,6 +45,12 @@ async def outlast(step: Coroutine[Any, Any, T]) -> Outlasted[T]:
     return Outlasted(task, cancellation)
 
 
+async def only_wait(step: asyncio.Future[T]) -> T:
+    """Wait for `step`, which goes on if the caller is cancelled; what it raises then is heard by nobody."""
+    step.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return await asyncio.shield(step)
+
+
 async def undo(step: Coroutine[Any, Any, None], error: BaseException, what: str) -> None:
     """Run the clean-up `step` that `error` calls for; if it fails, note on `error` that `what` failed.
 

@@ -22,6 +22,7 @@ import msgspec
 from qemu_blkmig.destination.basecache import Identity
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
+from qemu_blkmig.engine.outlast import only_wait
 from qemu_blkmig.errors import RecordFailed, Refused
 from qemu_blkmig.job.durable import DurableFile
 from qemu_blkmig.job.history import archive
@@ -248,7 +249,7 @@ class Job:
         writing = asyncio.wrap_future(self._file.write(self._encoded(), synced=synced))
         try:
             async with asyncio.timeout(within):
-                await asyncio.shield(writing)
+                await only_wait(writing)
         except OSError as error:
             late = isinstance(error, TimeoutError) and error.errno is None
             why = f"its storage did not take it within {within:g} s" if late else error.strerror

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from qemu_blkmig.engine.outlast import only_wait
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused, RequestError
 
 KEEPALIVE = (5, 3)
@@ -91,7 +92,7 @@ class Connection:
         (libvirt 9.0). Raises `LibvirtError`, and `LibvirtGone` when the daemon is gone. A call goes on when it is
         cancelled, and those that follow wait for it.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._call(function, *arguments)))
+        return await only_wait(asyncio.ensure_future(self._call(function, *arguments)))
 
     async def _call(self, function: Callable[..., Any], *arguments: object) -> Any:
         module = libvirt()

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from qemu_blkmig.engine.outlast import only_wait
 from qemu_blkmig.errors import BlkmigError, ConnectionLost
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 
@@ -105,7 +106,7 @@ class DomainMigration:
 
     async def wait(self) -> None:
         """Return when the guest is the destination's; cancelled, only the wait ends. Raises as `call` does."""
-        await asyncio.shield(self._task)
+        await only_wait(self._task)
 
     async def failed(self) -> BlkmigError | None:
         """Wait for its end; why it failed, or None when the guest is the destination's."""

@@ -1,0 +1,342 @@
+"""One move of a random domain between two libvirts in which something breaks at a random moment, and its judgement.
+
+As `integration.cases` does it for plain QEMUs: a seed says it all; after what was broken is mended, the job is resumed
+or cleaned up as the tool advises; then exactly one host runs the domain, which had never run on both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from integration.cases import UNDECIDED, Verdict
+from integration.lab import Format, LabError, assert_records_sound, wait_until
+from integration.listened import PHASES
+from integration.luck import command_line
+from integration.network import Network
+from integration.tool import Outcome
+from integration.virtlab import VirtLab
+from qemu_blkmig.demo.guest import Orders, Writer
+
+MIB = 1 << 20
+SPAN = 4 << 20
+PATIENCE = 90.0
+"""Seconds in which everything must have come to rest."""
+MOMENTS = (
+    "prepared", "connected", "copied", "converged", "behind the gate", "last round over", "closed", "decided",
+    "gate to be opened", "gate open", "handed over",
+)  # fmt: skip
+"""Of `integration.held`."""
+FATAL = ("source", "destination", "power")
+"""What takes the guest along, if it strikes the side that has it."""
+
+Strike = Callable[["_Run", ExitStack], bool]
+"""Does it, if what it is done to is there (else False); undoing it is left to the stack."""
+
+
+@dataclass(frozen=True)
+class DomainCase:
+    """One run, drawn from a seed: `fault` strikes `after` seconds of `moment`; a job that is left gets `then`."""
+
+    seed: int
+    fault: str
+    moment: str
+    after: float
+    then: Literal["resume", "cleanup"]
+    sizes: tuple[int, ...]
+    format: Format
+    orders: Orders
+    options: tuple[str, ...]
+    line: str = "plain"
+
+    @classmethod
+    def draw(cls, seed: int) -> DomainCase:
+        """The case of a seed."""
+        dice = random.Random(f"libvirt {seed}")
+        fault = dice.choice([*FAULTS])
+        writer: Writer = dice.choice(get_args(Writer))
+        # What a killed QEMU had not yet written of a qcow2's metadata is lost, whoever migrates it.
+        form: Format = "raw" if fault in FATAL else dice.choice(("raw", "qcow2"))
+        more = dice.choice(([], ["--bandwidth=4"], ["--verify=full"], ["--persistent"], ["--undefinesource"]))
+        return cls(
+            seed=seed,
+            fault=fault,
+            moment=dice.choice((*PHASES[:4], *MOMENTS)),
+            after=dice.choice((0.0, dice.uniform(0, 0.3), dice.uniform(0, 1.5))),
+            then=dice.choice(("resume", "resume", "resume", "cleanup")),
+            sizes=tuple(dice.randrange(1 << 14, 1 << 16) * 512 for _ in range(dice.choice((1, 1, 2)))),
+            format=form,
+            orders=Orders(writer=writer, rate=dice.choice((50, 200)), span=SPAN),
+            options=("--on-stall=pause", *more),
+        )
+
+
+def run(case: DomainCase, lab: VirtLab) -> Verdict:
+    """Run one case, and judge it. Raises AssertionError, LabError."""
+    return _Run(case, lab).judged()
+
+
+class _Run:
+    """A case under way."""
+
+    def __init__(self, case: DomainCase, lab: VirtLab) -> None:
+        self.case, self.lab = case, lab
+        disks = [
+            lab.disk(f"disk{number}", size, case.format, data=[(0, size // 2)])
+            for number, size in enumerate(case.sizes)
+        ]
+        self.domain = lab.boot(*disks, orders=case.orders)
+        self.domain.wait_for_writing(more=20)
+        held = case.moment if case.moment in MOMENTS else None
+        self.attempt = lab.attempt(self.domain, *case.options, hold=held)
+        self._codes: list[int] = []
+        self._struck = False
+
+    def judged(self) -> Verdict:
+        with ExitStack() as mending:
+            self._struck = self._reached() and self._strike(mending)
+            self.attempt.go_on()
+            outcome = self.attempt.outcome()
+        self._take(outcome)
+        if self.case.fault == "nothing":
+            outcome.succeeded()
+        self._finish(outcome)
+        self.lab.assert_nothing_left()
+        return self._judge(outcome)
+
+    def _reached(self) -> bool:
+        """Whether the tool came to the moment, and did not end before it."""
+        try:
+            if self.case.moment in MOMENTS:
+                self.attempt.wait_held()
+                threading.Timer(self.case.after + 0.5, self.attempt.go_on).start()
+            else:
+                self.attempt.wait_stage(self.case.moment)
+        except LabError:
+            return False
+        time.sleep(self.case.after)
+        return True
+
+    def _strike(self, mending: ExitStack) -> bool:
+        if self.attempt.process.poll() is not None:
+            return False
+        with contextlib.suppress(LabError, ProcessLookupError):
+            return FAULTS[self.case.fault](self, mending)
+        return False
+
+    def _take(self, outcome: Outcome) -> None:
+        """Judge what holds after each command, what was broken being mended."""
+        self._codes.append(outcome.code)
+        assert "Traceback" not in outcome.stderr and "defect" not in outcome.stderr, outcome.stderr
+        self._assert_ran_once()
+        if outcome.code != UNDECIDED:
+            self._wait_for_one(outcome.stderr)
+        told = "".join(line for line in outcome.stderr.splitlines() if line.startswith("  now:  "))
+        for place, host in (("source", "hosta"), ("destination", "hostb")):
+            if f"the guest runs at the {place}" in told:
+                runs = self.domain.runs()
+                assert runs == [host] or (self._may_be_gone and not runs), f"runs on {runs}, but: {outcome.stderr}"
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Do what a person does who finds a job left: what was mended is resumed, and what still is left cleaned up."""
+        for job in self._jobs():
+            promised = re.search(rf"--resume {job}|resume {job}", outcome.stderr) is not None
+            if self.case.then == "resume":
+                resumed = self.lab.virsh("--resume", job)
+                self._take(resumed)
+                assert not promised or resumed.code == 0 or self.domain.runs() != ["hosta"], f"resume: {resumed}"
+            if job in self._jobs():
+                cleaned = self.lab.tool("cleanup", job)
+                self._take(cleaned)
+                assert cleaned.code == 0, f"cleanup: {cleaned}"
+        assert not self._jobs(), "cleanup left jobs"
+
+    def _jobs(self) -> list[str]:
+        """The jobs that are left, by the name that begins each line of `jobs`."""
+        return [line.split()[0] for line in self.lab.tool("jobs").succeeded().stdout.splitlines()]
+
+    @property
+    def _may_be_gone(self) -> bool:
+        """Whether what was done may have taken the guest along."""
+        return self._struck and self.case.fault in FATAL
+
+    def _wait_for_one(self, said: str) -> list[str]:
+        found: list[str] = []
+
+        def settled() -> bool:
+            found[:] = self.domain.runs()
+            assert len(found) < 2, f"the guest runs on both hosts: {said}"
+            return bool(found) or (self._may_be_gone and not self._there_is_one())
+
+        wait_until(settled, "the guest to run on one host", PATIENCE, lambda: f"{self._states()} {said}")
+        return found
+
+    def _there_is_one(self) -> bool:
+        return any(state not in (None, "shut off") for state in self._states())
+
+    def _states(self) -> list[str | None]:
+        return [self.domain.state(far=far) for far in (False, True)]
+
+    def _assert_ran_once(self) -> None:
+        """Its records are numbered: had it gone on at the source once the destination ran it, some came twice."""
+        here, there = self.domain.console(far=False), self.domain.console(far=True)
+        for number in range(len(self.case.sizes)):
+            name = f"vd{chr(97 + number)}"
+            numbers = [
+                [int(seq) for seq in re.findall(rf"^blkmig ack {name} seq (\d+) ", console, re.MULTILINE)]
+                for console in (here, there)
+            ]
+            if all(numbers):
+                assert numbers[0][-1] <= numbers[1][0], (
+                    f"{name}: hosta had {numbers[0][-1]}, hostb began {numbers[1][0]}"
+                )
+
+    def _judge(self, outcome: Outcome) -> Verdict:
+        """All that the guest ever said was written is on the disks of the host that has it."""
+        runs = self._wait_for_one(outcome.stderr)
+        if runs:
+            self.domain.wait_for_writing(far=runs == ["hostb"], more=3)
+            self._assert_ran_once()
+            self.lab.hosts.virsh("destroy", self.domain.name, far=runs == ["hostb"])
+            far = runs == ["hostb"]
+        else:
+            far = bool(self.lab.images_there(self.domain))
+        if not far:
+            assert not self.lab.images_there(self.domain), "images were left on hostb"
+            assert runs or not self.domain.acked(far=True), "hostb, which does not have the guest, ran it"
+        for number, disk in enumerate(self.domain.disks):
+            image = replace(disk, path=self.lab.outside(disk.path, far=far))
+            assert_records_sound(image, self._acked(f"vd{chr(97 + number)}"))
+        where = "destination" if far else "source"
+        guest = where if runs else f"{where}'s disks"
+        return Verdict(self._struck, tuple(self._codes), cast(Literal["source", "destination"], guest))
+
+    def _acked(self, name: str) -> int:
+        consoles = "".join(self.domain.console(far=far) for far in (False, True))
+        return max(map(int, re.findall(rf"^blkmig ack {name} seq (\d+) ", consoles, re.MULTILINE)), default=0)
+
+    def processes(self, *words: str, far: bool) -> list[int]:
+        """The processes of that host whose command lines hold all the words."""
+        hosts = self.lab.hosts
+        pids = hosts.processes() if far else [pid for pid in _all() if _network(pid) == hosts.network_a]
+        return [pid for pid in pids if all(word in command_line(pid) for word in words)]
+
+
+def _all() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _network(pid: int) -> str | None:
+    with contextlib.suppress(OSError):
+        return str(Path(f"/proc/{pid}/ns/net").readlink())
+    return None
+
+
+def _kill(*pids: int) -> bool:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return bool(pids)
+
+
+def _signal(number: int) -> Strike:
+    def send(run: _Run, _: ExitStack) -> bool:
+        run.attempt.signal(number)
+        return True
+
+    return send
+
+
+def _kill_process(*words: str, far: bool) -> Strike:
+    return lambda run, _: _kill(*run.processes(*words, far=far))
+
+
+def _kill_qemu(*, far: bool) -> Strike:
+    return lambda run, _: _kill(*run.processes("qemu-system", f"guest={run.domain.name},", far=far))
+
+
+def _kill_both(run: _Run, mending: ExitStack) -> bool:
+    """Coordinator and watchdog, neither of which may act upon the other's end."""
+    run.attempt.signal(signal.SIGSTOP)
+    _kill(*run.processes("qemu_blkmig.job.watchdog", far=False))
+    run.attempt.signal(signal.SIGKILL)
+    return True
+
+
+def _stop_libvirtd(*, far: bool) -> Strike:
+    def stop(run: _Run, mending: ExitStack) -> bool:
+        run.lab.hosts.stop_libvirtd(far=far)
+        mending.callback(run.lab.hosts.start_libvirtd, far=far)
+        return True
+
+    return stop
+
+
+def _restart_libvirtd(*, far: bool) -> Strike:
+    def restart(run: _Run, _: ExitStack) -> bool:
+        run.lab.hosts.stop_libvirtd(far=far)
+        run.lab.hosts.start_libvirtd(far=far)
+        return True
+
+    return restart
+
+
+def _cut(run: _Run, mending: ExitStack) -> bool:
+    network = Network(run.lab.hosts)
+    network.down()
+    mending.callback(network.up)
+    return True
+
+
+def _cut_for(seconds: float) -> Strike:
+    def cut(run: _Run, _: ExitStack) -> bool:
+        Network(run.lab.hosts).cut(seconds)
+        return True
+
+    return cut
+
+
+def _reset(run: _Run, mending: ExitStack) -> bool:
+    mending.enter_context(Network(run.lab.hosts).resetting())
+    return True
+
+
+def _power_off(run: _Run, mending: ExitStack) -> bool:
+    run.lab.hosts.power_off()
+    mending.callback(run.lab.hosts.boot)
+    return True
+
+
+FAULTS: dict[str, Strike] = {
+    "nothing": lambda _run, _mending: True,
+    "coordinator": _signal(signal.SIGKILL),
+    "hangup": _signal(signal.SIGHUP),
+    "interrupt": _signal(signal.SIGINT),
+    "watchdog": _kill_process("qemu_blkmig.job.watchdog", far=False),
+    "both": _kill_both,
+    "agent": _kill_process("qemu_blkmig", "receive", far=True),
+    "qemu-nbd": _kill_process("qemu-nbd", far=True),
+    "ssh": _kill_process("ssh ", "hostb", far=False),
+    "sshd": lambda run, _: Network(run.lab.hosts).kill_connections() > 0,
+    "libvirtd here": _stop_libvirtd(far=False),
+    "libvirtd there": _stop_libvirtd(far=True),
+    "libvirtd restarted here": _restart_libvirtd(far=False),
+    "libvirtd restarted there": _restart_libvirtd(far=True),
+    "source": _kill_qemu(far=False),
+    "destination": _kill_qemu(far=True),
+    "cut": _cut,
+    "cut-1": _cut_for(1),
+    "cut-30": _cut_for(30),
+    "reset": _reset,
+    "power": _power_off,
+}
+"""See `integration.faults`; "here" is hosta."""
