@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 
 from qemu_blkmig.cli import options, resume_command, show
-from qemu_blkmig.cli.libvirt_ends import uri_of
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.managed_options import ManagedOptions
-from qemu_blkmig.job.options import OnStall
+from qemu_blkmig.job.options import Afterwards, OnStall
 from qemu_blkmig.job.place import Ssh
-from qemu_blkmig.job.source_images import Afterwards
 
 PREFIX = "libvirt:"
 _BY_LIBVIRT = {
@@ -50,6 +47,8 @@ def migrate_domain(arguments: argparse.Namespace) -> int:
 
 def check_domain(arguments: argparse.Namespace) -> int:
     """`check libvirt:DOMAIN DEST`; the exit code. Raises `UsageError`."""
+    import asyncio
+
     from qemu_blkmig.job.managed_check import check_managed
 
     asked = _domain_and_place(arguments)
@@ -61,6 +60,8 @@ def check_domain(arguments: argparse.Namespace) -> int:
 
 def _domain_and_place(arguments: argparse.Namespace) -> tuple[str, str, Ssh]:
     """The domain, the destination's libvirt, and the directory there."""
+    from qemu_blkmig.cli.libvirt_ends import uri_of
+
     domain, place = arguments.source.removeprefix(PREFIX), options.place(arguments)
     if not domain:
         raise UsageError("libvirt: names no domain", advice="write libvirt:DOMAIN")

@@ -15,10 +15,9 @@ from qemu_blkmig.errors import BlkmigError, UsageError
 from qemu_blkmig.hashing import SIZES, USUAL
 from qemu_blkmig.job.datapath import parse_data_path
 from qemu_blkmig.job.moment import Moment, parse_moment
-from qemu_blkmig.job.options import BaseCheck, OnStall, Selection, Target, Transfer, Verify
+from qemu_blkmig.job.options import Afterwards, BaseCheck, OnStall, Selection, Target, Transfer, Verify
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
-from qemu_blkmig.job.source_images import Afterwards
-from qemu_blkmig.observe.watch import Asked, parse_listen
+from qemu_blkmig.observe.asked import Asked, parse_listen
 from qemu_blkmig.units import parse_rate, parse_size
 
 _T = TypeVar("_T")

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from qemu_blkmig.cli import options, show
-from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.cli.form import Commands, argument, command
 from qemu_blkmig.errors import UsageError
-from qemu_blkmig.job import others
-from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import OnStall
-from qemu_blkmig.observe.watch import watching
 from qemu_blkmig.units import parse_rate
 
 if TYPE_CHECKING:
     from qemu_blkmig.job.layers import Persist, Work
     from qemu_blkmig.job.reporting import Reporter
     from qemu_blkmig.job.result import Result
+    from qemu_blkmig.observe.asked import Asked
 
     First = Callable[[Reporter, Persist], Awaitable[Work]]
 
@@ -67,31 +65,49 @@ def add_retry(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(work: Work, arguments: argparse.Namespace, source: str, destination: object, first: First | None = None) -> int:
+def run(
+    work: Work,
+    arguments: argparse.Namespace,
+    source: str,
+    destination: object,
+    first: First | None = None,
+    beginning: AbstractContextManager[object] | None = None,
+) -> int:
     """Do the work, and resume it as often as `--retry` says; show the result.
 
     `source`, `destination`: as metrics are to name them. `first`: what has jobs of its own, which are resumed as often;
-    what it returns is the work then.
+    what it returns is the work then. `beginning`: what may begin before the program is loaded.
     """
-    from qemu_blkmig.job.resume import Changes, persist, resume
-
     if arguments.retry < 0:
         raise UsageError("--retry must not be negative")
+    asked = options.asked(arguments, source, str(destination))
+    with beginning or contextlib.nullcontext():
+        result = _done(work, asked, arguments.retry, first)
+    return options.print_outcome(result, arguments.output, show.result)
+
+
+def _done(work: Work, asked: Asked, retries: int, first: First | None) -> Result:
+    import asyncio
+
+    from qemu_blkmig.cli.clock import RealClock
+    from qemu_blkmig.job.interrupts import Interrupts
+    from qemu_blkmig.job.persist import persist
+    from qemu_blkmig.job.resume import Changes, resume
+    from qemu_blkmig.observe.watch import watching
+
     clock = RealClock()
-    with watching(options.asked(arguments, source, str(destination))) as watch:
+    with watching(asked) as watch:
         reporter = watch.reporter
 
         def interrupts() -> Interrupts:
             return Interrupts(reporter.note)
 
+        async def again(job: str) -> Result:
+            return await resume(job, Changes(), reporter, interrupts(), clock)
+
         async def persistently(work: Work) -> Result:
             return await persist(
-                lambda: work(reporter, interrupts(), clock),
-                lambda job: resume(job, Changes(), reporter, interrupts(), clock),
-                arguments.retry,
-                reporter,
-                clock,
-                watch.failed,
+                lambda: work(reporter, interrupts(), clock), again, retries, reporter, clock, watch.failed
             )
 
         async def all_of_it() -> Result:
@@ -99,7 +115,7 @@ def run(work: Work, arguments: argparse.Namespace, source: str, destination: obj
 
         result = asyncio.run(all_of_it())
         watch.done(result)
-    return options.print_outcome(result, arguments.output, show.result)
+    return result
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -108,6 +124,9 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def resume_job(job: str, arguments: argparse.Namespace, launch: str | None = None) -> int:
     """Go on with `job`, with what was given anew of bandwidth, downtime, max_rounds, on_stall and compare."""
+    import asyncio
+
+    from qemu_blkmig.job import others
     from qemu_blkmig.job.resume import Changes, resume
 
     changes = Changes(

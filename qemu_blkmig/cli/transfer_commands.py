@@ -6,21 +6,22 @@ What a command runs is loaded only then: to load all of it takes as long as to c
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qemu_blkmig.cli import domain_source, options, resume_command, show
 from qemu_blkmig.cli.form import Commands, command
 from qemu_blkmig.errors import UsageError
-from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall, Target
-from qemu_blkmig.job.source_images import Afterwards
+from qemu_blkmig.job.beginning import Beginning
+from qemu_blkmig.job.options import Afterwards, CopyOptions, MigrateOptions, OnStall, Target
+from qemu_blkmig.job.work import work_of
 
 if TYPE_CHECKING:
     from qemu_blkmig.job.layers import Work
     from qemu_blkmig.job.result import Result
+
+
+_Wanted = TypeVar("_Wanted", MigrateOptions, CopyOptions)
 
 
 def add_all(commands: Commands) -> None:
@@ -73,8 +74,6 @@ def _add_migrate(commands: Commands) -> None:
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
-    from qemu_blkmig.job.migrate import migrate
-
     if domain_source.is_domain(arguments.source):
         return domain_source.migrate_domain(arguments)
     wanted = MigrateOptions(
@@ -88,7 +87,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         source_images=Afterwards(arguments.source_images),
         **options.common(arguments),
     )
-    return _carry(migrate, wanted, arguments)
+    return _carry(wanted, arguments)
 
 
 def _add_copy(commands: Commands) -> None:
@@ -123,8 +122,6 @@ def _add_copy(commands: Commands) -> None:
 
 
 def _copy(arguments: argparse.Namespace) -> int:
-    from qemu_blkmig.job.copy import copy
-
     kind, place = options.source(arguments.source)
     if kind == "image" and arguments.adaptive:
         raise UsageError("--adaptive goes by how quick a guest's disks are, and image: has no guest")
@@ -137,20 +134,28 @@ def _copy(arguments: argparse.Namespace) -> int:
         freeze_limit=arguments.freeze_limit,
         **options.common(arguments),
     )
-    return _carry(copy, wanted, arguments)
+    return _carry(wanted, arguments)
 
 
-def _carry(
-    work: Callable[..., Awaitable[Result]], wanted: MigrateOptions | CopyOptions, arguments: argparse.Namespace
-) -> int:
-    """Do `work` with what is `wanted`, or, with --flatten no, with what that becomes once the layers are there."""
-    from qemu_blkmig.job.layers import bring_layers
+def _carry(wanted: _Wanted, arguments: argparse.Namespace) -> int:
+    """Do what is `wanted`, or, with --flatten no, what that becomes once the layers are there."""
+    beginning = Beginning(wanted.target.place)
+
+    def work(wanted: _Wanted) -> Work:
+        async def carried(*told: Any) -> Result:
+            return await work_of(wanted)(wanted, *told, beginning=beginning)
+
+        return carried
 
     async def layers_first(*told: Any) -> Work:
-        return partial(work, await bring_layers(wanted, *told))
+        from qemu_blkmig.job.layers import bring_layers
 
-    first = None if wanted.selection.flatten else layers_first
-    return resume_command.run(partial(work, wanted), arguments, arguments.source, wanted.target.place, first)
+        return work(await bring_layers(wanted, *told))
+
+    ends = arguments, arguments.source, wanted.target.place
+    if wanted.selection.flatten:
+        return resume_command.run(work(wanted), *ends, beginning=beginning)
+    return resume_command.run(work(wanted), *ends, first=layers_first)
 
 
 def _add_check(commands: Commands) -> None:
@@ -172,6 +177,8 @@ def _add_check(commands: Commands) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    import asyncio
+
     from qemu_blkmig.job.check import check
 
     if domain_source.is_domain(arguments.source):

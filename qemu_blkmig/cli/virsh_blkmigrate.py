@@ -20,8 +20,7 @@ from qemu_blkmig.cli.main import EXIT_CODES, run
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.moment import AT_ONCE
-from qemu_blkmig.job.options import OnStall
-from qemu_blkmig.job.source_images import Afterwards
+from qemu_blkmig.job.options import Afterwards, OnStall
 
 PARALLEL = 2
 """Connections of --parallel, as QEMU has it."""

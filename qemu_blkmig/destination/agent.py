@@ -15,6 +15,9 @@ import msgspec
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds
 from qemu_blkmig.destination.service import Service
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.hashing import USUAL, hash_function
+from qemu_blkmig.nbd.binding import libnbd
 
 EXIT_LEFT = 1
 """Stdin ended, or stdout broke, without `bye`."""
@@ -138,7 +141,15 @@ async def serve(bounds: Bounds = NO_BOUNDS) -> int:
     agent = Agent(reader, asyncio.StreamWriter(transport, flow, None, loop), bounds)
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, agent.stop, 128 + number)
+    loop.run_in_executor(None, _warm_up)
     return await agent.serve()
+
+
+def _warm_up() -> None:
+    """Load what the first copy needs before it is asked for; what is missing is told then."""
+    with contextlib.suppress(Refused):
+        libnbd()
+        hash_function(USUAL)
 
 
 def run(bounds: Bounds = NO_BOUNDS) -> int:

@@ -11,8 +11,8 @@ import msgspec
 
 from qemu_blkmig.destination.protocol import FindProgram, FindProgramReply
 from qemu_blkmig.errors import BlkmigError
+from qemu_blkmig.job.host import host_of
 from qemu_blkmig.job.options import Selection, Target
-from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.nbd.binding import libnbd

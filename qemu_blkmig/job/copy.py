@@ -11,6 +11,7 @@ from qemu_blkmig.engine.convergence import Policy, Verdict
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, Stalled
 from qemu_blkmig.job.adapting import Adapting
+from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import begin, connect
 from qemu_blkmig.job.copy_images import OpenWay, Way, copy_image
@@ -33,9 +34,14 @@ THAW_TRIES = 3
 
 
 async def copy(
-    options: CopyOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock, suspended: Job | None = None
+    options: CopyOptions,
+    reporter: Reporter,
+    interrupts: Interrupts,
+    clock: Clock,
+    suspended: Job | None = None,
+    beginning: Beginning | None = None,
 ) -> Result:
-    """Copy disks, or go on with the suspended job.
+    """Copy disks, or go on with the suspended job; `beginning`: may have begun the agent.
 
     Raises a `BlkmigError` that tells the state of things; the guest runs on whatever happens.
     """
@@ -64,7 +70,7 @@ async def copy(
         )
 
     steering = Steering(options.downtime, options.transfer.bandwidth)
-    async with Lifecycle(reporter, interrupts, steering, suspended) as life:
+    async with Lifecycle(reporter, interrupts, steering, suspended, beginning) as life:
         life.job.record.copy = options
         if options.image is not None:
             return await life.conduct(copy_image(life, options, to_images, clock))

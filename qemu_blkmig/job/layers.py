@@ -20,10 +20,10 @@ from qemu_blkmig.errors import BlkmigError, Interrupted, Refused
 from qemu_blkmig.job.base_proof import path_here
 from qemu_blkmig.job.bases import Base, bases_of, path_there
 from qemu_blkmig.job.copy import copy
+from qemu_blkmig.job.host import host_of
 from qemu_blkmig.job.imagefile import describe
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, Target
-from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.qmp.disks import Disk, inventory, plain_filename, select

@@ -24,17 +24,20 @@ from qemu_blkmig.errors import (
     RequestError,
     Undecided,
 )
+from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.chronicle import AgreedDisk
 from qemu_blkmig.job.control import SOCKET, ControlServer, Ended
-from qemu_blkmig.job.datapath import INSECURE, DataPath, open_data_path
+from qemu_blkmig.job.datapath import INSECURE, DataPath
+from qemu_blkmig.job.datapath_made import open_data_path
 from qemu_blkmig.job.diskmap import Cells
 from qemu_blkmig.job.environment import environment, terms
 from qemu_blkmig.job.guard import Guard
+from qemu_blkmig.job.host import host_of
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import Journal
 from qemu_blkmig.job.limits import give_back
 from qemu_blkmig.job.live import Live
-from qemu_blkmig.job.place import Place, host_of
+from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.record import Job, Owner, Steered
 from qemu_blkmig.job.reporting import Reporter
@@ -50,6 +53,7 @@ from qemu_blkmig.nbd.address import Export
 from qemu_blkmig.qmp.clients import SOCKET as SOCKET_NAME
 from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.exports import ExportServer
+from qemu_blkmig.qmp.features import ask
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.removal import remove_all
 from qemu_blkmig.qmp.socket import SocketMonitor
@@ -72,9 +76,15 @@ class Lifecycle:
     """The job's parts, made in order. `conduct` runs the work and brings everything to rest after it."""
 
     def __init__(
-        self, reporter: Reporter, interrupts: Interrupts, steering: Steering, suspended: Job | None = None
+        self,
+        reporter: Reporter,
+        interrupts: Interrupts,
+        steering: Steering,
+        suspended: Job | None = None,
+        beginning: Beginning | None = None,
     ) -> None:
-        """`suspended`: a job to be gone on with, in place of a new one."""
+        """`suspended`: a job to be gone on with, in place of a new one. `beginning`: may have begun the agent."""
+        self._beginning = beginning
         self._suspended = suspended
         self._display = reporter
         self.steering = steering
@@ -261,8 +271,9 @@ class Lifecycle:
         return self._exports
 
     async def connect_source(self, path: str) -> Monitor:
-        """Connect to the source QEMU. Raises `Refused`."""
+        """Connect to the source QEMU, which is asked at once what it can do. Raises `Refused`."""
         self._source = await SocketMonitor.connect(path, who="source QEMU")
+        ask(self._source)
         self.job.record.source_qmp = path
         self.job.record.source_process = ProcessId.of(self._source.peer_pid) if self._source.peer_pid else None
         await self.job.save()
@@ -277,7 +288,9 @@ class Lifecycle:
         """Start the agent beside the destination's storage at `place`. Raises `Refused`, `DestinationFailed`."""
         self.job.record.target_place = place
         await self.job.save()
-        self._host = host_of(place, self.job.runtime, self.job.record.job)
+        self._host = host_of(
+            place, self.job.runtime, self.job.record.job, self._beginning.take() if self._beginning else None
+        )
         standing = asyncio.create_task(self.watchdog.stand())
         self._agent = await self._host.start_agent()
         await standing

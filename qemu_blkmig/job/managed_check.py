@@ -12,9 +12,9 @@ from qemu_blkmig.errors import BlkmigError
 from qemu_blkmig.job.arrangement import Arrangement, arrange
 from qemu_blkmig.job.check import CheckedDisk, checked_disks, state_directory_trouble
 from qemu_blkmig.job.ends import Ends
+from qemu_blkmig.job.host import host_of
 from qemu_blkmig.job.managed_offline import arrange_offline, offline_images, plan_offline
 from qemu_blkmig.job.managed_options import ManagedOptions
-from qemu_blkmig.job.place import host_of
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.transport.client import AgentClient

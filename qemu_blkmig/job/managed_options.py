@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.moment import AT_ONCE, Moment
-from qemu_blkmig.job.options import OnStall, Selection, Transfer, Verify, check_convergence
+from qemu_blkmig.job.options import Afterwards, OnStall, Selection, Transfer, Verify, check_convergence
 from qemu_blkmig.job.place import Place
-from qemu_blkmig.job.source_images import Afterwards
 
 
 @dataclass(frozen=True)

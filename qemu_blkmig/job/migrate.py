@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import connect
 from qemu_blkmig.job.guard import Guard
@@ -29,14 +30,19 @@ from qemu_blkmig.qmp.throttle import check_can_throttle
 
 
 async def migrate(
-    options: MigrateOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock, suspended: Job | None = None
+    options: MigrateOptions,
+    reporter: Reporter,
+    interrupts: Interrupts,
+    clock: Clock,
+    suspended: Job | None = None,
+    beginning: Beginning | None = None,
 ) -> Result:
-    """Migrate a guest, or go on with the suspended job.
+    """Migrate a guest, or go on with the suspended job; `beginning`: may have begun the agent.
 
     Raises a `BlkmigError` that tells the state of things; nothing of ours is left then, unless the job is suspended.
     """
     steering = Steering(options.downtime, options.transfer.bandwidth)
-    async with Lifecycle(reporter, interrupts, steering, suspended) as life:
+    async with Lifecycle(reporter, interrupts, steering, suspended, beginning) as life:
         life.job.record.migrate = options
         run = _Run(life, options, interrupts, clock)
         return await life.conduct(run.whole())

@@ -15,7 +15,6 @@ from qemu_blkmig.hashing import USUAL, Algorithm
 from qemu_blkmig.job.datapath import DataPath
 from qemu_blkmig.job.moment import AT_ONCE, Moment
 from qemu_blkmig.job.place import Place
-from qemu_blkmig.job.source_images import Afterwards
 
 
 def _power_of_two(number: int) -> bool:
@@ -29,6 +28,14 @@ class OnStall(enum.Enum):
     PAUSE = "pause"
     ABORT = "abort"
     THROTTLE = "throttle"
+
+
+class Afterwards(enum.Enum):
+    """What becomes of the source's images once the guest is at the destination and the source QEMU has ended."""
+
+    KEEP = "keep"
+    RENAME = "rename"
+    DELETE = "delete"
 
 
 def check_bandwidth(rate: int | None) -> None:

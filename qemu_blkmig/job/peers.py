@@ -25,7 +25,8 @@ from qemu_blkmig.destination.protocol import (
     Ping,
 )
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, Refused, RequestError
-from qemu_blkmig.job.place import Local, host_of
+from qemu_blkmig.job.host import host_of
+from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.socket import SocketMonitor

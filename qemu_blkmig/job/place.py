@@ -1,4 +1,4 @@
-"""Where a job's images go, as the command line names it and the record keeps it, and the host that this is."""
+"""Where a job's images go, as the command line names it and the record keeps it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from pathlib import Path
 import msgspec
 
 from qemu_blkmig.errors import UsageError
-from qemu_blkmig.transport.host import Host
-from qemu_blkmig.transport.local import LocalHost
-from qemu_blkmig.transport.ssh import SshHost
 
 REMOTE_COMMAND = "qemu-blkmig"
 FORMS = "local:/directory or ssh://[user@]host[:port]/directory"
@@ -79,15 +76,3 @@ def _parse_ssh(text: str, rest: str, remote_command: str) -> Ssh:
 def host_name(place: Place | None) -> str:
     """What the host of `place` is called; None: this one."""
     return place.host if isinstance(place, Ssh) else socket.gethostname()
-
-
-def host_of(place: Place, runtime: Path, job: str | None = None) -> Host:
-    """The host of `place`; `runtime`: this host's private directory for the sockets that lead there.
-
-    `job`: whose agents are started there, None for such that only look.
-    """
-    match place:
-        case Local():
-            return LocalHost(job)
-        case Ssh():
-            return SshHost(place.host, place.user, place.port, place.remote_command, runtime, job)

@@ -27,9 +27,9 @@ from qemu_blkmig.errors import RecordFailed, Refused
 from qemu_blkmig.job.durable import DurableFile
 from qemu_blkmig.job.history import archive
 from qemu_blkmig.job.managed_options import ManagedOptions
-from qemu_blkmig.job.options import CopyOptions, MigrateOptions
+from qemu_blkmig.job.options import Afterwards, CopyOptions, MigrateOptions
 from qemu_blkmig.job.place import Place
-from qemu_blkmig.job.source_images import Afterwards, SourceImage
+from qemu_blkmig.job.source_images import SourceImage
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
 from qemu_blkmig.qmp.throttle import Throttled
 

@@ -1,35 +1,26 @@
-"""`resume`: a job that was suspended goes on where it was; `--retry` does so by itself."""
+"""`resume`: a job that was suspended goes on where it was."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import BlkmigError, DestinationFailed, Interrupted, Refused
+from qemu_blkmig.errors import DestinationFailed, Refused
 from qemu_blkmig.job.connected import compare_instead
-from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
-from qemu_blkmig.job.managed import forget_recording, migrate_managed
-from qemu_blkmig.job.managed_offline import move_offline
 from qemu_blkmig.job.managed_options import ManagedOptions
-from qemu_blkmig.job.migrate import migrate
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
 from qemu_blkmig.job.record import Job, Steered
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.job.settlement import unsettled
+from qemu_blkmig.job.work import work_of
 from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.socket import SocketMonitor
 
 _Options = MigrateOptions | CopyOptions | ManagedOptions
-
-WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-"""Seconds before each attempt of `--retry`; the last one for all that follow."""
 
 
 @dataclass(frozen=True)
@@ -64,46 +55,7 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
     except BaseException:
         job.release()
         raise
-    if isinstance(options, ManagedOptions):
-        move = move_offline if options.offline else migrate_managed
-        return await move(options, reporter, interrupts, clock, job)
-    if isinstance(options, MigrateOptions):
-        return await migrate(options, reporter, interrupts, clock, job)
-    return await copy(options, reporter, interrupts, clock, job)
-
-
-async def persist(
-    first: Callable[[], Awaitable[Result]],
-    again: Callable[[str], Awaitable[Result]],
-    retries: int,
-    reporter: Reporter,
-    clock: Clock,
-    on_failure: Callable[[BlkmigError], None],
-) -> Result:
-    """Run `first`, and up to `retries` times `again` with the job's name while the job comes to be suspended.
-
-    `on_failure` is told of each failure that another attempt follows.
-    """
-    suspended: str | None = None
-    for number in itertools.count():
-        try:
-            return await (first() if suspended is None else again(suspended))
-        except BlkmigError as error:
-            suspended = error.suspended
-            if suspended is None or number >= retries or isinstance(error, Interrupted):
-                raise
-            on_failure(error)
-            seconds = WAITS[min(number, len(WAITS) - 1)]
-            reporter.note(f"{error}; trying again in {seconds:g} s ({number + 1} of {retries})")
-            await _wait(clock, seconds, error)
-    raise AssertionError("counting has ended")
-
-
-async def _wait(clock: Clock, seconds: float, error: BlkmigError) -> None:
-    try:
-        await clock.sleep(seconds)
-    except asyncio.CancelledError:
-        raise error from None
+    return await work_of(options)(options, reporter, interrupts, clock, job)
 
 
 async def _come_to_rest(job: Job) -> None:
@@ -152,6 +104,8 @@ async def _forget_recording(job: Job) -> None:
     """Both sides are compared, and recorded anew: bitmaps that are left would only be in the way."""
     job.starts_over = True
     if job.record.managed is not None:
+        from qemu_blkmig.job.managed import forget_recording
+
         await forget_recording(job.record.managed, f"{job.record.prefix}-")
     if job.record.source_qmp is None:
         return

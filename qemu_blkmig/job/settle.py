@@ -15,13 +15,14 @@ from qemu_blkmig.destination.protocol import Discard, DiscardReply, Done, Mark
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, RecordFailed, Refused
 from qemu_blkmig.job.chronicle import Chronicle
 from qemu_blkmig.job.journal import FILE
+from qemu_blkmig.job.options import Afterwards
 from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable
 from qemu_blkmig.job.place import Ssh
 from qemu_blkmig.job.record import Job, Owner, Record
 from qemu_blkmig.job.settle_domains import Domains
 from qemu_blkmig.job.settle_qemus import Qemus
 from qemu_blkmig.job.settlement import Settlement, Sides, save_decision
-from qemu_blkmig.job.source_images import Afterwards, leave_behind
+from qemu_blkmig.job.source_images import leave_behind
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import socket
 import stat
@@ -12,6 +11,7 @@ import msgspec
 
 from qemu_blkmig.destination import locks, ownership
 from qemu_blkmig.destination.files import file_id
+from qemu_blkmig.job.options import Afterwards
 from qemu_blkmig.qmp.disks import Disk, plain_filename
 
 OVERRIDE = "--ignore-ownership overrides"
@@ -70,14 +70,6 @@ def troubles(disk: Disk, process: int | None) -> list[str]:
                 f"disk {disk.name}: {told.tell()}; if you know better, remove {ownership.path_of(path)}, or {OVERRIDE}"
             )
     return found
-
-
-class Afterwards(enum.Enum):
-    """What becomes of the source's images once the guest is at the destination and the source QEMU has ended."""
-
-    KEEP = "keep"
-    RENAME = "rename"
-    DELETE = "delete"
 
 
 def leave_behind(images: Sequence[SourceImage], job: str, afterwards: Afterwards) -> list[str]:

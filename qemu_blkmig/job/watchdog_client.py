@@ -7,11 +7,11 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from qemu_blkmig.errors import MigrationError, Refused
 from qemu_blkmig.job import watchdog
+from qemu_blkmig.transport.piped import ended
 
 HEARTBEAT = 1.0
 """Seconds between two signs of life."""
@@ -78,17 +78,7 @@ class Watchdog:
 
     async def wait_ended(self) -> int:
         """Return, with its exit status, when the watchdog has ended."""
-        if (status := self._process.poll()) is not None:
-            return status
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        with _pidfd(self._process) as descriptor:
-            loop.add_reader(descriptor, ended.set)
-            try:
-                await ended.wait()
-            finally:
-                loop.remove_reader(descriptor)
-        return self._process.wait()
+        return await ended(self._process)
 
     def disarm(self) -> None:
         """Silence is no longer a reason to act; only the coordinator's end is."""
@@ -121,13 +111,3 @@ class Watchdog:
 
     async def _answer(self) -> str:
         return (await self._answers.readline()).decode().strip()
-
-
-@contextlib.contextmanager
-def _pidfd(process: subprocess.Popen[bytes]) -> Iterator[int]:
-    """Readable once the process has ended. Its id is no other's, because it was not waited for yet."""
-    descriptor = os.pidfd_open(process.pid)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,9 +68,29 @@ async def probe(monitor: Monitor) -> Features:
 
 async def schema_of(monitor: Monitor) -> Schema:
     """What this QEMU tells of its QMP; asked for once, because the answer is long. Raises as `Monitor.execute` does."""
-    if (known := _KNOWN.get(monitor)) is None:
-        known = _KNOWN[monitor] = Schema(await monitor.execute("query-qmp-schema"))
-    return known
+    return await asyncio.shield(ask(monitor))
+
+
+def ask(monitor: Monitor) -> asyncio.Task[Schema]:
+    """Have the QEMU tell what it can do, which takes it long, beside whatever else is done meanwhile.
+
+    Nobody need wait for the task: whoever comes to need the answer gets it, or why there is none.
+    """
+    if (asked := _ASKED.get(monitor)) is None:
+        asked = _ASKED[monitor] = asyncio.create_task(_schema(monitor))
+        asked.add_done_callback(_forget_failure)
+    return asked
+
+
+async def _schema(monitor: Monitor) -> Schema:
+    return Schema(await monitor.execute("query-qmp-schema"))
+
+
+def _forget_failure(asked: asyncio.Task[Schema]) -> None:
+    """Who asks next asks anew."""
+    if asked.cancelled() or asked.exception() is not None:
+        for monitor in [each for each, task in _ASKED.items() if task is asked]:
+            del _ASKED[monitor]
 
 
 class Schema:
@@ -108,4 +129,4 @@ class Schema:
                 yield from (branch["type"] for branch in entity.get("variants", []) if branch["case"] == step)
 
 
-_KNOWN: WeakKeyDictionary[Monitor, Schema] = WeakKeyDictionary()
+_ASKED: WeakKeyDictionary[Monitor, asyncio.Task[Schema]] = WeakKeyDictionary()

@@ -14,6 +14,7 @@ import msgspec
 import qemu_blkmig
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
+from qemu_blkmig.transport.piped import Piped
 
 _Reply = TypeVar("_Reply", bound=protocol.Message)
 _Text = TypeVar("_Text", str, str | None)
@@ -41,7 +42,7 @@ class CopyCancelled(errors.RequestError):
 
 
 class AgentClient:
-    """Speaks to the agent behind `process`, whose stdin, stdout and stderr are pipes.
+    """Speaks to the agent behind `process`.
 
     Stdout's limit has to be `protocol.LINE_LIMIT`. `where`: the agent's host, for messages. `explain`: called when the
     process has ended; what it was that broke, if that was not the agent.
@@ -49,7 +50,7 @@ class AgentClient:
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: Piped,
         on_progress: OnProgress | None = None,
         *,
         where: str = "this host",
@@ -145,19 +146,18 @@ class AgentClient:
         One that does not exit is killed.
         """
         self._heart.cancel()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._process.stdin.close()
         try:
             async with asyncio.timeout(_EXIT_TIMEOUT):
                 await self._process.wait()
         except TimeoutError:
             self.kill()
         await asyncio.wait(self._tasks, timeout=_KILL_TIMEOUT)
-        if self._process.stdin is not None:
-            # Asyncio complains of an error of the pipe that nobody has asked for.
-            with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(_KILL_TIMEOUT):
-                    await self._process.stdin.wait_closed()
+        # Asyncio complains of an error of the pipe that nobody has asked for.
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_KILL_TIMEOUT):
+                await self._process.stdin.wait_closed()
+        self._process.close()
 
     async def why_gone(self, seconds: float) -> errors.DestinationFailed | None:
         """Why the agent is gone, if it is, or comes to be within `seconds`."""
@@ -196,7 +196,7 @@ class AgentClient:
     async def _write(self, request: protocol.Request) -> None:
         stdin = self._process.stdin
         try:
-            if stdin is None or stdin.is_closing():
+            if stdin.is_closing():
                 raise BrokenPipeError
             stdin.write(msgspec.json.encode(request) + b"\n")
             await stdin.drain()
@@ -206,7 +206,7 @@ class AgentClient:
     async def _listen(self) -> None:
         stdout = self._process.stdout
         try:
-            while stdout is not None and (line := await stdout.readline()).endswith(b"\n"):
+            while (line := await stdout.readline()).endswith(b"\n"):
                 try:
                     message = self._decoder.decode(line)
                 except msgspec.DecodeError:
@@ -234,8 +234,6 @@ class AgentClient:
 
     async def _overhear(self) -> None:
         stderr = self._process.stderr
-        if stderr is None:
-            return
         while chunk := await stderr.read(4096):
             lines = _plain(chunk.decode(errors="replace")).splitlines()
             self._said.extend(line[:_LONGEST_LINE] for line in lines)

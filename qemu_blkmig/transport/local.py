@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
+import subprocess
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.transport.client import AgentClient, OnProgress
+from qemu_blkmig.transport.piped import Piped
+from qemu_blkmig.transport.starting import AGENT, start
 
 
 class LocalHost:
@@ -15,26 +16,19 @@ class LocalHost:
 
     name = "this host"
 
-    def __init__(self, job: str | None = None) -> None:
-        """`job`: whose agents are started."""
+    def __init__(self, job: str | None = None, begun: subprocess.Popen[bytes] | None = None) -> None:
+        """`job`: whose agents are started. `begun`: the first one, which nobody has spoken to yet."""
         self._job = job
+        self._begun = begun
 
     async def start_agent(self, on_progress: OnProgress | None = None) -> AgentClient:
-        """See `Host`. The agent is in a session of its own, so that Ctrl-C reaches only the coordinator."""
+        """See `Host`."""
+        begun, self._begun = self._begun, None
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "qemu_blkmig.destination.agent",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=protocol.LINE_LIMIT,
-                start_new_session=True,
-            )
+            process = begun or start(AGENT)
         except OSError as error:
             raise errors.DestinationFailed(f"the agent cannot be started: {error}") from error
-        client = AgentClient(process, on_progress)
+        client = AgentClient(await Piped.of(process, protocol.LINE_LIMIT), on_progress)
         try:
             await client.hello(self._job)
         except BaseException:

@@ -20,7 +20,9 @@ from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.launching import PATH_LIMIT
 from qemu_blkmig.transport.ciphers import preferred_ciphers
 from qemu_blkmig.transport.client import AgentClient, OnProgress
+from qemu_blkmig.transport.piped import Piped
 from qemu_blkmig.transport.ssh_words import failure_of, refusal_of_forward
+from qemu_blkmig.transport.starting import start
 
 COMMAND_VARIABLE = "QEMU_BLKMIG_SSH"
 """Environment: the ssh to use, with options, as a shell would read it; "ssh" without it."""
@@ -95,13 +97,8 @@ class SshHost:
     async def start_agent(self, on_progress: OnProgress | None = None) -> AgentClient:
         """See `Host`. What ssh says is in the errors, and what to do about it."""
         await self._connect()
-        process = await asyncio.create_subprocess_exec(
-            *self._by_master("-T", "--", self.name, f"{self._remote_command} receive"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=protocol.LINE_LIMIT,
-            start_new_session=True,
+        process = await Piped.of(
+            start(self._by_master("-T", "--", self.name, f"{self._remote_command} receive")), protocol.LINE_LIMIT
         )
         client = AgentClient(process, on_progress, where=self.name, explain=self._explain)
         try:

@@ -51,7 +51,7 @@ async def test_what_was_set_while_the_job_ran_still_holds(
     async def copy(options: CopyOptions, *_: object) -> None:
         asked.append(options)
 
-    monkeypatch.setattr(resume, "copy", copy)
+    monkeypatch.setattr("qemu_blkmig.job.copy.copy", copy)
     nobody: Any = None
     await resume.resume(job.record.job, changes, nobody, nobody, nobody)
     assert [(each.transfer.bandwidth, each.downtime) for each in asked] == [(bandwidth, 0.077)]

@@ -12,10 +12,11 @@ import pytest
 from qemu_blkmig.destination import ownership
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
+from qemu_blkmig.job.options import Afterwards
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.job.settlement import Settlement, unsettled
-from qemu_blkmig.job.source_images import Afterwards, SourceImage, leave_behind
+from qemu_blkmig.job.source_images import SourceImage, leave_behind
 
 
 @pytest.fixture

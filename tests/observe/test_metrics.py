@@ -22,10 +22,11 @@ from qemu_blkmig.engine.migration import Figures
 from qemu_blkmig.errors import BlkmigError, Refused, Stalled, Undecided, UsageError
 from qemu_blkmig.job.result import Downtime
 from qemu_blkmig.observe import export, watch
+from qemu_blkmig.observe.asked import Asked, parse_listen
 from qemu_blkmig.observe.export import Export, last_times
 from qemu_blkmig.observe.metrics import Metrics
 from qemu_blkmig.observe.progress import JsonLines
-from qemu_blkmig.observe.watch import Asked, Counting, parse_listen, watching
+from qemu_blkmig.observe.watch import Counting, watching
 from qemu_blkmig.outlet import Outlet
 from tests.observe.sample import MIB, disk, figures
 

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from qemu_blkmig.errors import ConnectionLost, Refused
-from qemu_blkmig.job.datapath import DataPath, open_data_path, parse_data_path
+from qemu_blkmig.job.datapath import DataPath, parse_data_path
+from qemu_blkmig.job.datapath_made import open_data_path
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.nbd.address import X509, Psk, TcpAddress
 from qemu_blkmig.nbd.connection import connect

@@ -15,6 +15,8 @@ from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.transport import client as client_module
 from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.piped import Piped
+from qemu_blkmig.transport.starting import start
 from tests.transport.conftest import MIB, bulk, image, opening
 
 LIMIT = 20.0
@@ -33,11 +35,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.asynccontextmanager
 async def agent_that_is(kind: str, seed: int = 0) -> AsyncIterator[AgentClient]:
     """A client of that hostile agent, which has answered hello; its process is seen gone in the end."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.transport.hostile_agent", kind, str(seed),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        limit=protocol.LINE_LIMIT, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    command = [sys.executable, "-m", "tests.transport.hostile_agent", kind, str(seed)]
+    process = await Piped.of(start(command), protocol.LINE_LIMIT)
     client = AgentClient(process)
     try:
         async with asyncio.timeout(LIMIT):
@@ -48,8 +47,7 @@ async def agent_that_is(kind: str, seed: int = 0) -> AsyncIterator[AgentClient]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        # A pipe that nobody reads to its end would be closed, with a complaint, whenever its memory is collected.
-        process._transport.close()  # type: ignore[attr-defined]
+        process.close()
         await process.wait()
 
 

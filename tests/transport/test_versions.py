@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 import pytest
@@ -11,16 +10,14 @@ from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.service import Service
 from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.piped import Piped
+from qemu_blkmig.transport.starting import start
 
 
 async def speak(answer: str) -> AgentClient:
     """A client of an agent that greets, and then says `answer` to whatever it is asked."""
     script = f"print('welcome to hostb', flush=True); input(); print({answer!r}, flush=True); input()"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", script,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    return AgentClient(process, where="hostb")
+    return AgentClient(await Piped.of(start([sys.executable, "-c", script]), protocol.LINE_LIMIT), where="hostb")
 
 
 @pytest.mark.parametrize(
@@ -59,11 +56,7 @@ async def test_an_agent_tells_which_side_is_older(theirs: int, who: str) -> None
 
 async def test_noise_without_end_is_no_greeting() -> None:
     script = "import sys\nwhile True: print('noise', flush=True)"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", script,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    client = AgentClient(process)
+    client = AgentClient(await Piped.of(start([sys.executable, "-c", script]), protocol.LINE_LIMIT))
     with pytest.raises(errors.DestinationFailed, match="makes no sense"):
         await client.hello()
     await client.abandon()

@@ -1,0 +1,25 @@
+"""How a process that leads to an agent is started; no event loop is needed for that."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+AGENT = (sys.executable, "-m", "qemu_blkmig.destination.agent")
+"""The command of an agent on this host."""
+
+
+def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a process that is spoken with through pipes (`transport.piped`). Raises `OSError`.
+
+    It is in a session of its own, so that Ctrl-C reaches only the coordinator.
+    """
+    return subprocess.Popen(
+        command,
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
