@@ -148,9 +148,12 @@ class VirtHosts(Hosts):
         for name, place in _PRIVATE.items():
             self.run("mkdir", "-p", place, far=far)
             self.run("mount", "--bind", base / name, place, far=far)
-        if 'user = "root"' not in self._qemu_conf and Path("/dev/kvm").exists():
-            # Where QEMU's user may not use it but root may, libvirt takes nothing that it has probed for lasting.
-            self.run("mount", "--bind", "/dev/null", "/dev/kvm", far=far)
+        if Path("/dev/kvm").exists():
+            # Slow here, and where QEMU's user may not use it, but root may, libvirt probes anew for every call.
+            nobodys = base / "kvm"
+            nobodys.touch(mode=0)
+            self.run("mount", "--bind", nobodys, "/dev/kvm", far=far)
+            self.run("mount", "-o", "remount,bind,ro", "/dev/kvm", far=far)
 
     def _log(self, *, far: bool) -> Path:
         return (self.far if far else self.near) / "libvirt" / "libvirtd.log"
