@@ -60,9 +60,10 @@ class Case:
         fault = dice.choice([*NEAR, *FAR] if far else [*NEAR])
         line: Line = dice.choice(("plain", "plain", "plain", "delayed", "slow")) if far else "plain"
         more = dice.choice(([], ["--bandwidth=4M"], ["--bandwidth=4M"], ["--verify=full"], ["--connections=2"]))
-        # On what is slow, no round of coarser pieces would ever fit the downtime.
         slow = line == "slow" or "--bandwidth=4M" in more
-        options = [f"--granularity={4096 if slow else dice.choice((4096, 65536, 1 << 20))}", *more]
+        granularity = 4096 if slow else dice.choice((4096, 65536, 1 << 20))
+        # On what is slow or far, no round of coarser pieces would ever fit the downtime, if the machine is busy.
+        options = [f"--granularity={4096 if line == 'delayed' else granularity}", *more]
         form: Format = dice.choice(("raw", "qcow2"))
         if fault in FATAL:
             # What a killed QEMU had not yet written of a qcow2's metadata is lost, whoever migrates it.
