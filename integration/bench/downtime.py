@@ -3,7 +3,8 @@
 Run as `python -m integration.bench.downtime --runs 100 --results gaps.jsonl [--writers idle,random,hot] [--load 1]`.
 Each run boots a guest of the laboratory (TCG), moves it with its RAM and its disk, checks its records, and appends a
 line to the file, so that runs can be spread out over days and processes: it goes on until the file has so many. Without
---runs it tells what is in the file.
+--runs it tells what is in the file. `--verify written,none` moves guests with reading back and without, in turn, and
+tells what that costs of the gap.
 
 `gap`: the longest time between two completed writes that the guest told at the destination, in seconds; null: it wrote
 no more (QEMU 7.2 damages a busy guest under TCG now and then; docs/decisions/009-ram-under-tcg.md), or the move failed,
@@ -32,6 +33,7 @@ MIB = 1 << 20
 SETTLED = 3
 """Seconds of writing after which a gap shows in what the guest tells."""
 TARGET = 0.95
+VERIFY = ("written", "none")
 POLL = 5.0
 """Seconds between two looks at the load."""
 
@@ -47,6 +49,7 @@ class Run:
     before: float
     told: float | None
     load: float
+    verify: str = "written"
     failed: str | None = None
     steps: dict[str, float] = field(default_factory=dict)
 
@@ -56,7 +59,7 @@ class Run:
         return self.gap is not None and self.gap <= self.downtime
 
 
-def run(writer: Writer, downtime: int) -> Run:
+def run(writer: Writer, verify: str, downtime: int) -> Run:
     """Move one guest; `downtime` in milliseconds."""
     load = os.getloadavg()[0]
     rate = 100 if writer == "idle" else 400
@@ -65,8 +68,8 @@ def run(writer: Writer, downtime: int) -> Run:
         guest = lab.boot([disk], Orders(writer=writer, rate=rate, span=32 * MIB))
         guest.wait_for_writing(more=SETTLED * rate)
         before = guest.longest_gap()
-        outcome, arrived = migrate(lab, guest, "--downtime", downtime)
-        done = Run(time.time(), writer, downtime / 1e3, None, before, None, load)
+        outcome, arrived = migrate(lab, guest, "--downtime", downtime, "--verify", verify)
+        done = Run(time.time(), writer, downtime / 1e3, None, before, None, load, verify)
         if outcome.code:
             return replace(done, failed=outcome.stderr)
         told = outcome.result["downtime"]
@@ -92,7 +95,7 @@ def append(path: Path, done: Run) -> None:
 
 
 def tell(runs: list[Run]) -> None:
-    """Print how many were kept, of all and by writer."""
+    """Print how many were kept, of all and by writer, and what reading back costs."""
     for writer in ("all", *sorted({each.writer for each in runs})):
         found = [each for each in runs if writer in ("all", each.writer)]
         gaps = [1e3 * each.gap for each in found if each.gap is not None]
@@ -106,6 +109,12 @@ def tell(runs: list[Run]) -> None:
             + (f"; {failed} were not moved" if failed else "")
             + f"; before the move {1e3 * statistics.median(each.before for each in found):.0f} ms"
         )
+    gaps_by = {
+        verify: [each.gap for each in runs if each.verify == verify and each.gap is not None] for verify in VERIFY
+    }
+    if all(gaps_by.values()):
+        one, other = (statistics.median(gaps_by[verify]) for verify in VERIFY)
+        print(f"gap with reading back: {one / other:.2f} of that without")
 
 
 def wait_for_quiet(load: float, until: float) -> None:
@@ -120,18 +129,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=0, help="how many the file is to have in the end")
     parser.add_argument("--results", type=Path, required=True, help="file, one run a line")
     parser.add_argument("--writers", default="idle,random,hot", help="of guests, in turn")
+    parser.add_argument("--verify", default="written", help="how what arrived is verified, in turn")
     parser.add_argument("--downtime", type=int, default=300, help="milliseconds")
     parser.add_argument("--pause", type=float, default=0, help="seconds between two runs")
     parser.add_argument("--load", type=float, default=math.inf, help="wait before each run until the load is no more")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
     wanted = parser.parse_args()
-    writers = wanted.writers.split(",")
+    kinds = [(writer, verify) for writer in wanted.writers.split(",") for verify in wanted.verify.split(",")]
     ends = time.monotonic() + 60 * wanted.minutes
     while (number := len(read(wanted.results))) < wanted.runs:
         wait_for_quiet(wanted.load, ends)
         if time.monotonic() > ends:
             break
-        done = run(writers[number % len(writers)], wanted.downtime)
+        done = run(*kinds[number % len(kinds)], wanted.downtime)
         append(wanted.results, done)
         print(f"{number + 1}: {done}", file=sys.stderr, flush=True)
         time.sleep(wanted.pause)
