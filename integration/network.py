@@ -16,7 +16,7 @@ import pytest
 
 from integration.hosts import ADDRESSES, PORT, REPOSITORY, TIED, Hosts, children, plain_environment
 from integration.lab import LabError, wait_until
-from qemu_blkmig.transport.ssh import COMMAND_VARIABLE
+from qemu_blkmig.transport.route import COMMAND_VARIABLE
 
 RELAY_PORT = 2223
 

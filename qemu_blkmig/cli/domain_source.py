@@ -26,8 +26,6 @@ def is_domain(source: str) -> bool:
 
 def migrate_domain(arguments: argparse.Namespace) -> int:
     """`migrate libvirt:DOMAIN DEST`. Raises `UsageError`."""
-    from qemu_blkmig.job.managed import migrate_managed
-
     if arguments.source_after == "keep":
         raise UsageError("--source-after keep is not for libvirt's domains: libvirt ends the source's QEMU")
     asked = _domain_and_place(arguments)
@@ -40,9 +38,7 @@ def migrate_domain(arguments: argparse.Namespace) -> int:
         directory=asked[2].directory,
         **options.common(arguments),
     )
-    return resume_command.run(
-        lambda *shown: migrate_managed(wanted, *shown), arguments, arguments.source, wanted.target_uri
-    )
+    return resume_command.carry(wanted, arguments, wanted.target_uri)
 
 
 def check_domain(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.place import Local, Place, Ssh, parse_place
-from qemu_blkmig.transport.ssh import COMMAND_VARIABLE
+from qemu_blkmig.transport.route import COMMAND_VARIABLE
 
 DESTINATION = "qemu+ssh://[user@]host[:port]/system"
 _BY_SSH = ("qemu+ssh", "qemu+libssh", "qemu+libssh2")

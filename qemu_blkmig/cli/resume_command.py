@@ -6,12 +6,15 @@ import argparse
 import contextlib
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qemu_blkmig.cli import options, show
 from qemu_blkmig.cli.form import Commands, argument, command
 from qemu_blkmig.errors import UsageError
-from qemu_blkmig.job.options import OnStall
+from qemu_blkmig.job.beginning import Beginning
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
+from qemu_blkmig.job.work import work_of
 from qemu_blkmig.units import parse_rate
 
 if TYPE_CHECKING:
@@ -63,6 +66,25 @@ def add_retry(parser: argparse.ArgumentParser) -> None:
         help="when it is suspended, by a failure that may pass, resume it up to N times, after 1, 2, 4 .. 30 s "
         "(default: 0)",
     )
+
+
+def carry(
+    wanted: MigrateOptions | CopyOptions | ManagedOptions,
+    arguments: argparse.Namespace,
+    destination: object,
+    source: str | None = None,
+) -> int:
+    """Do what is wanted; the way to the destination is begun before all of that is loaded.
+
+    `source` (as given on the command line, unless it is named), `destination`: as metrics are to name them.
+    """
+    place = wanted.place if isinstance(wanted, ManagedOptions) else wanted.target.place
+    beginning = Beginning(place)
+
+    async def work(*told: Any) -> Result:
+        return await work_of(wanted)(wanted, *told, beginning=beginning)
+
+    return run(work, arguments, source or arguments.source, destination, beginning=beginning)
 
 
 def run(

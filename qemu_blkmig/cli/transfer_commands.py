@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qemu_blkmig.cli import domain_source, options, resume_command, show
 from qemu_blkmig.cli.form import Commands, command
 from qemu_blkmig.errors import UsageError
-from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.options import Afterwards, CopyOptions, MigrateOptions, OnStall, Target
 from qemu_blkmig.job.work import work_of
 
 if TYPE_CHECKING:
     from qemu_blkmig.job.layers import Work
-    from qemu_blkmig.job.result import Result
 
 
 _Wanted = TypeVar("_Wanted", MigrateOptions, CopyOptions)
@@ -139,23 +138,17 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 def _carry(wanted: _Wanted, arguments: argparse.Namespace) -> int:
     """Do what is `wanted`, or, with --flatten no, what that becomes once the layers are there."""
-    beginning = Beginning(wanted.target.place)
-
-    def work(wanted: _Wanted) -> Work:
-        async def carried(*told: Any) -> Result:
-            return await work_of(wanted)(wanted, *told, beginning=beginning)
-
-        return carried
+    if wanted.selection.flatten:
+        return resume_command.carry(wanted, arguments, wanted.target.place)
 
     async def layers_first(*told: Any) -> Work:
         from qemu_blkmig.job.layers import bring_layers
 
-        return work(await bring_layers(wanted, *told))
+        return partial(work_of(wanted), await bring_layers(wanted, *told))
 
-    ends = arguments, arguments.source, wanted.target.place
-    if wanted.selection.flatten:
-        return resume_command.run(work(wanted), *ends, beginning=beginning)
-    return resume_command.run(work(wanted), *ends, first=layers_first)
+    return resume_command.run(
+        partial(work_of(wanted), wanted), arguments, arguments.source, wanted.target.place, layers_first
+    )
 
 
 def _add_check(commands: Commands) -> None:

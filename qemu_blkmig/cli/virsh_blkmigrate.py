@@ -96,13 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
     wanted = wish(arguments)
     if arguments.dry_run:
         return _look(wanted, arguments)
-    from qemu_blkmig.job.managed import migrate_managed
-    from qemu_blkmig.job.managed_offline import move_offline
-
-    move = move_offline if wanted.offline else migrate_managed
-    return resume_command.run(
-        lambda *shown: move(wanted, *shown), arguments, f"libvirt:{wanted.domain}", wanted.target_uri
-    )
+    return resume_command.carry(wanted, arguments, wanted.target_uri, f"libvirt:{wanted.domain}")
 
 
 def _check_resumed(arguments: argparse.Namespace) -> None:

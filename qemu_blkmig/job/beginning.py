@@ -1,45 +1,84 @@
 """What leads to the destination is begun as soon as that is known, while the rest of the program is loaded.
 
-An agent of which nothing was asked yet has made nothing, and ends with its stdin: it may be begun before the job is
-recorded.
+An agent of which nothing was asked yet has made nothing, and ends with its stdin. A connection by ssh needs the job's
+run-time directory, so the job's record comes before it; the watchdog, which comes after, is not there yet: a job that
+is killed in that third of a second is left for `cleanup`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import subprocess
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from qemu_blkmig.job.place import Local, Place
+from qemu_blkmig.job.place import Local, Place, Ssh
+from qemu_blkmig.transport.route import CONTROL_LIMIT, BegunConnection, Route
 from qemu_blkmig.transport.starting import AGENT, start
+
+if TYPE_CHECKING:
+    from qemu_blkmig.job.record import Job
 
 END = 5.0
 """Seconds in which an agent that nobody has taken must end."""
 
 
 class Beginning:
-    """Begins the agent at `place`, if that is this host, with its block; one that nobody has taken ends with it."""
+    """Begins what leads to `place` with its block; what nobody has taken by the block's end is ended, and removed.
+
+    What cannot be begun is told when it is started in earnest.
+    """
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._agent: subprocess.Popen[bytes] | None = None
+        self._job: Job | None = None
+        self._connection: BegunConnection | None = None
 
     def __enter__(self) -> Self:
-        if isinstance(self._place, Local):
-            # What is wrong is told when it is started in earnest.
-            with contextlib.suppress(OSError):
-                self._agent = start(AGENT)
+        """Raises `Refused` where the job cannot be recorded."""
+        match self._place:
+            case Local():
+                with contextlib.suppress(OSError):
+                    self._agent = start(AGENT)
+            case Ssh() as place:
+                self._connect(place)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if (agent := self.take()) is not None:
-            _end(agent)
+    def _connect(self, place: Ssh) -> None:
+        from qemu_blkmig.job.record import Job
 
-    def take(self) -> subprocess.Popen[bytes] | None:
-        """The agent, if it was begun and was not taken before; it is the caller's from now on."""
+        self._job = Job.create()
+        control = str(self._job.runtime / f"ssh-{secrets.token_hex(3)}")
+        if len(os.fsencode(control)) <= CONTROL_LIMIT:
+            with contextlib.suppress(OSError):
+                route = Route(place.host, place.user, place.port, place.remote_command)
+                self._connection = BegunConnection(route, control)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if (agent := self.take_agent()) is not None:
+            _end(agent)
+        if (connection := self.take_connection()) is not None:
+            connection.end()
+        if (job := self.take_job()) is not None:
+            job.remove()
+
+    def take_agent(self) -> subprocess.Popen[bytes] | None:
+        """The agent on this host, if it was begun and was not taken before; it is the caller's from now on."""
         agent, self._agent = self._agent, None
         return agent
+
+    def take_connection(self) -> BegunConnection | None:
+        """The connection to another host, as `take_agent`."""
+        connection, self._connection = self._connection, None
+        return connection
+
+    def take_job(self) -> Job | None:
+        """The job whose connection was begun, as `take_agent`."""
+        job, self._job = self._job, None
+        return job
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:

@@ -41,7 +41,7 @@ async def copy(
     suspended: Job | None = None,
     beginning: Beginning | None = None,
 ) -> Result:
-    """Copy disks, or go on with the suspended job; `beginning`: may have begun the agent.
+    """Copy disks, or go on with the suspended job; `beginning`: of the way to the destination.
 
     Raises a `BlkmigError` that tells the state of things; the guest runs on whatever happens.
     """

@@ -15,7 +15,7 @@ from qemu_blkmig.job.place import Place, Ssh
 from qemu_blkmig.nbd.address import X509, TcpAddress
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.tls import add_certificates, add_key, new_key
-from qemu_blkmig.transport.ssh import ssh_command
+from qemu_blkmig.transport.route import ssh_command
 
 
 async def open_data_path(path: DataPath, source: Monitor, place: Place, name: str, runtime: Path) -> TcpAddress:

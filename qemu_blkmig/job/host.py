@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
+from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.place import Local, Place, Ssh
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.local import LocalHost
+from qemu_blkmig.transport.route import Route
 from qemu_blkmig.transport.ssh import SshHost
 
 
-def host_of(place: Place, runtime: Path, job: str | None = None, begun: subprocess.Popen[bytes] | None = None) -> Host:
+def host_of(place: Place, runtime: Path, job: str | None = None, beginning: Beginning | None = None) -> Host:
     """The host of `place`; `runtime`: this host's private directory for the sockets that lead there.
 
-    `job`: whose agents are started there, None for such that only look. `begun`: the first one, where it is this host.
+    `job`: whose agents are started there, None for such that only look. `beginning`: has begun to lead there.
     """
     match place:
         case Local():
-            return LocalHost(job, begun)
+            return LocalHost(job, beginning.take_agent() if beginning is not None else None)
         case Ssh():
-            return SshHost(place.host, place.user, place.port, place.remote_command, runtime, job)
+            route = Route(place.host, place.user, place.port, place.remote_command)
+            return SshHost(route, runtime, job, beginning.take_connection() if beginning is not None else None)

@@ -83,7 +83,7 @@ class Lifecycle:
         suspended: Job | None = None,
         beginning: Beginning | None = None,
     ) -> None:
-        """`suspended`: a job to be gone on with, in place of a new one. `beginning`: may have begun the agent."""
+        """`suspended`: a job to be gone on with, in place of a new one. `beginning`: of its way to the destination."""
         self._beginning = beginning
         self._suspended = suspended
         self._display = reporter
@@ -108,7 +108,7 @@ class Lifecycle:
     async def __aenter__(self) -> Lifecycle:
         self._signals.enter_context(self._interrupts.watching())
         try:
-            self.job = self._suspended or Job.create()
+            self.job = self._suspended or self._new_job()
             self.job.record.steered = self._steered()
             if self._suspended is not None:
                 await self.job.wake()
@@ -156,6 +156,10 @@ class Lifecycle:
                 self.job.release()
         finally:
             self._signals.close()
+
+    def _new_job(self) -> Job:
+        begun = self._beginning.take_job() if self._beginning is not None else None
+        return begun or Job.create()
 
     def _steered(self) -> Steered:
         return Steered(self.steering.bandwidth, self.steering.downtime)
@@ -288,9 +292,7 @@ class Lifecycle:
         """Start the agent beside the destination's storage at `place`. Raises `Refused`, `DestinationFailed`."""
         self.job.record.target_place = place
         await self.job.save()
-        self._host = host_of(
-            place, self.job.runtime, self.job.record.job, self._beginning.take() if self._beginning else None
-        )
+        self._host = host_of(place, self.job.runtime, self.job.record.job, self._beginning)
         standing = asyncio.create_task(self.watchdog.stand())
         self._agent = await self._host.start_agent()
         await standing

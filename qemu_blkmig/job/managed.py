@@ -12,6 +12,7 @@ from pathlib import Path
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.arrangement import Arrangement, arrange
+from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.connected import Connected, connect
 from qemu_blkmig.job.ends import Ends
@@ -38,15 +39,20 @@ from qemu_blkmig.virt.monitor import PassthroughMonitor
 
 
 async def migrate_managed(
-    options: ManagedOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock, suspended: Job | None = None
+    options: ManagedOptions,
+    reporter: Reporter,
+    interrupts: Interrupts,
+    clock: Clock,
+    suspended: Job | None = None,
+    beginning: Beginning | None = None,
 ) -> Result:
-    """Migrate a domain, or go on with the suspended job.
+    """Migrate a domain, or go on with the suspended job; `beginning`: of the way to the destination.
 
     Raises a `BlkmigError` that tells the state of things; nothing of ours is left then, unless the job is suspended.
     """
     steering = Steering(options.downtime, options.transfer.bandwidth)
     async with contextlib.AsyncExitStack() as stack:
-        life = await stack.enter_async_context(Lifecycle(reporter, interrupts, steering, suspended))
+        life = await stack.enter_async_context(Lifecycle(reporter, interrupts, steering, suspended, beginning))
         run = _Run(life, options, interrupts, clock, stack)
         return await life.conduct(run.whole())
 

@@ -13,6 +13,7 @@ from qemu_blkmig.destination.protocol import Created, Mark
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, MigrationError, Refused
 from qemu_blkmig.job.arrangement import Arrangement, arrange
+from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.copy_images import copy_images
 from qemu_blkmig.job.ends import Ends
@@ -38,15 +39,22 @@ TPM_STATES = Path("/var/lib/libvirt/swtpm")
 
 
 async def move_offline(
-    options: ManagedOptions, reporter: Reporter, interrupts: Interrupts, clock: Clock, suspended: Job | None = None
+    options: ManagedOptions,
+    reporter: Reporter,
+    interrupts: Interrupts,
+    clock: Clock,
+    suspended: Job | None = None,
+    beginning: Beginning | None = None,
 ) -> Result:
     """Copy the images and define the domain there, or go on with the suspended job.
+
+    `beginning`: of the way to the destination.
 
     Raises a `BlkmigError`. Once all images are complete they stay, whatever becomes of the domain.
     """
     steering = Steering(options.downtime, options.transfer.bandwidth)
     async with contextlib.AsyncExitStack() as stack:
-        life = await stack.enter_async_context(Lifecycle(reporter, interrupts, steering, suspended))
+        life = await stack.enter_async_context(Lifecycle(reporter, interrupts, steering, suspended, beginning))
         return await life.conduct(_move(life, options, interrupts, clock, stack))
 
 

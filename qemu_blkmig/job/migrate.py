@@ -37,7 +37,7 @@ async def migrate(
     suspended: Job | None = None,
     beginning: Beginning | None = None,
 ) -> Result:
-    """Migrate a guest, or go on with the suspended job; `beginning`: may have begun the agent.
+    """Migrate a guest, or go on with the suspended job; `beginning`: of the way to the destination.
 
     Raises a `BlkmigError` that tells the state of things; nothing of ours is left then, unless the job is suspended.
     """

@@ -6,8 +6,8 @@ well, moves about twice the bytes a second where the processor knows AES.
 
 from __future__ import annotations
 
-import asyncio
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +16,12 @@ PREFERRED = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 _KNOWS_AES = re.compile(r"^(flags|Features)\s*:.*\baes\b", re.MULTILINE)
 
 
-async def preferred_ciphers(ssh: Sequence[str], account: Sequence[str], host: str) -> list[str]:
-    """Options for `ssh` to `host`; none where the user's or the system's configuration names ciphers."""
-    if not await asyncio.to_thread(_processor_knows_aes):
+def preferred_ciphers(ssh: Sequence[str], account: Sequence[str], host: str) -> list[str]:
+    """Options for `ssh` to `host`; none where the user's or the system's configuration names ciphers. It blocks."""
+    if not _processor_knows_aes():
         return []
-    chosen, default = await asyncio.gather(
-        _ciphers([*ssh, "-G", *account, "--", host]), _ciphers([*ssh, "-G", "-F", "none", "--", host])
-    )
+    asked = _ask([*ssh, "-G", *account, "--", host]), _ask([*ssh, "-G", "-F", "none", "--", host])
+    chosen, default = (_told(process) for process in asked)
     return ["-o", f"Ciphers={PREFERRED}"] if chosen is not None and chosen == default else []
 
 
@@ -33,18 +32,24 @@ def _processor_knows_aes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         return False
 
 
-async def _ciphers(command: Sequence[str]) -> str | None:
-    """What ssh says that it would offer; None where it does not say."""
+def _ask(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
+    """An ssh that says what it would offer; None where there is none."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
     except OSError:
         return None
-    told, _ = await process.communicate()
+
+
+def _told(process: subprocess.Popen[bytes] | None) -> str | None:
+    """The ciphers that it would offer; None where it does not say."""
+    if process is None:
+        return None
+    told, _ = process.communicate()
     found = re.search(r"^ciphers (.+)$", told.decode(errors="replace"), re.MULTILINE)
     return found[1] if found else None

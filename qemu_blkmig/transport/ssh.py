@@ -11,82 +11,48 @@ import contextlib
 import itertools
 import os
 import secrets
-import shlex
+import subprocess
 from collections import deque
 from pathlib import Path
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.launching import PATH_LIMIT
-from qemu_blkmig.transport.ciphers import preferred_ciphers
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 from qemu_blkmig.transport.piped import Piped
+from qemu_blkmig.transport.route import CONTROL_LIMIT, STANDS, BegunConnection, Route
 from qemu_blkmig.transport.ssh_words import failure_of, refusal_of_forward
-from qemu_blkmig.transport.starting import start
 
-COMMAND_VARIABLE = "QEMU_BLKMIG_SSH"
-"""Environment: the ssh to use, with options, as a shell would read it; "ssh" without it."""
-CONNECT = 15
-"""Seconds in which a host must take a connection."""
-ALIVE = 15
-"""Seconds of silence after which a connection is given up."""
 LOGIN = 60.0
 """Seconds in which a connection must stand, jump hosts and all."""
 HELLO = 30.0
 """Seconds in which an agent must answer hello."""
 FORWARD = 10.0
 """Seconds in which a socket must be forwarded."""
-_ADDED_BY_SSH = 17
-"""Bytes that ssh appends to a control socket's path while it makes it."""
-_STANDS = "qemu-blkmig-connected"
 _LAST_LINES = 20
-_OPTIONS = {
-    "BatchMode": "yes",
-    "ClearAllForwardings": "yes",
-    "ConnectTimeout": str(CONNECT),
-    "ControlPersist": "no",
-    "ExitOnForwardFailure": "yes",
-    "ForkAfterAuthentication": "no",
-    "ForwardAgent": "no",
-    "ForwardX11": "no",
-    "LocalCommand": f"echo {_STANDS}",
-    "PermitLocalCommand": "yes",
-    "RemoteCommand": "none",
-    "ServerAliveCountMax": "3",
-    "ServerAliveInterval": str(ALIVE // 3),
-    "SessionType": "none",
-    "Tunnel": "no",
-}
-
-
-def ssh_command() -> list[str]:
-    """The user's ssh, with the options that it is to have."""
-    return shlex.split(os.environ.get(COMMAND_VARIABLE, "ssh"))
+_LINE = 64 << 10
 
 
 class SshHost:
     """See `transport.host.Host`."""
 
     def __init__(
-        self,
-        host: str,
-        user: str | None,
-        port: int | None,
-        remote_command: str,
-        runtime: Path,
-        job: str | None = None,
+        self, route: Route, runtime: Path, job: str | None = None, begun: BegunConnection | None = None
     ) -> None:
-        """`runtime`: a private directory here, for sockets. `job`: whose agents are started."""
-        self.name = host
-        self._account = [*(["-l", user] if user else []), *(["-p", str(port)] if port else [])]
-        self._remote_command = remote_command
+        """`runtime`: a private directory here, for sockets. `job`: whose agents are started.
+
+        `begun`: the connection to use at first, which is being made.
+        """
+        self.name = route.host
+        self._route = route
         self._runtime = runtime
         self._job = job
-        self._ssh = ssh_command()
+        self._begun = begun
+        self._first: subprocess.Popen[bytes] | None = None
         # A process of the job that was killed may have left sockets in the same directory.
         self._names = (f"{token}-{number}" for token in [secrets.token_hex(3)] for number in itertools.count())
         self._connecting = asyncio.Lock()
-        self._master: asyncio.subprocess.Process | None = None
+        self._master: Piped | None = None
         self._control = ""
         self._said: deque[str] = deque(maxlen=_LAST_LINES)
         self._overhearing: asyncio.Task[None] | None = None
@@ -97,9 +63,8 @@ class SshHost:
     async def start_agent(self, on_progress: OnProgress | None = None) -> AgentClient:
         """See `Host`. What ssh says is in the errors, and what to do about it."""
         await self._connect()
-        process = await Piped.of(
-            start(self._by_master("-T", "--", self.name, f"{self._remote_command} receive")), protocol.LINE_LIMIT
-        )
+        first, self._first = self._first, None
+        process = await Piped.of(first or self._route.start_agent(self._control), protocol.LINE_LIMIT)
         client = AgentClient(process, on_progress, where=self.name, explain=self._explain)
         try:
             async with asyncio.timeout(HELLO):
@@ -109,11 +74,11 @@ class SshHost:
                 client.kill()
             await client.abandon()
             if isinstance(error, errors.DestinationFailed) and process.returncode not in (None, 255):
-                raise failure_of(client.last_words, self.name, self._remote_command, process.returncode) from error
+                raise self._failure(client.last_words, process.returncode) from error
             if isinstance(error, TimeoutError):
                 raise errors.DestinationFailed(
                     f"the agent on {self.name} did not answer within {HELLO:.0f} s",
-                    advice=f"try by hand: ssh {self.name} {self._remote_command} --version",
+                    advice=f"try by hand: ssh {self.name} {self._route.remote_command} --version",
                 ) from error
             raise
         self._agent = client
@@ -177,6 +142,14 @@ class SshHost:
             await self._master.wait()
         if self._overhearing is not None:
             await asyncio.wait({self._overhearing})
+        if self._master is not None:
+            self._master.close()
+        if self._first is not None:
+            first, self._first = self._first, None
+            await asyncio.to_thread(first.communicate)
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            await asyncio.to_thread(begun.end)
 
     @property
     def _connected(self) -> bool:
@@ -189,12 +162,10 @@ class SshHost:
                 return
             self._reached.clear()
             self._said = deque(maxlen=_LAST_LINES)
-            self._control = self._path(f"ssh-{next(self._names)}", _ADDED_BY_SSH)
-            self._master = master = await self._start_master()
-            self._overhearing = asyncio.create_task(_overhear(master, self._said))
+            begun, self._begun = self._begun, None
             try:
                 async with asyncio.timeout(LOGIN):
-                    stands = await _says(master, _STANDS)
+                    stands = await (self._make() if begun is None else self._take_over(begun))
             except BaseException as error:
                 await self.close()
                 if isinstance(error, TimeoutError):
@@ -202,35 +173,45 @@ class SshHost:
                 raise
             if not stands:
                 await self.close()
-                raise failure_of("\n".join(self._said), self.name, self._remote_command, master.returncode)
+                ended = self._master.returncode if self._master is not None else None
+                raise self._failure("\n".join(self._said), ended)
 
-    async def _start_master(self) -> asyncio.subprocess.Process:
-        options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
-        options += await preferred_ciphers(self._ssh, self._account, self.name)
+    async def _make(self) -> bool:
+        """Connect; whether the connection came to stand."""
+        self._control = self._path(f"ssh-{next(self._names)}", CONTROL_LIMIT)
+        ciphers = await asyncio.to_thread(self._route.ciphers)
         try:
-            return await asyncio.create_subprocess_exec(
-                "setpriv", "--pdeathsig", "KILL", *self._ssh,
-                "-M", "-N", "-T", "-a", "-x", "-S", self._control, *options, *self._account, "--", self.name,
-                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                # LocalCommand is run by it; an account without a login shell would have none.
-                env=os.environ | {"SHELL": "/bin/sh"},
-            )  # fmt: skip
+            connection = self._route.start_connection(self._control, ciphers)
         except OSError as error:
             raise errors.Refused(
                 f"ssh cannot be started: {error}", advice="install Debian's packages openssh-client and util-linux"
             ) from error
+        master = await self._adopt(connection)
+        return await _says(master, STANDS)
 
-    def _by_master(self, *words: str) -> list[str]:
-        """A command that goes through the connection; without one it fails, instead of making its own."""
-        never = ["-o", "ControlMaster=no", "-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
-        never += ["-o", "ClearAllForwardings=yes", "-o", "RemoteCommand=none", "-o", "SessionType=default"]
-        return [*self._ssh, "-a", "-x", "-S", self._control, *never, *words]
+    async def _take_over(self, begun: BegunConnection) -> bool:
+        """Have the connection that was begun; whether it came to stand."""
+        self._control = begun.control
+        try:
+            stands = await asyncio.shield(asyncio.wrap_future(begun.stands))
+        except BaseException:
+            await asyncio.to_thread(begun.end)
+            raise
+        self._first = begun.agent
+        await self._adopt(begun.connection)
+        return stands
+
+    async def _adopt(self, connection: subprocess.Popen[bytes]) -> Piped:
+        self._master = master = await Piped.of(connection, _LINE)
+        self._overhearing = asyncio.create_task(_overhear(master, self._said))
+        return master
+
+    def _failure(self, said: str, status: int | None) -> errors.BlkmigError:
+        return failure_of(said, self.name, self._route.remote_command, status)
 
     async def _forward(self, direction: str, paths: str) -> None:
-        command = [*self._ssh, "-S", self._control, "-O", "forward", direction, paths, "--", self.name]
         process = await asyncio.create_subprocess_exec(
-            *command,
+            *self._route.forward(self._control, direction, paths),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -261,9 +242,9 @@ class SshHost:
         words = "; ".join(self._said) or f"ssh ended with status {ended}"
         return errors.DestinationFailed(f"the connection to {self.name} is gone: {words}")
 
-    def _path(self, name: str, added: int = 0) -> str:
+    def _path(self, name: str, limit: int = PATH_LIMIT) -> str:
         path = str(self._runtime / name)
-        if len(os.fsencode(path)) + added > PATH_LIMIT:
+        if len(os.fsencode(path)) > limit:
             raise errors.Refused(
                 f"the path of a socket, {path}, is too long for a unix socket's address",
                 advice="name a shorter directory for temporary files by TMPDIR",
@@ -276,14 +257,14 @@ def _escaped(path: str) -> str:
     return path.replace("\\", "\\\\").replace(":", "\\:")
 
 
-async def _says(process: asyncio.subprocess.Process, word: str) -> bool:
+async def _says(process: Piped, word: str) -> bool:
     """Whether `process` says `word` before its stdout ends."""
-    while process.stdout is not None and (line := await process.stdout.readline()):
+    while line := await process.stdout.readline():
         if line.decode(errors="replace").strip() == word:
             return True
     return False
 
 
-async def _overhear(process: asyncio.subprocess.Process, said: deque[str]) -> None:
-    while process.stderr is not None and (line := await process.stderr.readline()):
+async def _overhear(process: Piped, said: deque[str]) -> None:
+    while line := await process.stderr.readline():
         said.append(line.decode(errors="replace").strip())

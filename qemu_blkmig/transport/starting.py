@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 AGENT = (sys.executable, "-m", "qemu_blkmig.destination.agent")
 """The command of an agent on this host."""
 
 
-def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a process that is spoken with through pipes (`transport.piped`). Raises `OSError`.
 
     It is in a session of its own, so that Ctrl-C reaches only the coordinator.
@@ -22,4 +22,5 @@ def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        env=env,
     )

@@ -32,8 +32,8 @@ def test_an_agent_that_nobody_took_ends_with_the_block(monkeypatch: pytest.Monke
 
 async def test_the_first_agent_is_the_one_that_was_begun() -> None:
     with Beginning(Local("/new")) as begun:
-        agent = begun.take()
-        assert agent is not None and begun.take() is None
+        agent = begun.take_agent()
+        assert agent is not None and begun.take_agent() is None
         host = LocalHost(None, agent)
         first, second = await host.start_agent(), await host.start_agent()
         try:
@@ -45,7 +45,7 @@ async def test_the_first_agent_is_the_one_that_was_begun() -> None:
 
 async def test_one_that_has_died_meanwhile_is_told_like_any_other() -> None:
     with Beginning(Local("/new")) as begun:
-        agent = begun.take()
+        agent = begun.take_agent()
     assert agent is not None
     agent.kill()
     with pytest.raises(Exception, match="killed by SIGKILL"):

@@ -19,22 +19,22 @@ def knows_aes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ciphers, "_processor_knows_aes", lambda: True)
 
 
-async def test_where_nobody_chose_aes_comes_first(tmp_path: Path) -> None:
+def test_where_nobody_chose_aes_comes_first(tmp_path: Path) -> None:
     (config := tmp_path / "config").write_text("Compression no\n")
-    options = await ciphers.preferred_ciphers(["ssh", "-F", str(config)], ["-p", "22"], "there.example")
+    options = ciphers.preferred_ciphers(["ssh", "-F", str(config)], ["-p", "22"], "there.example")
     assert options == ["-o", f"Ciphers={ciphers.PREFERRED}"]
 
 
 @pytest.mark.parametrize("chosen", ["aes256-ctr", "-chacha20-poly1305@openssh.com", "^aes256-ctr"])
-async def test_what_a_configuration_chose_stays(tmp_path: Path, chosen: str) -> None:
+def test_what_a_configuration_chose_stays(tmp_path: Path, chosen: str) -> None:
     (config := tmp_path / "config").write_text(f"Host there.example\n Ciphers {chosen}\n")
-    assert await ciphers.preferred_ciphers(["ssh", "-F", str(config)], [], "there.example") == []
-    assert await ciphers.preferred_ciphers(["ssh", "-F", str(config)], [], "elsewhere.example") != []
+    assert ciphers.preferred_ciphers(["ssh", "-F", str(config)], [], "there.example") == []
+    assert ciphers.preferred_ciphers(["ssh", "-F", str(config)], [], "elsewhere.example") != []
 
 
 @pytest.mark.parametrize("command", [["/bin/false"], ["/nonexistent/ssh"]])
-async def test_an_ssh_that_does_not_tell_is_left_alone(command: list[str]) -> None:
-    assert await ciphers.preferred_ciphers(command, [], "there.example") == []
+def test_an_ssh_that_does_not_tell_is_left_alone(command: list[str]) -> None:
+    assert ciphers.preferred_ciphers(command, [], "there.example") == []
 
 
 @pytest.mark.parametrize(
