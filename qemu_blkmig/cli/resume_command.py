@@ -82,7 +82,11 @@ def carry(
     beginning = Beginning(place)
 
     async def work(*told: Any) -> Result:
-        return await work_of(wanted)(wanted, *told, beginning=beginning)
+        import asyncio
+
+        async with beginning.reaching(None if isinstance(wanted, ManagedOptions) else wanted.source):
+            do = await asyncio.to_thread(work_of, wanted)
+            return await do(wanted, *told, beginning=beginning)
 
     return run(work, arguments, source or arguments.source, destination, beginning=beginning)
 
@@ -114,8 +118,10 @@ def _done(work: Work, asked: Asked, retries: int, first: First | None) -> Result
     from qemu_blkmig.cli.clock import RealClock
     from qemu_blkmig.job.interrupts import Interrupts
     from qemu_blkmig.job.persist import persist
-    from qemu_blkmig.job.resume import Changes, resume
     from qemu_blkmig.observe.watch import watching
+
+    if retries:
+        from qemu_blkmig.job.resume import Changes, resume
 
     clock = RealClock()
     with watching(asked) as watch:

@@ -11,15 +11,20 @@ import contextlib
 import os
 import secrets
 import subprocess
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from qemu_blkmig.errors import BlkmigError
 from qemu_blkmig.job.place import Local, Place, Ssh
 from qemu_blkmig.transport.route import CONTROL_LIMIT, BegunConnection, Route
 from qemu_blkmig.transport.starting import AGENT, start
 
 if TYPE_CHECKING:
+    import asyncio
+
     from qemu_blkmig.job.record import Job
+    from qemu_blkmig.qmp.socket import SocketMonitor
 
 END = 5.0
 """Seconds in which an agent that nobody has taken must end."""
@@ -36,6 +41,7 @@ class Beginning:
         self._agent: subprocess.Popen[bytes] | None = None
         self._job: Job | None = None
         self._connection: BegunConnection | None = None
+        self._source: asyncio.Task[SocketMonitor] | None = None
 
     def __enter__(self) -> Self:
         """Raises `Refused` where the job cannot be recorded."""
@@ -65,6 +71,29 @@ class Beginning:
         if (job := self.take_job()) is not None:
             job.remove()
 
+    @contextlib.asynccontextmanager
+    async def reaching(self, source: str | None) -> AsyncIterator[None]:
+        """Connect to the source QEMU's QMP socket, if there is one, beside what is done inside.
+
+        A connection that nobody has taken by then is closed.
+        """
+        import asyncio
+
+        if source is not None:
+            self._source = asyncio.create_task(_reach(source))
+        try:
+            yield
+        finally:
+            if (reached := self.take_source()) is not None:
+                reached.cancel()
+                with contextlib.suppress(BlkmigError, asyncio.CancelledError):
+                    await (await reached).close()
+
+    def take_source(self) -> asyncio.Task[SocketMonitor] | None:
+        """The connection to the source QEMU, as `take_agent`. The task raises `Refused`."""
+        source, self._source = self._source, None
+        return source
+
     def take_agent(self) -> subprocess.Popen[bytes] | None:
         """The agent on this host, if it was begun and was not taken before; it is the caller's from now on."""
         agent, self._agent = self._agent, None
@@ -79,6 +108,15 @@ class Beginning:
         """The job whose connection was begun, as `take_agent`."""
         job, self._job = self._job, None
         return job
+
+
+async def _reach(path: str) -> SocketMonitor:
+    from qemu_blkmig.qmp.features import ask
+    from qemu_blkmig.qmp.socket import SocketMonitor
+
+    monitor = await SocketMonitor.connect(path, who="source QEMU")
+    ask(monitor)
+    return monitor
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:

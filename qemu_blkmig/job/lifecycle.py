@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
+from importlib import import_module
 from types import TracebackType
 
 import msgspec
@@ -276,7 +277,8 @@ class Lifecycle:
 
     async def connect_source(self, path: str) -> Monitor:
         """Connect to the source QEMU, which is asked at once what it can do. Raises `Refused`."""
-        self._source = await SocketMonitor.connect(path, who="source QEMU")
+        begun = self._beginning.take_source() if self._beginning is not None else None
+        self._source = await (begun or SocketMonitor.connect(path, who="source QEMU"))
         ask(self._source)
         self.job.record.source_qmp = path
         self.job.record.source_process = ProcessId.of(self._source.peer_pid) if self._source.peer_pid else None
@@ -285,6 +287,8 @@ class Lifecycle:
 
     def adopt_domain(self, monitor: Monitor, source: Connection, target: Connection) -> None:
         """The guest is a domain of libvirt's: its QEMU, and both libvirts, by connections that outlast this."""
+        # What settles its two ends is loaded while all is well.
+        import_module("qemu_blkmig.job.settle_domains")
         self._source = monitor
         self._libvirts = (source, target)
 

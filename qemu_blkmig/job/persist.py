@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
-from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, Interrupted
-from qemu_blkmig.job.reporting import Reporter
-from qemu_blkmig.job.result import Result
+
+if TYPE_CHECKING:
+    from qemu_blkmig.engine.ports import Clock
+    from qemu_blkmig.job.reporting import Reporter
+    from qemu_blkmig.job.result import Result
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Seconds before each attempt of `--retry`; the last one for all that follow."""

@@ -19,7 +19,6 @@ from qemu_blkmig.job.options import Afterwards
 from qemu_blkmig.job.peers import Here, HostUnreachable, Peer, There, Unreachable
 from qemu_blkmig.job.place import Ssh
 from qemu_blkmig.job.record import Job, Owner, Record
-from qemu_blkmig.job.settle_domains import Domains
 from qemu_blkmig.job.settle_qemus import Qemus
 from qemu_blkmig.job.settlement import Settlement, Sides, save_decision
 from qemu_blkmig.job.source_images import leave_behind
@@ -69,6 +68,8 @@ async def settle(
     beyond = There(job, host, agent)
     sides: Sides
     if record.managed is not None:
+        from qemu_blkmig.job.settle_domains import Domains
+
         sides = Domains(job, record.managed, is_off=destination_is_off, lent=libvirts)
     else:
         here = Peer("source QEMU", Here(), record.source_qmp, record.source_process, source)

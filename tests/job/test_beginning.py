@@ -9,10 +9,13 @@ from subprocess import Popen
 import pytest
 
 from qemu_blkmig.cli import main
+from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import beginning
 from qemu_blkmig.job.beginning import Beginning
-from qemu_blkmig.job.place import Local
+from qemu_blkmig.job.place import Local, Ssh
+from qemu_blkmig.places import STATE_VARIABLE
 from qemu_blkmig.transport.local import LocalHost
+from qemu_blkmig.transport.route import COMMAND_VARIABLE, BegunConnection
 from qemu_blkmig.transport.starting import start
 
 
@@ -62,3 +65,32 @@ def test_nothing_is_begun_where_the_command_line_makes_no_sense(
     monkeypatch.setattr(beginning, "start", begun.append)
     assert main.main(["copy", "qmp:/run/vm.qmp", f"local:{tmp_path}", *wrong]) == 2
     assert not begun
+
+
+async def test_a_source_that_nobody_took_is_let_go_and_one_that_is_not_there_is_told_to_who_takes_it(
+    tmp_path: Path,
+) -> None:
+    with Beginning(Local("/new")) as begun:
+        async with begun.reaching(str(tmp_path / "missing.qmp")):
+            pass
+        async with begun.reaching(str(tmp_path / "missing.qmp")):
+            source = begun.take_source()
+            assert source is not None
+            with pytest.raises(Refused, match="there is no QMP socket"):
+                await source
+
+
+def test_a_connection_that_nobody_took_ends_and_its_job_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    # Says nothing of its ciphers, and never comes to connect.
+    monkeypatch.setenv(COMMAND_VARIABLE, """sh -c 'case "$*" in *-G*) ;; *) exec sleep 60 ;; esac' ssh""")
+    begun: list[BegunConnection] = []
+    with pytest.raises(RuntimeError), Beginning(Ssh("hostb", "/new")) as early:
+        begun += filter(None, [early._connection])
+        assert list((tmp_path / "state").iterdir())
+        raise RuntimeError
+    (connection,) = begun
+    assert connection.connection.returncode is not None and not connection.stands.result()
+    assert not list((tmp_path / "state").iterdir())
