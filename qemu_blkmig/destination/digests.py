@@ -8,7 +8,7 @@ import os
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
-from qemu_blkmig.destination.mover import write_error
+from qemu_blkmig.destination.sink import write_error
 from qemu_blkmig.destination.writers import Writer
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.control import Control

@@ -6,26 +6,24 @@ Where there is a hash table, digests are taken of what was read, from the very b
 from __future__ import annotations
 
 import math
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination.hashtable import HashTable
 from qemu_blkmig.destination.readback import ReadBack, Verified
+from qemu_blkmig.destination.sink import Copying, CopySink, write_error
 from qemu_blkmig.destination.writers import Writer
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.address import Address
-from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.control import Control
-from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
-from qemu_blkmig.nbd.pump import SMALL_ROOM, Lease, Limits, Pump
+from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Plan
+from qemu_blkmig.nbd.pump import SMALL_ROOM, Limits, Pump
 from qemu_blkmig.nbd.throttle import Throttle
 
-_ZERO_UNIT_OF_MIXED = 4096
 _TOUCH_UNIT = 4 << 20
 _NEAR = 0.005
 _MOST_TIMES = 4
@@ -50,7 +48,7 @@ class Settings:
 
 
 class DiskMover:
-    """Blocking: every method belongs in a worker thread, one at a time."""
+    """What blocks belongs in a worker thread, one call at a time; `flush` may go on beside, see `flushes_beside`."""
 
     def __init__(
         self,
@@ -77,49 +75,78 @@ class DiskMover:
         # One for all goes: memory that is given back is faulted in again.
         self._read_back = None if table is None else ReadBack(writer, table)
         self._unit = 1 if table is None else table.unit
+        self._flushing = threading.RLock()
         self._unflushed = False
         self._lost: errors.DestinationWriteError | None = None
         self._sources = _connect_all(disk, size, settings)
         limits = limits_for(settings, self._sources[0].round_trip)
         self._pump = Pump(disk, self._sources, limits, throttle, unit=self._unit)
 
-    def copy(self, extents: Sequence[Extent], control: Control, *, bulk: bool) -> float:
-        """Copy the extents and tell the seconds it took; the figures are in `control.tally`.
+    def course(
+        self, extents: Sequence[Extent], control: Control, *, bulk: bool, over: Callable[[Copying], None]
+    ) -> Course:
+        """A course that begins with a copy of the extents. Raises `Refused`.
 
-        Raises `Refused`, `SourceReadError`, `ConnectionLost`, `DestinationWriteError`, `Cancelled`; nothing is in
-        flight any more then.
+        `over` is called, in the thread that runs it, with each copy that is over.
         """
         self._check(extents)
-        began = time.monotonic()
-        classify = _classifier(self._settings.private_layers) if bulk else _zero_or_data
+        settings = self._settings
+        classify = _classifier(settings.private_layers) if bulk else _zero_or_data
         look_from = 0 if bulk else _LOOK_AT_DIRTY_FROM
-        plan = Plan(self._sources[0], extents, classify, look_from=look_from, disk=self._disk, unit=self._unit)
-        is_zero_already = self._is_zero_already(extents, bulk=bulk)
-        sink = _CopySink(self._disk, self._writer, self._settings.zero_unit, control, is_zero_already, self._table)
-        self._touch(extents)
-        self._unflushed = True
+        goes_on = bulk and len(extents) == 1
+        reach = [Extent(extents[0].offset, self._size - extents[0].offset)] if goes_on else extents
+        plan = Plan(
+            self._sources[0],
+            reach,
+            classify,
+            look_from=look_from,
+            disk=self._disk,
+            unit=self._unit,
+            wanted=extents[0].end if goes_on else None,
+        )
+        zero_already = self._zero_already(reach, bulk=bulk)
+        sink = CopySink(self._disk, self._writer, settings.zero_unit, zero_already, self._table)
+        return Course(self, plan, sink, control, over, extents)
+
+    def run(self, plan: Plan, sink: CopySink, control: Control) -> None:
+        """Carry out the plan; blocks. Raises as `Pump.run` does."""
         self._pump.run(plan, sink, control)
-        tally = control.tally
-        owed = sum(extent.length for extent in extents)
-        if tally.copied + tally.zeroed + tally.skipped != owed:
-            raise RuntimeError(f"disk {self._disk}: {tally} does not account for {owed} bytes")
-        return time.monotonic() - began
+
+    def begin(self, extents: Sequence[Extent]) -> None:
+        """The extents will be written to. Raises `Refused` where they cannot be copied."""
+        self._check(extents)
+        self._touch(extents)
+        self.wrote()
+
+    def wrote(self) -> None:
+        """Something was written that may not be stable."""
+        self._unflushed = True
+
+    @property
+    def flushes_beside(self) -> bool:
+        """Whether `flush` may be called in another thread while something is copied, or read back."""
+        return self._writer.flushes_beside
 
     def flush(self) -> None:
         """Make all that was copied stable, and the hash table that tells of it. Raises `DestinationWriteError`."""
-        lost, self._lost = self._lost, None
-        if lost is not None:
-            raise lost
-        try:
-            self._writer.flush()
-            if self._table is not None:
-                self._table.sync()
-        except OSError as error:
-            raise write_error(self._disk, None, error.errno or 0, "flushed") from error
-        except errors.ConnectionLost as error:
-            what = f"the destination cannot be flushed: {error}"
-            raise errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0) from error
-        self._unflushed = False
+        with self._flushing:
+            lost, self._lost = self._lost, None
+            if lost is not None:
+                raise lost
+            self._unflushed = False
+            try:
+                self._writer.flush()
+                if self._table is not None:
+                    self._table.sync()
+            except (OSError, errors.ConnectionLost) as error:
+                self._unflushed = True
+                raise self._flush_error(error) from error
+
+    def _flush_error(self, error: OSError | errors.ConnectionLost) -> errors.DestinationWriteError:
+        if isinstance(error, OSError):
+            return write_error(self._disk, None, error.errno or 0, "flushed")
+        what = f"the destination cannot be flushed: {error}"
+        return errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0)
 
     def verify(self, most: int, interrupted: Callable[[], bool]) -> Verified:
         """Read back about `most` bytes of what was written and not read back since, past the page cache where possible.
@@ -128,12 +155,13 @@ class DiskMover:
         """
         if self._read_back is None:
             raise errors.Refused("nothing was hashed: there is nothing to verify by", disk=self._disk)
-        if self._unflushed:
-            try:
-                self.flush()
-            except errors.DestinationWriteError as error:
-                self._lost = error  # a second flush would succeed, though this one has dropped what it was to keep
-                raise
+        with self._flushing:
+            if self._unflushed:
+                try:
+                    self.flush()
+                except errors.DestinationWriteError as error:
+                    self._lost = error  # a second flush would succeed, though this one dropped what it was to keep
+                    raise
         try:
             return self._read_back.run(most, interrupted)
         except OSError as error:
@@ -158,8 +186,8 @@ class DiskMover:
                 what = f"extent {extent.offset}+{extent.length} does not hold whole units of {self._unit} bytes"
                 raise errors.Refused(what, disk=self._disk)
 
-    def _is_zero_already(self, extents: Sequence[Extent], *, bulk: bool) -> Callable[[int, int], bool]:
-        """Tells where zeroes need not be written, by what no copy before this one began to write."""
+    def _zero_already(self, extents: Sequence[Extent], *, bulk: bool) -> Callable[[int, int], bool]:
+        """Tells where zeroes need not be written, by what no course before this one began to write."""
         if not (bulk and self._untouched and extents):
             return lambda _offset, _length: False
         base = extents[0].offset // _TOUCH_UNIT
@@ -178,127 +206,71 @@ class DiskMover:
             self._untouched[first : last + 1] = bytes(last + 1 - first)
 
 
-def write_error(disk: str, offset: int | None, number: int, verb: str = "written") -> errors.DestinationWriteError:
-    """The error that tells what the destination did not take, and why."""
-    place = "" if offset is None else f" at offset {offset}"
-    what = f"the destination cannot be {verb}{place}: {os.strerror(number)}"
-    return errors.DestinationWriteError(what, disk=disk, offset=offset, errno=number)
+class Course:
+    """Copies of one disk, one after the other without a gap: `run` begins each while the one before it drains.
 
-
-def zero_runs(view: memoryview, offset: int, unit: int) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, is zero) of the runs of `view`, which lies at `offset` of the disk, in aligned units."""
-    buffer = libnbd().Buffer.from_buffer(view)
-    start, was_zero = 0, False
-    at, length = 0, len(view)
-    while at < length:
-        end = min(length, at + unit - (offset + at) % unit)
-        zero = bool(buffer.is_zero(at, end - at))
-        if at and zero is not was_zero:
-            yield start, at, was_zero
-            start = at
-        was_zero, at = zero, end
-    if length:
-        yield start, length, was_zero
-
-
-class _CopySink:
-    """Writes what arrives, zeroes found in it as zeroes, and notes in `table` what it writes."""
+    Made by `DiskMover.course`. `run` blocks, in a worker thread; all else belongs in the event loop's.
+    """
 
     def __init__(
         self,
-        disk: str,
-        writer: Writer,
-        zero_unit: int,
+        mover: DiskMover,
+        plan: Plan,
+        sink: CopySink,
         control: Control,
-        is_zero_already: Callable[[int, int], bool],
-        table: HashTable | None,
+        over: Callable[[Copying], None],
+        extents: Sequence[Extent],
     ) -> None:
-        self.failure: Exception | None = None
-        self.under_way = 0
-        self._disk = disk
-        self._writer = writer
-        self._zero_unit = zero_unit
-        self._tally = control.tally
-        self._is_zero_already = is_zero_already
-        self._table = table
+        self._mover = mover
+        self._plan = plan
+        self._sink = sink
+        self._control = control
+        self._over = over
+        self.first = self._expect(extents)
 
     @property
-    def connections(self) -> Sequence[Connection]:
-        return self._writer.connections
+    def copies(self) -> Sequence[Copying]:
+        """Those that are not over, as far as `forget` was called for those that are."""
+        return self._sink.copies
 
-    def settle(self) -> None:
-        self._writer.settle()
+    def is_gone_on_with(self, extents: Sequence[Extent], *, bulk: bool) -> bool:
+        """Whether a copy of the extents can `join` it: of the first pass, and what lies next on the disk."""
+        goes_on = self._plan.goes_on_at is not None and bulk and len(extents) == 1
+        return goes_on and extents[0].offset == self._plan.goes_on_at
 
-    def pass_over(self, piece: Piece) -> None:
-        if piece.action is Action.SKIP:
-            self._tally.skipped += piece.length
-            return
-        if not self._is_zero_already(piece.offset, piece.length):
-            self._note_down(lambda table: table.zeroed(piece.offset, piece.length))
-        self._zero(piece.offset, piece.length, lambda: None)
+    def join(self, extents: Sequence[Extent]) -> Copying:
+        """Copy these as well. Raises `Refused`."""
+        copying = self._expect(extents)
+        self._plan.go_on(extents[-1].end)
+        self._control.nudge()
+        return copying
 
-    def is_nothing(self, zeroes: Piece) -> bool:
-        return self._is_zero_already(zeroes.offset, zeroes.length)
+    def run(self) -> None:
+        """Copy until nothing is left.
 
-    def data(self, lease: Lease) -> None:
-        offset = lease.piece.offset
-        self._note_down(lambda table: table.wrote(offset, lease.view))
-        zero_unit = min(self._zero_unit, _ZERO_UNIT_OF_MIXED) if lease.piece.mixed else self._zero_unit
-        runs = list(zero_runs(lease.view, offset, zero_unit))
-        left = len(runs)
+        Raises `SourceReadError`, `ConnectionLost`, `DestinationWriteError`, `Cancelled`, which end all copies that are
+        not over; nothing is in flight any more then.
+        """
+        self._mover.run(self._plan, self._sink, self._control)
 
-        def run_over() -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                lease.release()
+    def check(self) -> None:
+        """Between two runs: what was carried out is accounted for."""
+        if self._plan.exhausted and (owing := [each.tally for each in self.copies if each.left]):
+            raise RuntimeError(f"{owing} do not account for what was to be copied")
 
-        for start, end, zero in runs:
-            if zero:
-                self._zero(offset + start, end - start, run_over)
-            else:
-                self._write(lease.view[start:end], offset + start, run_over)
+    def forget(self, copying: Copying) -> None:
+        """It is over, and was told so."""
+        self._sink.forget(copying)
 
-    def _zero(self, offset: int, length: int, then: Callable[[], None]) -> None:
-        if self._is_zero_already(offset, length):
-            self._tally.zeroed += length
-            then()
-            return
+    def _expect(self, extents: Sequence[Extent]) -> Copying:
+        self._mover.begin(extents)
+        copying = Copying(extents, self._settle)
+        self._sink.expect(copying)
+        return copying
 
-        def done(error: int) -> None:
-            self.under_way -= 1
-            self._note(error, offset)
-            self._tally.zeroed += 0 if error else length
-            then()
-
-        self.under_way += 1
-        self._writer.zero(offset, length, done)
-
-    def _write(self, data: memoryview, offset: int, then: Callable[[], None]) -> None:
-        def done(error: int) -> None:
-            self.under_way -= 1
-            self._note(error, offset)
-            self._tally.copied += 0 if error else len(data)
-            then()
-
-        self.under_way += 1
-        self._writer.write(data, offset, done)
-
-    def _note_down(self, note: Callable[[HashTable], None]) -> None:
-        """Before the bytes go: whatever becomes of them, the table does not vouch for what was there before."""
-        if self._table is None:
-            return
-        try:
-            note(self._table)
-        except OSError as error:
-            what = f"the hashes of what is written cannot be stored: {error.strerror}"
-            number = error.errno or 0
-            lost = errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=number)
-            self.failure = self.failure or lost
-
-    def _note(self, error: int, offset: int) -> None:
-        if error and self.failure is None:
-            self.failure = write_error(self._disk, offset, error)
+    def _settle(self, copying: Copying) -> None:
+        self._mover.wrote()
+        self._over(copying)
 
 
 def limits_for(settings: Settings, round_trip: float) -> Limits:

@@ -4,6 +4,9 @@ Every request carries an `id` that its one reply repeats; replies may come in an
 a copy, or one for digests, the agent may send `Progress` and `Space`. Unknown keys and operations are refused; a line
 is at most `LINE_LIMIT` bytes. All offsets and lengths are bytes.
 
+A bulk copy may be asked for while others of its disk are under way, if its range follows on the last one's; a flush may
+be at any time, and holds for what was answered before.
+
 The life of an agent: hello, inspect | prepare, then per disk open, copy*, flush, ..., close, at the end `bye`.
 When stdin ends without `bye`, or nothing was heard for `SILENCE` (a network may be gone without a word), the agent ends
 its NBD servers and removes every image that it created and that was not yet closed; a closed image belongs to the
@@ -21,7 +24,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.hashing import Algorithm
 from qemu_blkmig.nbd.address import TcpAddress, UnixAddress
 
-PROTOCOL = 2
+PROTOCOL = 3
 LINE_LIMIT = 4 << 20
 BATCH_LIMIT = 16_384
 """Most extents in one copy request."""

@@ -26,11 +26,17 @@ class QemuNbd:
     """A running server; made by `start`. It dies with the thread that started it."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], complaints: IO[bytes], connections: Sequence[Connection]
+        self,
+        process: subprocess.Popen[bytes],
+        complaints: IO[bytes],
+        connections: Sequence[Connection],
+        flusher: Connection | None,
     ) -> None:
+        """`flusher`: one more, on which a flush holds for what was written on the others; None: there is none such."""
         self._process = process
         self._complaints = complaints
         self.connections = connections
+        self.flusher = flusher
 
     @property
     def pid(self) -> int:
@@ -61,7 +67,9 @@ class QemuNbd:
 
 
 async def start(path: str, image_format: str, connections: int, *, keep_allocated: bool = False) -> QemuNbd:
-    """Serve the image to `connections` connections, and to nobody else. Call it from a thread that lives on.
+    """Serve the image to `connections` connections, one more for flushes, and to nobody else.
+
+    Call it from a thread that lives on.
 
     What it writes goes past the page cache where the file system can do that (docs/decisions/028-past-the-cache.md).
     The socket's directory is gone when this returns, so that not even a killed agent leaves one behind. Raises
@@ -77,7 +85,7 @@ async def start(path: str, image_format: str, connections: int, *, keep_allocate
         "--format",
         image_format,
     ]
-    return await _start([*options, os.path.abspath(path)], f"{path} as {image_format}", connections)  # noqa: PTH100 - symlinks stay
+    return await _start([*options, os.path.abspath(path)], f"{path} as {image_format}", connections, flusher=True)  # noqa: PTH100 - symlinks stay
 
 
 async def start_reading(image: str, image_format: str | None) -> QemuNbd:
@@ -86,18 +94,25 @@ async def start_reading(image: str, image_format: str | None) -> QemuNbd:
     QEMU's image locks refuse it while anything writes to one of the files.
     """
     options = ["--format", image_format] if image_format is not None else []
-    return await _start(["--read-only", *options, image], image, 1)
+    return await _start(["--read-only", *options, image], image, 1, flusher=False)
 
 
-async def _start(options: Sequence[str], what: str, count: int) -> QemuNbd:
+async def _start(options: Sequence[str], what: str, count: int, *, flusher: bool) -> QemuNbd:
     directory = await asyncio.to_thread(tempfile.mkdtemp, prefix="blkmig-")
     try:
-        return await _serve(options, what, count, Path(directory) / "nbd")
+        process, complaints, made = await _serve(options, what, count + flusher, Path(directory) / "nbd")
     finally:
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+    spare = made.pop() if flusher else None
+    if spare is not None and not spare.flushes_for_all:
+        spare.close()
+        spare = None
+    return QemuNbd(process, complaints, made, spare)
 
 
-async def _serve(options: Sequence[str], what: str, count: int, listening: Path) -> QemuNbd:
+async def _serve(
+    options: Sequence[str], what: str, count: int, listening: Path
+) -> tuple[subprocess.Popen[bytes], IO[bytes], list[Connection]]:
     complaints = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
     command = ["setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--socket", str(listening), "--export-name", _EXPORT]
     command += ["--shared", str(count), "--persistent", *options]
@@ -116,7 +131,7 @@ async def _serve(options: Sequence[str], what: str, count: int, listening: Path)
             raise
         words = _last_words(complaints) or str(error)
         raise errors.DestinationFailed(f"qemu-nbd cannot serve {what}: {words}") from error
-    return QemuNbd(process, complaints, made)
+    return process, complaints, made
 
 
 async def _first_connection(process: subprocess.Popen[bytes], listening: Path) -> Connection:

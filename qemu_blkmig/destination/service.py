@@ -22,16 +22,18 @@ import qemu_blkmig
 from qemu_blkmig import errors
 from qemu_blkmig.destination import files, images, launching, locks, migration_sockets, protocol, qemu_nbd
 from qemu_blkmig.destination.bases import Bases
+from qemu_blkmig.destination.carrying import Carrying
 from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds, Confinement
 from qemu_blkmig.destination.digests import digests
 from qemu_blkmig.destination.expecting import Expecting
 from qemu_blkmig.destination.hashtable import HashTable, table_path
 from qemu_blkmig.destination.launching import Launcher
-from qemu_blkmig.destination.mover import DiskMover, Settings, write_error
+from qemu_blkmig.destination.mover import DiskMover, Settings
 from qemu_blkmig.destination.ownership import Guest
+from qemu_blkmig.destination.sink import write_error
 from qemu_blkmig.destination.writers import NbdWriter, RawWriter, Writer
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.nbd.control import Cancelled, Control, Tally
+from qemu_blkmig.nbd.control import Cancelled, Control
 from qemu_blkmig.nbd.throttle import Throttle
 
 _PROGRESS_SECONDS = 0.2
@@ -50,14 +52,17 @@ Tell = Callable[[protocol.Progress | protocol.Space], Awaitable[None]]
 
 @dataclass
 class _Disk:
-    """A prepared disk. `thread` does all that blocks for it, one thing at a time. `touched`: it may be written to.
+    """A prepared disk. `thread` does all that blocks for it, one thing at a time; `flusher` flushes beside that.
 
-    `urgent`: requests that wait for what is read back to end.
+    `touched`: it may be written to. `urgent`: requests that wait for what is read back to end.
     """
 
     prepared: images.Prepared
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
+    flusher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    flushing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    carrying: Carrying | None = None
     server: qemu_nbd.QemuNbd | None = None
     writer: Writer | None = None
     mover: DiskMover | None = None
@@ -90,15 +95,25 @@ class _Disk:
 
     @contextlib.contextmanager
     def cancellable(self) -> Iterator[Control]:
-        """What `Cancel` reaches while a copy, or a reading for digests, is under way; one at a time."""
-        if self.control is not None:
+        """What `Cancel` reaches while a copy, or a reading for digests, is under way; one at a time.
+
+        Copies that have been answered are not under way, though their thread may have something to tidy up.
+        """
+        if self.control is not None and (self.carrying is None or not self.carrying.idle):
             raise errors.Refused("a copy, or a reading for digests, is under way", disk=self.name)
+        self.carrying = None
         control = self.control = Control()
         try:
             yield control
         finally:
-            self.control = None
+            if self.control is control:
+                self.control = None
             control.close()
+
+    def carried(self, carrying: Carrying) -> None:
+        """No copy can join that one any more."""
+        if self.carrying is carrying:
+            self.carrying = None
 
     async def digests(self, op: protocol.Digests, control: Control) -> protocol.DigestsReply:
         if (writer := self.writer) is None:
@@ -121,6 +136,7 @@ class Service:
         self._throttle = Throttle()
         self._disks: dict[str, _Disk] = {}
         self._bases = Bases()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._ended = False
         self._kept = False
 
@@ -321,17 +337,43 @@ class Service:
             )
         except errors.DestinationFailed as error:
             raise errors.DestinationWriteError(error.what, disk=disk.name, offset=None, errno=0) from error
-        return NbdWriter(disk.server.connections, disk.prepared.descriptor)
+        return NbdWriter(disk.server.connections, disk.prepared.descriptor, disk.server.flusher)
 
     async def _move(self, op: protocol.Copy) -> protocol.CopyReply:
         disk, mover = self._opened(op.disk)
-        with disk.cancellable() as control:
-            async with disk.urgently(), self._reporting(disk, control.tally):
-                self._still(disk, mover)
-                extents = _extents(op)
-                seconds = await disk.run(lambda: mover.copy(extents, control, bulk=op.kind == "bulk"))
-                tally = control.tally
-                return protocol.CopyReply(tally.copied, tally.zeroed, tally.skipped, seconds)
+        extents, bulk, began = _extents(op), op.kind == "bulk", time.monotonic()
+        if not extents:
+            return protocol.CopyReply(0, 0, 0, 0.0)
+        carrying = disk.carrying
+        if carrying is not None and carrying.is_gone_on_with(extents, bulk=bulk):
+            copying = carrying.join(extents)
+        else:
+            carrying = self._set_out(disk, mover, extents, bulk=bulk)
+            copying = carrying.first
+        tally = await carrying.over(copying)
+        return protocol.CopyReply(tally.copied, tally.zeroed, tally.skipped, time.monotonic() - began)
+
+    def _set_out(self, disk: _Disk, mover: DiskMover, extents: Sequence[Extent], *, bulk: bool) -> Carrying:
+        with contextlib.ExitStack() as stack:
+            control = stack.enter_context(disk.cancellable())
+            disk.carrying = carrying = Carrying(mover, extents, control, bulk=bulk)
+            stack.callback(disk.carried, carrying)
+            task = asyncio.create_task(self._carry(disk, mover, carrying, stack.pop_all()))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return carrying
+
+    async def _carry(self, disk: _Disk, mover: DiskMover, carrying: Carrying, joinable: contextlib.ExitStack) -> None:
+        try:
+            async with disk.urgently(), self._reporting(disk, carrying):
+                with joinable:
+                    self._still(disk, mover)
+                    await carrying.run(disk.run)
+        except BaseException as error:
+            joinable.close()
+            carrying.end(error)
+            if not isinstance(error, Exception):
+                raise
 
     async def _digest(self, op: protocol.Digests) -> protocol.DigestsReply:
         disk, mover = self._opened(op.disk)
@@ -341,14 +383,15 @@ class Service:
                 return await disk.digests(op, control)
 
     @contextlib.asynccontextmanager
-    async def _reporting(self, disk: _Disk, tally: Tally) -> AsyncIterator[None]:
-        """Tell of progress and of the room that is left, while a copy lasts."""
+    async def _reporting(self, disk: _Disk, carrying: Carrying) -> AsyncIterator[None]:
+        """Tell of progress and of the room that is left, while copies last."""
 
         async def report() -> None:
             told = protocol.Progress(disk.name, 0, 0, 0)
             while True:
                 await self._tell_space(disk)
                 await asyncio.sleep(_PROGRESS_SECONDS)
+                tally = carrying.tally
                 now = protocol.Progress(disk.name, tally.copied, tally.zeroed, tally.skipped)
                 if now != told:
                     await self._tell(now)
@@ -372,10 +415,16 @@ class Service:
                 await self._tell(space)
 
     async def _flush(self, op: protocol.Flush) -> protocol.Done:
+        """Beside a copy, if need be: what that writes meanwhile is for the next flush."""
         disk, mover = self._opened(op.disk)
-        async with disk.urgently():
-            self._still(disk, mover)
-            await disk.run(mover.flush)
+        async with disk.flushing:
+            if disk.carrying is not None and mover.flushes_beside:
+                self._still(disk, mover)
+                await asyncio.get_running_loop().run_in_executor(disk.flusher, mover.flush)
+            else:
+                async with disk.urgently():
+                    self._still(disk, mover)
+                    await disk.run(mover.flush)
         return protocol.Done()
 
     async def _verify(self, op: protocol.Verify) -> protocol.VerifyReply:
@@ -397,7 +446,7 @@ class Service:
 
     async def _close(self, op: protocol.Close) -> protocol.CloseReply:
         disk = self._disk(op.disk)
-        async with disk.turn:
+        async with disk.flushing, disk.turn:
             self._still(disk, disk.mover)
             descriptor = disk.prepared.descriptor
             try:
@@ -412,6 +461,7 @@ class Service:
                 # A kept one goes once the image is marked as complete: until then the job may be suspended.
                 await disk.run(disk.table.close if self._kept else disk.table.remove)
         disk.thread.shutdown(wait=False)
+        disk.flusher.shutdown(wait=False)
         self._disks.pop(op.disk, None)
         return protocol.CloseReply(allocated)
 
@@ -433,15 +483,16 @@ class Service:
     async def _end(self, disk: _Disk, *, remove: bool) -> None:
         """Give the disk up. A thread that hangs in its storage is left behind: the process exits over it."""
         try:
-            async with asyncio.timeout(_TEARDOWN_SECONDS), disk.turn:
+            async with asyncio.timeout(_TEARDOWN_SECONDS), disk.flushing, disk.turn:
                 if disk.closed:
                     return
                 await disk.run(lambda: None)
         except TimeoutError:
             _log.error("disk %s: still busy after %.0f s, given up", disk.name, _TEARDOWN_SECONDS)
         if disk.server is not None:
-            for connection in disk.server.connections:
-                connection.close()
+            for connection in (*disk.server.connections, disk.server.flusher):
+                if connection is not None:
+                    connection.close()
             with contextlib.suppress(errors.DestinationFailed):
                 await disk.server.stop()
         if disk.table is not None:

@@ -36,6 +36,10 @@ class Writer(Protocol):
     def connections(self) -> Sequence[Connection]:
         """What a poll loop has to drive while operations are under way."""
 
+    @property
+    def flushes_beside(self) -> bool:
+        """Whether `flush` may be called in another thread than the rest, at the same time."""
+
     def write(self, data: memoryview, offset: int, done: Done) -> None:
         """Write `data`, which stays as it is until `done`."""
 
@@ -68,6 +72,7 @@ class RawWriter:
     """
 
     connections: Sequence[Connection] = ()
+    flushes_beside = True
 
     def __init__(self, descriptor: int, *, keep_allocated: bool = False) -> None:
         """`keep_allocated`: zeroes make no holes."""
@@ -161,11 +166,14 @@ class RawWriter:
 class NbdWriter(NbdReader):
     """Writes through NBD connections to a server of our own that alone has the image open.
 
-    `descriptor` is of the image's file; it stays the caller's.
+    `descriptor` is of the image's file; it stays the caller's. `flusher`: a connection of its own for flushes, where
+    the server promises that they hold for what was written on the others.
     """
 
-    def __init__(self, connections: Sequence[Connection], descriptor: int) -> None:
+    def __init__(self, connections: Sequence[Connection], descriptor: int, flusher: Connection | None) -> None:
         super().__init__(connections)
+        self._flusher = flusher
+        self.flushes_beside = flusher is not None
         self._descriptor = descriptor
         self._next = 0
         self._completed: list[tuple[Done, int]] = []
@@ -196,14 +204,20 @@ class NbdWriter(NbdReader):
             done(error)
 
     def flush(self) -> None:
-        """Flush on every connection: servers need not promise multi-conn. See `Writer`."""
-        for connection in self.connections:
+        """On every connection where the server does not promise multi-conn. See `Writer`."""
+        for connection in self.connections if self._flusher is None else [self._flusher]:
             if error := connection.flush():
                 raise OSError(error, os.strerror(error))
 
     def expect_reads(self, extents: Sequence[Extent]) -> None:
         """Drop the image's file from the page cache: where in it the extents lie is the server's affair."""
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        super().close()
+        if self._flusher is not None:
+            self._flusher.close()
 
     def _turn(self) -> Connection:
         connection = self.connections[self._next]

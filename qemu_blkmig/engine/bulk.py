@@ -1,135 +1,246 @@
-"""The bulk phase: one pass over a disk, from sector 0 to its end, that can be taken up again where it failed."""
+"""The bulk phase: one pass over the disks, from sector 0 to the end, that can be taken up again where it failed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.device import Device
 from qemu_blkmig.engine.extents import Batcher, Extent
 from qemu_blkmig.engine.ports import Comparer, CopyKind
+from qemu_blkmig.engine.stride import Stride
 
-MOST_UNFLUSHED = 256 << 20
-"""Bytes of the pass after which it is flushed, however large the disk is; a range is copied to its end before."""
-FIRST_STRIDE = 32 << 20
-PART, LONGEST = 32, 16 << 30
-"""A range is no longer than this part of a disk, nor than so many bytes: a failure throws no more away."""
-CHANGE = 8
-"""How many times as long as the last range the next one is at most, or as short."""
+AHEAD = 3
+"""Ranges that may be under way or not flushed yet: one is flushed, one copied, the next one asked for already."""
 
-
-class Stride:
-    """How many bytes of a disk to ask for at once, so that it takes about `seconds`, by what the last range took.
-
-    What lies between two ranges (a question, its way and back, a flush) is then little beside them on a long way; and
-    what a failure throws away is little. Where nothing is stored, ranges become long.
-    """
-
-    def __init__(self, seconds: float, chunk_size: int) -> None:
-        self._seconds = seconds
-        self._chunk = chunk_size
-        self._length: int | None = None
-
-    def length(self, size: int, interval: int) -> int:
-        """Whole chunks, of a disk of `size` bytes; no more than `interval` until something was measured."""
-        if self._length is None:
-            return min(max(FIRST_STRIDE, self._chunk), interval)
-        most = min(size // PART, LONGEST) // self._chunk * self._chunk
-        return max(self._chunk, min(self._length, most))
-
-    def took(self, length: int, seconds: float) -> None:
-        """A range of `length` bytes took so long."""
-        change = min(CHANGE, max(1 / CHANGE, self._seconds / seconds)) if seconds > 0 else CHANGE
-        self._length = max(self._chunk, int(length * change) // self._chunk * self._chunk)
+Settle = Callable[[float], None]
+"""Counts a range that has arrived, so many seconds after the one before it."""
 
 
+@dataclass(frozen=True)
 class BulkPass:
     """Copies range after range; no more is known of a disk than where its cursor stands.
 
-    With a `comparer` the destination holds an older copy, and just what differs is sent: as DIRTY, because nothing
-    may be skipped there and nothing is known to be zero. At most `batch` extents go into one request.
+    `room`: bytes of a disk that may be under way, or not flushed yet, at once, or `AHEAD` ranges where that is more;
+    each range is flushed while the next ones are copied, so that a long way never runs dry. 0: one range after the
+    other, and a flush, for which everything waits, after `interval` bytes (told for a disk's size).
 
-    Copied is not yet stable: no bitmap remembers what the pass has written. So a disk's pass is done only once it
-    has been flushed, and what cannot be flushed is copied again. It is flushed now and then, too, so that whoever
-    resumes the pass has little to copy again: `on_stable` is told, each time, the disk and how far it is stable.
+    A range is of at most `range_size` bytes, unless a `stride`, which is made for each disk, tells. With a `comparer`
+    the destination holds an older copy, and just what differs is sent: as DIRTY, because nothing may be skipped there
+    and nothing is known to be zero. At most `batch` extents go into one request.
+
+    Copied is not yet stable: no bitmap remembers what the pass has written. So a range is done only once a flush has
+    succeeded that began after the range was reported, and what cannot be flushed is copied again. `on_stable` is told,
+    each time, the disk and how far it is stable.
     """
 
-    def __init__(
-        self,
-        carrier: Carrier,
-        range_size: int,
-        batch: int,
-        interval: Callable[[int], int],
-        on_stable: Callable[[str, int], None],
-        comparer: Comparer | None,
-        stride: Callable[[], Stride] | None = None,
-    ) -> None:
-        """`interval`: for a disk's size, the bytes after which its pass is flushed.
+    carrier: Carrier
+    range_size: int
+    batch: int
+    room: int
+    interval: Callable[[int], int]
+    on_stable: Callable[[str, int], None]
+    comparer: Comparer | None
+    stride: Callable[[], Stride] | None = None
 
-        A range is of at most `range_size` bytes, unless a `stride`, which is made for each disk, tells.
+    async def run(self, devices: Sequence[Device]) -> None:
+        """Copy what the pass has not yet copied of the disks, and flush it; raises what the mover raises.
+
+        Returns or raises once nothing is under way. A disk may be begun when all of the one before it is asked for.
         """
-        self._carrier = carrier
-        self._range_size = range_size
-        self._batch = batch
-        self._interval = interval
-        self._on_stable = on_stable
-        self._comparer = comparer
-        self._stride = stride
+        left = deque(DiskPass(self, device) for device in devices if not device.bulk_done)
+        begun: list[DiskPass] = []
+        try:
+            while left or begun:
+                for each in begun:
+                    each.begin()
+                while left and (not begun or (len(begun) == 1 and begun[0].is_draining)):
+                    begun.append(left.popleft())
+                    begun[-1].begin()
+                tasks = [task for each in begun for task in each.awaited]
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for each in begun:
+                    each.take_note()
+                begun = [each for each in begun if not each.is_done]
+        except BaseException as error:
+            cancellation = error if isinstance(error, asyncio.CancelledError) else None
+            for each in begun:
+                cancellation = await each.give_up(error, hurried=cancellation is not None) or cancellation
+            if cancellation is not None and cancellation is not error:
+                raise cancellation from error
+            raise
 
-    async def run(self, device: Device) -> None:
-        """Copy what the pass has not yet copied of `device`, and flush it; raises what the mover raises."""
-        interval = self._interval(device.size)
-        stride = self._stride() if self._stride is not None else None
-        while device.cursor < device.size:
-            length = stride.length(device.size, interval) if stride else min(self._range_size, interval)
-            try:
-                extent = device.next_range(length)
-                seconds = await self._bring(device, extent)
-                if stride:
-                    stride.took(extent.length, seconds)
-            except Exception as error:
-                if not self._carrier.halted:
-                    await self._secure_after(error, device)
-                raise
-            if device.cursor - device.stable >= interval:
-                await self._secure(device)
-        if not device.bulk_done:
-            await self._secure(device)
 
-    async def _bring(self, device: Device, extent: Extent) -> float:
-        """The seconds that copying took."""
-        if self._comparer is None:
-            return await self._carrier.copy(device, [extent], CopyKind.BULK)
-        self._carrier.check_halted(device)
-        batcher = Batcher(most=self._batch, volume=self._range_size, size=device.size, unit=device.unit)
-        differing = await self._comparer.differing(device.name, extent)
-        sent, seconds = 0, 0.0
+@dataclass(frozen=True)
+class _Flight:
+    extent: Extent
+    began: float
+    task: asyncio.Task[Settle]
+
+
+class DiskPass:
+    """The pass over one disk. Ranges are counted in their order, whichever arrives first: the cursor leaves no gap."""
+
+    def __init__(self, way: BulkPass, device: Device) -> None:
+        self._way = way
+        self._device = device
+        self._carrier = way.carrier
+        self._interval = way.interval(device.size)
+        self._stride = way.stride() if way.stride is not None else None
+        self._next = device.cursor
+        self._flights: deque[_Flight] = deque()
+        self._flush: asyncio.Task[int] | None = None
+        self._arrived = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of the disk is brought over, and stable."""
+        return self._device.bulk_done
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether all that is left is under way, or to be flushed, while something else may begin."""
+        return bool(self._way.room) and self._next == self._device.size
+
+    @property
+    def awaited(self) -> Sequence[asyncio.Task[Any]]:
+        """What there is to take note of once one of them is over."""
+        flush = [self._flush] if self._flush is not None else []
+        return [*(flight.task for flight in [*self._flights][:1]), *flush]
+
+    def take_note(self) -> None:
+        """Of what is over; raises what it raised."""
+        self._note_flush()
+        self._settle()
+
+    def begin(self) -> None:
+        """Begin all that may begin now. Raises MigrationError when halted."""
+        while self._next < self._device.size and self._has_room():
+            self._carrier.check_halted(self._device)
+            extent = Extent(self._next, min(self._length(), self._device.size - self._next))
+            task = asyncio.create_task(self._bring(extent))
+            self._flights.append(_Flight(extent, self._carrier.now(), task))
+            self._next = extent.end
+        if self._flush is None and self._is_flush_due():
+            self._flush = asyncio.create_task(self._secure())
+
+    def _length(self) -> int:
+        if self._stride is None:
+            return min(self._way.range_size, self._interval)
+        return self._stride.length(self._device.size, self._interval)
+
+    def _has_room(self) -> bool:
+        if not self._way.room:
+            return not (self._flights or self._flush or self._is_flush_due())
+        length = self._length()
+        return self._next + length - self._device.stable <= max(self._way.room, AHEAD * length)
+
+    def _is_flush_due(self) -> bool:
+        device = self._device
+        if self._way.room:
+            return device.cursor > device.stable
+        unflushed = device.cursor - device.stable
+        return not self._flights and (unflushed >= self._interval or 0 < unflushed == device.size - device.stable)
+
+    async def _bring(self, extent: Extent) -> Settle:
+        device, way = self._device, self._way
+        if way.comparer is None:
+            report = await self._carrier.bring(device, [extent], CopyKind.BULK)
+            return lambda seconds: self._carrier.settle(device, [extent], CopyKind.BULK, report, seconds)
+        batcher = Batcher(most=way.batch, volume=way.range_size, size=device.size, unit=device.unit)
+        differing = await way.comparer.differing(device.name, extent)
+        sent = 0
         for batch in (*batcher.feed(differing), batcher.rest()):
             if batch:
-                seconds += await self._carrier.copy(device, batch, CopyKind.DIRTY)
+                await self._carrier.copy(device, batch, CopyKind.DIRTY)
                 sent += sum(each.length for each in batch)
-        self._carrier.compared(device, extent, max(0, extent.length - sent))
-        return seconds
+        return lambda _seconds: self._carrier.compared(device, extent, max(0, extent.length - sent))
 
-    async def _secure(self, device: Device) -> None:
-        """Flush; on a failure never again: a second fsync succeeds though the first one dropped the data."""
+    def _settle(self) -> None:
+        """Count what has arrived; raises what the first range raised that has not."""
+        while self._flights and self._flights[0].task.done():
+            settle = self._flights[0].task.result()
+            flight, now = self._flights.popleft(), self._carrier.now()
+            seconds, self._arrived = now - max(flight.began, self._arrived), now
+            settle(seconds)
+            if self._stride is not None:
+                self._stride.took(flight.extent.length, seconds)
+
+    async def _secure(self) -> int:
+        """How far the disk is stable: what arrives while the flush goes on is for the next one."""
+        reported = self._device.cursor
+        await self._carrier.flush(self._device)
+        return reported
+
+    def _note_flush(self) -> None:
+        """Take note of a flush that is over; raises what it raised.
+
+        After a failure never again: a second fsync succeeds though the first one dropped the data, of ranges that
+        were under way, too.
+        """
+        if self._flush is None or not self._flush.done():
+            return
+        flush, self._flush = self._flush, None
         try:
-            await self._carrier.flush(device)
+            stable = flush.result()
         except BaseException:
-            device.unsecured()
+            self._device.unsecured()
             raise
-        device.secured()
-        self._on_stable(device.name, device.stable)
+        self._device.secured(stable)
+        self._way.on_stable(self._device.name, stable)
 
-    async def _secure_after(self, error: Exception, device: Device) -> None:
-        """Learn whether the writer still has what it reported: one that died may have taken unflushed data along."""
+    async def give_up(self, error: BaseException, *, hurried: bool) -> asyncio.CancelledError | None:
+        """After `error`, of this disk or another: end what is under way, and learn what of it is certain.
+
+        `hurried`: the caller was cancelled. Returns the cancellation that has come meanwhile.
+        """
+        cancellation = await self._end_flights(hurried=hurried)
+        doubtful = not hurried or any(_failed(flight.task) for flight in self._flights)
         try:
-            await self._secure(device)
+            self._note_flush()
+            if doubtful and not (hurried or cancellation or self._carrier.halted):
+                await self._secure_after()
+                doubtful = False
+        except asyncio.CancelledError as another:
+            cancellation = another
         except Exception as flaw:
-            error.add_note(f"the flush failed as well ({flaw!r}): the pass goes on at byte {device.cursor}")
+            error.add_note(f"the flush failed as well ({flaw!r}): the pass goes on at byte {self._device.cursor}")
+        if doubtful and not self._carrier.halted:
+            self._device.unsecured()
+        return cancellation
+
+    async def _end_flights(self, *, hurried: bool) -> asyncio.CancelledError | None:
+        """Nothing is under way any more; the cancellation that came meanwhile. A flush goes on unless `hurried`."""
+        cancellation: asyncio.CancelledError | None = None
+        for flight in self._flights:
+            flight.task.cancel()
+        flush = [self._flush] if self._flush is not None else []
+        tasks: list[asyncio.Task[Any]] = [*(flight.task for flight in self._flights), *flush]
+        while waiting := [task for task in tasks if not task.done()]:
+            if self._flush is not None and (hurried or cancellation is not None):
+                self._flush.cancel()
+            try:
+                await asyncio.wait(waiting)
+            except asyncio.CancelledError as another:
+                cancellation = another
+        return cancellation
+
+    async def _secure_after(self) -> None:
+        """Learn whether the writer still has what it reported: one that died may have taken unflushed data along."""
+        if self._device.cursor == self._device.stable:
+            return
+        try:
+            stable = await self._secure()
+        except BaseException:
+            self._device.unsecured()
+            raise
+        self._device.secured(stable)
+        self._way.on_stable(self._device.name, stable)
 
 
-def flush_interval(size: int, flushes: int, chunk_size: int) -> int:
-    """Bytes (whole chunks) after which the pass over a disk of `size` bytes is flushed: about `flushes` times."""
-    chunks = min(size // flushes, MOST_UNFLUSHED) // chunk_size
-    return max(1, chunks) * chunk_size
+def _failed(task: asyncio.Task[Settle]) -> bool:
+    return not task.cancelled() and task.exception() is not None

@@ -14,7 +14,8 @@ from qemu_blkmig.errors import MigrationError
 class Carrier:
     """Copies and flushes; `on_settled` is called after every batch that has been counted.
 
-    Whoever calls awaits one copy before the next, so no two are ever in flight together (ENGINE.md, "Dirty" 2).
+    Of two copies that are in flight together the chunks differ: those of the bulk pass are of neighbouring ranges, and
+    in a round one is awaited before the next (ENGINE.md, "Dirty" 2).
     """
 
     def __init__(self, mover: Mover, clock: Clock, pace: Pace, on_settled: Callable[[], None]) -> None:
@@ -39,15 +40,30 @@ class Carrier:
         Raises MigrationError when halted or when the report does not account for every byte, and what the mover
         raises.
         """
-        self.check_halted(device)
         began = self._clock.now()
-        report = await self._mover.copy(device.name, extents, kind)
+        report = await self.bring(device, extents, kind)
         seconds = self._clock.now() - began
+        self.settle(device, extents, kind, report, seconds)
+        return seconds
+
+    async def bring(self, device: Device, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
+        """Copy one batch that `settle` is to count; raises as `copy` does."""
+        self.check_halted(device)
+        report = await self._mover.copy(device.name, extents, kind)
         _check(device, extents, kind, report)
+        return report
+
+    def settle(
+        self, device: Device, extents: Sequence[Extent], kind: CopyKind, report: CopyReport, seconds: float
+    ) -> None:
+        """Count a batch that took `seconds`, or came so long after the one before it."""
         device.settle(extents, kind, report)
         self._pace.copied(kind, report, seconds)
         self._on_settled()
-        return seconds
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self._clock.now()
 
     def compared(self, device: Device, extent: Extent, equal: int) -> None:
         """Count a range of the bulk pass whose differences have been copied; `equal` bytes of it needed no copy."""

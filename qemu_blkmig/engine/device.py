@@ -96,10 +96,6 @@ class Device:
         """Take the bulk pass up, of which `stable` bytes are known to be flushed."""
         self.cursor = self.stable = self.resumed = stable
 
-    def next_range(self, length: int) -> Extent:
-        """The range that the bulk pass has to copy next, of at most `length` bytes."""
-        return Extent(self.cursor, min(length, self.size - self.cursor))
-
     def settle(self, extents: Sequence[Extent], kind: CopyKind, report: CopyReport) -> None:
         """Count what the mover reported; in the bulk pass the cursor moves on, and only here."""
         self.copied += report.copied
@@ -115,9 +111,9 @@ class Device:
         self.skipped += equal
         self.cursor = extent.end
 
-    def secured(self) -> None:
-        """All that the bulk pass has copied so far has been flushed."""
-        self.stable = self.cursor
+    def secured(self, stable: int) -> None:
+        """Of what the bulk pass has copied, `stable` bytes have been flushed."""
+        self.stable = stable
 
     def unsecured(self) -> None:
         """What the bulk pass has copied since the last flush may be lost: it is to be copied again."""

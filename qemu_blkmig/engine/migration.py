@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from qemu_blkmig.engine.bulk import BulkPass, Stride, flush_interval
+from qemu_blkmig.engine.bulk import BulkPass
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.completion import Completion
 from qemu_blkmig.engine.convergence import Pace, Policy, Verdict
@@ -30,6 +30,7 @@ from qemu_blkmig.engine.forecast import Outlook, time_to_converge
 from qemu_blkmig.engine.outlast import outlast
 from qemu_blkmig.engine.ports import Clock, Comparer, DirtyLog, Guest, Mover
 from qemu_blkmig.engine.standby import Standby
+from qemu_blkmig.engine.stride import Stride, flush_interval
 from qemu_blkmig.errors import MigrationError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Tuning:
     """`chunk_size`, `range_size`: bytes; `range_size` is what one copy request holds at most. `batch`: its extents.
     `flushes`: how often the bulk pass over a disk is flushed at most, about; oftener on a very large one. `granule`:
     bytes that are dirty together, as far as anybody knows. `stride`: seconds that a range of the bulk pass is to take,
-    whose length is `range_size` where this is None.
+    whose length is `range_size` where this is None. `room`: see `BulkPass`.
 
     Raises ValueError when a size is not positive, or not a multiple of the unit below it (512 bytes, a chunk).
     """
@@ -54,6 +55,7 @@ class Tuning:
     flushes: int = 32
     granule: int = 64 << 10
     stride: float | None = None
+    room: int = 0
 
     def __post_init__(self) -> None:
         if self.chunk_size <= 0 or self.chunk_size % SECTOR:
@@ -167,6 +169,7 @@ class BlockMigration:
             self._carrier,
             tuning.range_size,
             tuning.batch,
+            tuning.room if compare is None else 0,
             lambda size: flush_interval(size, tuning.flushes, tuning.chunk_size),
             on_stable,
             compare,
@@ -224,8 +227,7 @@ class BlockMigration:
                 return
             self._enter(Phase.BULK)
             try:
-                for device in self._devices:
-                    await self._bulk.run(device)
+                await self._bulk.run(self._devices)
             finally:
                 self._publish()
             self._enter(Phase.DIRTY)

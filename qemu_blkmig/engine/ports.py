@@ -110,13 +110,15 @@ class Mover(Protocol):
         """Copy the extents (ascending, disjoint). On an error or when cancelled, any part may have arrived.
 
         Only returns or raises once nothing of this call is in flight any more: an older copy can never land after a
-        newer one.
+        newer one. Where the engine was told to keep the way full (`Tuning.room`), copies of neighbouring BULK ranges
+        are asked for in their order while earlier ones are under way; when one fails the others of the disk may, too.
         """
 
     async def flush(self, disk: str) -> None:
-        """Make all that `copy` has reported so far stable at the destination.
+        """Make all that `copy` has reported so far stable at the destination; what it reports meanwhile may be, too.
 
-        When it raises, nothing reported since the last flush that succeeded is known to be there.
+        When it raises, nothing reported since the last flush that succeeded is known to be there, nor what is under
+        way. Only called during a copy where copies are (see there).
         """
 
     async def set_bandwidth(self, rate: int | None) -> None:

@@ -45,6 +45,8 @@ class Connection:
         self.contexts = frozenset(name for name in contexts if handle.can_meta_context(name))
         limit: int = handle.get_block_size(module.SIZE_MAXIMUM)
         self.request_limit = min(limit or ASSUMED_REQUEST_LIMIT, ASSUMED_REQUEST_LIMIT)
+        self.flushes_for_all = bool(handle.can_flush() and handle.can_multi_conn())
+        """Whether a flush holds for what was written on other connections, too."""
         self._whole_reads = bool(handle.can_df())
         self.minimum_block = max(1, int(handle.get_block_size(module.SIZE_MINIMUM)))
 

@@ -1,7 +1,8 @@
-"""What another thread may do to a copy under way: look at its figures, and cancel it."""
+"""What another thread may do to a copy under way: look at its figures, have it look up from its poll, cancel it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ class Tally:
 
 @dataclass
 class Control:
-    """Belongs to one copy; `cancel` may be called from any thread, at any time."""
+    """Belongs to one copy, or some that follow each other; `cancel` and `nudge` may be called from any thread."""
 
     tally: Tally = field(default_factory=Tally)
     cancelled: bool = False
@@ -31,6 +32,15 @@ class Control:
         """Have the copy stop soon."""
         self.cancelled = True
         os.eventfd_write(self.wake, 1)
+
+    def nudge(self) -> None:
+        """Have the copy look at once whether there is more to do."""
+        os.eventfd_write(self.wake, 1)
+
+    def nudged(self) -> None:
+        """Forget the nudges so far."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.wake)
 
     def close(self) -> None:
         """Free the descriptor; nobody may cancel any more."""

@@ -61,12 +61,18 @@ class Plan:
 
     Lookups are asynchronous: `look_ahead` starts one, `take` gives what is known. Both belong in a poll loop that
     drives `connection`.
+
+    With `wanted` the ranges are just what may be looked up: taken is what lies before `wanted`, and what `go_on` adds
+    to it. Pieces end there.
     """
 
     def __init__(
         self, connection: Connection, ranges: Sequence[Extent], classify: Classify, *, look_from: int, disk: str,
-        unit: int = 1,
+        unit: int = 1, wanted: int | None = None,
     ) -> None:  # fmt: skip
+        self._ends = None if wanted is None else deque([wanted])
+        self._taken = ranges[0].offset if ranges else 0
+        self._last = wanted
         self._connection = connection
         self._unknown = deque(ranges)
         self._classify = classify
@@ -87,7 +93,20 @@ class Plan:
     @property
     def exhausted(self) -> bool:
         """Whether `take` has given everything."""
+        if self._last is not None:
+            return self._taken >= self._last
         return not (self._unknown or self._known or self._asked)
+
+    @property
+    def goes_on_at(self) -> int | None:
+        """What is wanted ends here, and `go_on` may add to it; None: there is nothing to add."""
+        return self._last
+
+    def go_on(self, wanted: int) -> None:
+        """What lies before `wanted` may be taken, too; may be called from another thread."""
+        if self._ends is not None:
+            self._ends.append(wanted)
+            self._last = wanted
 
     def look_ahead(self) -> None:
         """Take in an answered lookup, and start the next unless enough is known.
@@ -106,15 +125,33 @@ class Plan:
         piece = self._known.popleft()
         while self._known and _continues(piece, self._known[0]):
             piece = replace(piece, length=piece.length + self._known.popleft().length)
-        limit = most(piece)
-        if piece.length > limit:
-            self._known.appendleft(replace(piece, offset=piece.offset + limit, length=piece.length - limit))
-            piece = replace(piece, length=limit)
+        if (end := self._end_for(piece)) <= piece.offset:
+            self._known.appendleft(piece)
+            return None
+        piece = self._cut(piece, end - piece.offset)
+        piece = self._cut(piece, most(piece))
+        self._taken = piece.end
         return piece
 
     def put_back(self, piece: Piece) -> None:
         """Return a piece that cannot be begun now."""
         self._known.appendleft(piece)
+        self._taken = piece.offset
+
+    def _end_for(self, piece: Piece) -> int:
+        """Where the piece has to end; no further than where it begins if it is not wanted yet."""
+        if self._ends is None:
+            return piece.end
+        while len(self._ends) > 1 and self._ends[0] <= piece.offset:
+            self._ends.popleft()
+        return self._ends[0]
+
+    def _cut(self, piece: Piece, limit: int) -> Piece:
+        """At most the first `limit` bytes of the piece; the rest is put back."""
+        if piece.length <= limit:
+            return piece
+        self._known.appendleft(replace(piece, offset=piece.offset + limit, length=piece.length - limit))
+        return replace(piece, length=limit)
 
     def _look_at(self, extent: Extent) -> None:
         if extent.length < self._look_from:

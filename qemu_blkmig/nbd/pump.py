@@ -224,7 +224,9 @@ class Pump:
             connection.register(poller)
         if not control.cancelled:
             poller.register(control.wake, select.POLLIN)
-        poller.poll(self._timeout(plan, sink, draining=draining) * 1000)
+        ready = poller.poll(self._timeout(plan, sink, draining=draining) * 1000)
+        if any(descriptor == control.wake for descriptor, _events in ready):
+            control.nudged()
         for connection in connections:
             connection.drive()
 

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from qemu_blkmig.destination.mover import zero_runs
+from qemu_blkmig.destination.sink import zero_runs
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import MigrationError, Refused
 from qemu_blkmig.nbd.connection import Connection

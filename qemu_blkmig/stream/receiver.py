@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from qemu_blkmig.destination.mover import write_error, zero_runs
+from qemu_blkmig.destination.sink import write_error, zero_runs
 from qemu_blkmig.destination.writers import Writer
 from qemu_blkmig.errors import ConnectionLost, StreamError
 from qemu_blkmig.nbd.connection import Connection

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_blkmig.destination import mover
+from qemu_blkmig.destination import sink
 from qemu_blkmig.destination.hashtable import HashTable
 from qemu_blkmig.destination.mover import DiskMover, Settings
 from qemu_blkmig.destination.writers import Done, RawWriter
@@ -53,7 +53,7 @@ def verified(directory: Path, kind: type[RawWriter]) -> tuple[int, list[Extent]]
         settings = Settings(str(listening), "disk", 1, 4, MIB, 4 * KIB, None)
         disk = DiskMover("d", SIZE, settings, writer, Throttle(), reads_as_zero=True, table=table)
         control = Control()
-        disk.copy([Extent(0, SIZE)], control, bulk=True)
+        disk.course([Extent(0, SIZE)], control, bulk=True, over=lambda _: None).run()
         control.close()
         checked, found = 0, []
         while (told := disk.verify(MIB, lambda: False)).checked:
@@ -75,9 +75,9 @@ def check() -> None:
 
 def hash_what_lies_at_the_destination(patch: Patch) -> None:
     """What was written is read back at once, and that is hashed."""
-    data = mover._CopySink.data
+    data = sink.CopySink.data
 
-    def write_then_hash(self: mover._CopySink, lease: Lease) -> None:
+    def write_then_hash(self: sink.CopySink, lease: Lease) -> None:
         table, self._table = self._table, None
         data(self, lease)
         self._table = table
@@ -86,7 +86,7 @@ def hash_what_lies_at_the_destination(patch: Patch) -> None:
         assert table is not None
         table.wrote(lease.piece.offset, memoryview(there))
 
-    patch.setattr(mover._CopySink, "data", write_then_hash)
+    patch.setattr(sink.CopySink, "data", write_then_hash)
 
 
 def hash_the_whole_slot(patch: Patch) -> None:
@@ -102,10 +102,10 @@ def hash_the_whole_slot(patch: Patch) -> None:
 
 def hash_a_buffer_that_is_in_use_again(patch: Patch) -> None:
     """Digests are taken when the buffer has been given back, and the next read has gone into it."""
-    data = mover._CopySink.data
+    data = sink.CopySink.data
     late: list[tuple[int, memoryview]] = []
 
-    def later(self: mover._CopySink, lease: Lease) -> None:
+    def later(self: sink.CopySink, lease: Lease) -> None:
         table, self._table = self._table, None
         data(self, lease)
         self._table = table
@@ -116,7 +116,7 @@ def hash_a_buffer_that_is_in_use_again(patch: Patch) -> None:
                 table.wrote(offset, lease.view)
             late.clear()
 
-    patch.setattr(mover._CopySink, "data", later)
+    patch.setattr(sink.CopySink, "data", later)
 
 
 def leave_out_what_was_found_to_be_zero(patch: Patch) -> None:
@@ -124,7 +124,7 @@ def leave_out_what_was_found_to_be_zero(patch: Patch) -> None:
     wrote = HashTable.wrote
 
     def without_zeroes(self: HashTable, offset: int, data: memoryview) -> None:
-        for start, end, zero in mover.zero_runs(data, offset, 4 * KIB):
+        for start, end, zero in sink.zero_runs(data, offset, 4 * KIB):
             if not zero and (offset + start) % UNIT == 0:
                 wrote(self, offset + start, data[start:end])
 

@@ -95,6 +95,7 @@ class Machine(RuleBasedStateMachine):
         flushes=st.integers(1, 3),
         granule=st.integers(1, 2),
         stride=st.sampled_from((None, 1.0)),
+        room=st.sampled_from((0, 1, 1, 8 * SECTOR)),
         head_start=st.sampled_from((0, 1, 2, 2, 2)),
         script=scripts,
     )
@@ -109,6 +110,7 @@ class Machine(RuleBasedStateMachine):
         flushes: int,
         granule: int,
         stride: float | None,
+        room: int,
         head_start: int,
         script: list[Action],
     ) -> None:
@@ -119,6 +121,7 @@ class Machine(RuleBasedStateMachine):
             flushes=flushes,
             granule=granule * SECTOR,
             stride=stride,
+            room=room,
         )
         self.world = World([first, second] if second else [first], granularity, tuning, compare)
         if head_start > 0:
@@ -165,6 +168,8 @@ class Machine(RuleBasedStateMachine):
             raise world.violation
         if error and not isinstance(error, Injected | ConnectionLost | TopologyChanged | asyncio.CancelledError):
             raise error
+        for disk in world.disks:
+            disk.robbed = False
         if world.cancelled and not isinstance(error, asyncio.CancelledError):
             raise Violation(f"a cancellation was swallowed: {error!r}")
         world.check()

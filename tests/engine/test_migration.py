@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +32,7 @@ from tests.engine.world import (
 )
 
 TUNING = Tuning(chunk_size=4 * SECTOR, range_size=4 * SECTOR, batch=2, flushes=1)
+AHEAD = replace(TUNING, room=1)
 
 
 def disk(name: str = "vda", content: bytes = bytes(range(1, 12))) -> Disk:
@@ -38,8 +40,8 @@ def disk(name: str = "vda", content: bytes = bytes(range(1, 12))) -> Disk:
     return Disk(name, bytearray(content), None, False, bytearray([99] * size), [True] * size)
 
 
-def make(*disks: Disk) -> World:
-    return World(disks or [disk()], granularity=2, tuning=TUNING)
+def make(*disks: Disk, tuning: Tuning = TUNING) -> World:
+    return World(disks or [disk()], granularity=2, tuning=tuning)
 
 
 async def dirty(*disks: Disk) -> World:
@@ -368,10 +370,11 @@ async def test_the_dirty_rate_is_never_negative() -> None:
     assert rate is not None and rate >= 0
 
 
+@pytest.mark.parametrize("tuning", [TUNING, AHEAD], ids=["alone", "beside"])
 @pytest.mark.parametrize("steps", range(20))
-async def test_a_flush_that_was_cancelled_proves_nothing_to_the_bulk_pass(steps: int) -> None:
+async def test_a_flush_that_was_cancelled_proves_nothing_to_the_bulk_pass(steps: int, tuning: Tuning) -> None:
     """Its failure may have been told to nobody, and the next one may succeed all the same."""
-    world = make(disk(content=b"\1\2\3\4"))
+    world = make(disk(content=b"\1\2\3\4"), tuning=tuning)
     await world.engine.setup()
     world.operation = asyncio.create_task(world.engine.bulk())
     world.script.extend([WritebackError(), *[Nothing()] * steps, Cancel()])
@@ -380,6 +383,52 @@ async def test_a_flush_that_was_cancelled_proves_nothing_to_the_bulk_pass(steps:
         await world.engine.bulk()
     await world.engine.bulk()
     world.check()
+    assert world.disks[0].flushed == world.disks[0].source
+
+
+async def test_a_range_is_flushed_while_the_next_ones_are_copied_and_stable_only_after_that() -> None:
+    disks = [disk(name, bytes(range(1, 41))) for name in ("vda", "vdb")]
+    world = make(*disks, tuning=replace(TUNING, room=32 * SECTOR))
+    await world.engine.setup()
+    beside: list[tuple[bool, bool]] = []
+    flush, copy, turn = world.mover.flush, world.mover.copy, asyncio.Lock()
+
+    async def in_turn(name: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
+        async with turn:
+            return await copy(name, extents, kind)
+
+    async def watched(name: str) -> None:
+        reported = world.engine.figures().disks[world.index(name)].bulk_done
+        beside.append((bool(world.mover.in_flight(0)), bool(world.mover.in_flight(1))))
+        await flush(name)
+        assert world.stable().get(name, 0) < reported
+
+    world.mover.flush = watched  # type: ignore[assignment, method-assign]
+    world.mover.copy = in_turn  # type: ignore[assignment, method-assign]
+    await world.engine.bulk()
+    assert (True, False) in beside
+    assert (False, True) in beside, "the second disk is begun while the last range of the first one is flushed"
+    assert world.stable() == {"vda": 40 * SECTOR, "vdb": 40 * SECTOR}
+
+
+async def test_a_range_that_fails_takes_those_with_it_that_were_asked_for_after_it() -> None:
+    world = make(tuning=AHEAD)
+    await world.engine.setup()
+    copy = world.mover.copy
+
+    async def fail_first(name: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
+        report = await copy(name, extents, kind)
+        if extents[0].offset == 0:
+            raise Injected("copy")
+        return report
+
+    world.mover.copy = fail_first  # type: ignore[assignment, method-assign]
+    with pytest.raises(Injected):
+        await world.engine.bulk()
+    assert world.mover.idle
+    assert world.engine.figures().disks[0].bulk_done == 0
+    world.mover.copy = copy  # type: ignore[method-assign]
+    await world.engine.bulk()
     assert world.disks[0].flushed == world.disks[0].source
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from weakref import WeakKeyDictionary
@@ -12,7 +13,7 @@ from hypothesis import Phase as Stage
 from hypothesis.stateful import run_state_machine_as_test
 
 from qemu_blkmig.engine import carrier
-from qemu_blkmig.engine.bulk import BulkPass
+from qemu_blkmig.engine.bulk import BulkPass, DiskPass, Settle
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.completion import Completion
 from qemu_blkmig.engine.device import Device
@@ -21,6 +22,7 @@ from qemu_blkmig.engine.extents import Batcher, Extent, Remainder, clip
 from qemu_blkmig.engine.migration import BlockMigration, Phase
 from qemu_blkmig.engine.outlast import Outlasted
 from qemu_blkmig.engine.ports import CopyKind, CopyReport, Round
+from qemu_blkmig.errors import MigrationError
 from tests.engine import world
 from tests.engine.machine import Machine
 from tests.engine.world import FakeLog, FakeRound, Violation
@@ -109,11 +111,11 @@ def start_recording_after_the_first_read(patch: Patch) -> None:
     async def pretend(self: DirtyRounds) -> None:
         rounds.append(self)
 
-    async def run_then_start(self: BulkPass, device: Device) -> None:
+    async def run_then_start(self: BulkPass, devices: Sequence[Device]) -> None:
         if rounds:
-            await self._carrier.copy(device, [device.next_range(self._range_size)], CopyKind.BULK)
+            await self.carrier.copy(devices[0], [Extent(0, min(self.range_size, devices[0].size))], CopyKind.BULK)
             await begin(rounds.pop())
-        await run(self, device)
+        await run(self, devices)
 
     rounds: list[DirtyRounds] = []
     patch.setattr(DirtyRounds, "start", pretend)
@@ -201,28 +203,27 @@ def drop_the_tail_of_an_odd_disk_in_rounds(patch: Patch) -> None:
 
 def drop_the_tail_of_an_odd_disk_in_bulk(patch: Patch) -> None:
     """The bulk pass copies whole pairs of sectors only, and takes the rest for done."""
-    copy = Carrier.copy
+    bring = Carrier.bring
 
-    async def copy_less(self: Carrier, device: Device, extents: Sequence[Extent], kind: CopyKind) -> float:
+    async def bring_less(self: Carrier, device: Device, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
         last = extents[-1]
         if kind is CopyKind.BULK and last.length % 1024:
-            device.cursor = last.end
-            return 0.0
-        return await copy(self, device, extents, kind)
+            return CopyReport(last.length, 0, 0, 0.0)
+        return await bring(self, device, extents, kind)
 
-    patch.setattr(Carrier, "copy", copy_less)
+    patch.setattr(Carrier, "bring", bring_less)
 
 
 def move_the_cursor_before_the_report(patch: Patch) -> None:
     """The bulk cursor counts what was submitted, not what arrived."""
-    copy = Carrier.copy
+    bring = Carrier.bring
 
-    async def count_first(self: Carrier, device: Device, extents: Sequence[Extent], kind: CopyKind) -> float:
+    async def count_first(self: Carrier, device: Device, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
         if kind is CopyKind.BULK:
             device.cursor = extents[-1].end
-        return await copy(self, device, extents, kind)
+        return await bring(self, device, extents, kind)
 
-    patch.setattr(Carrier, "copy", count_first)
+    patch.setattr(Carrier, "bring", count_first)
 
 
 def take_unflushed_bulk_for_done(patch: Patch) -> None:
@@ -248,25 +249,25 @@ def send_all_extents_at_once(patch: Patch) -> None:
 
 def settle_a_compared_range_before_its_copies(patch: Patch) -> None:
     """The cursor passes over a range once it is compared; what differs in it is copied after that."""
-    bring = BulkPass._bring
+    bring = DiskPass._bring
 
-    async def settle_first(self: BulkPass, device: Device, extent: Extent) -> None:
-        if self._comparer is not None:
-            device.compared(extent, 0)
-        await bring(self, device, extent)
+    async def settle_first(self: DiskPass, extent: Extent) -> Settle:
+        if self._way.comparer is not None:
+            self._device.compared(extent, 0)
+        return await bring(self, extent)
 
-    patch.setattr(BulkPass, "_bring", settle_first)
+    patch.setattr(DiskPass, "_bring", settle_first)
 
 
 def note_in_the_journal_before_the_flush(patch: Patch) -> None:
     """The journal is told what is about to be flushed."""
-    secure = BulkPass._secure
+    secure = DiskPass._secure
 
-    async def tell_and_secure(self: BulkPass, device: Device) -> None:
-        self._on_stable(device.name, device.cursor)
-        await secure(self, device)
+    async def tell_and_secure(self: DiskPass) -> int:
+        self._way.on_stable(self._device.name, self._device.cursor)
+        return await secure(self)
 
-    patch.setattr(BulkPass, "_secure", tell_and_secure)
+    patch.setattr(DiskPass, "_secure", tell_and_secure)
 
 
 def resume_at_the_cursor(patch: Patch) -> None:
@@ -274,9 +275,9 @@ def resume_at_the_cursor(patch: Patch) -> None:
     settle = Device.settle
     tell: list[Callable[[str, int], None]] = []
 
-    async def run(self: BulkPass, device: Device) -> None:
-        tell[:] = [self._on_stable]
-        await original(self, device)
+    async def run(self: BulkPass, devices: Sequence[Device]) -> None:
+        tell[:] = [self.on_stable]
+        await original(self, devices)
 
     def settle_and_tell(self: Device, extents: Sequence[Extent], kind: CopyKind, report: CopyReport) -> None:
         settle(self, extents, kind, report)
@@ -286,6 +287,86 @@ def resume_at_the_cursor(patch: Patch) -> None:
     original = BulkPass.run
     patch.setattr(BulkPass, "run", run)
     patch.setattr(Device, "settle", settle_and_tell)
+
+
+def take_what_arrives_during_a_flush_for_stable(patch: Patch) -> None:
+    """A flush that is over is taken to hold for all that was reported by then."""
+    patch.setattr(Device, "secured", lambda self, _stable: setattr(self, "stable", self.cursor))
+
+
+def flush_what_is_under_way(patch: Patch) -> None:
+    """A flush is taken to hold for all that was asked for when it began."""
+    secure = DiskPass._secure
+
+    async def secure_more(self: DiskPass) -> int:
+        asked = self._next
+        await secure(self)
+        return asked
+
+    patch.setattr(DiskPass, "_secure", secure_more)
+
+
+def count_ranges_as_they_arrive(patch: Patch) -> None:
+    """The cursor passes over a range that is still under way once a later one has arrived."""
+
+    def settle_any(self: DiskPass) -> None:
+        for flight in [each for each in self._flights if each.task.done()]:
+            flight.task.result()(0.0)
+            self._flights.remove(flight)
+
+    patch.setattr(DiskPass, "_settle", settle_any)
+
+
+def count_a_range_whose_predecessor_failed(patch: Patch) -> None:
+    """What has arrived when a range, or its flush, fails is counted whatever lies before it."""
+    end = DiskPass._end_flights
+
+    async def end_and_count(self: DiskPass, *, hurried: bool) -> asyncio.CancelledError | None:
+        cancellation = await end(self, hurried=hurried)
+        for flight in self._flights:
+            if not flight.task.cancelled() and flight.task.exception() is None:
+                flight.task.result()(0.0)
+        return cancellation
+
+    patch.setattr(DiskPass, "_end_flights", end_and_count)
+
+
+def leave_the_ranges_ahead_in_flight(patch: Patch) -> None:
+    """When a range fails, nobody waits for those that were asked for after it."""
+
+    async def end_nothing(self: DiskPass, *, hurried: bool) -> None:
+        self._flights.clear()
+
+    patch.setattr(DiskPass, "_end_flights", end_nothing)
+
+
+def forget_that_a_flush_beside_a_copy_failed(patch: Patch) -> None:
+    """The next flush, which succeeds, is taken to make up for the one that failed."""
+    note = DiskPass._note_flush
+
+    def note_success(self: DiskPass) -> None:
+        stable = self._device.stable, self._device.cursor
+        try:
+            note(self)
+        except MigrationError:
+            self._device.stable, self._device.cursor = stable
+
+    patch.setattr(DiskPass, "_note_flush", note_success)
+
+
+def trust_a_cancelled_flush(patch: Patch) -> None:
+    """What a flush should have made stable that was cancelled, and failed unheard, is flushed once more."""
+    note = DiskPass._note_flush
+
+    def note_cancelled(self: DiskPass) -> None:
+        cursor = self._device.cursor
+        try:
+            note(self)
+        except asyncio.CancelledError:
+            self._device.cursor = cursor
+            raise
+
+    patch.setattr(DiskPass, "_note_flush", note_cancelled)
 
 
 def forget_the_rounds_of_the_dead(patch: Patch) -> None:
@@ -397,6 +478,13 @@ MUTANTS: Sequence[Callable[[Patch], None]] = (
     settle_a_compared_range_before_its_copies,
     note_in_the_journal_before_the_flush,
     resume_at_the_cursor,
+    take_what_arrives_during_a_flush_for_stable,
+    flush_what_is_under_way,
+    count_ranges_as_they_arrive,
+    count_a_range_whose_predecessor_failed,
+    leave_the_ranges_ahead_in_flight,
+    forget_that_a_flush_beside_a_copy_failed,
+    trust_a_cancelled_flush,
     forget_the_rounds_of_the_dead,
     record_anew_when_resumed,
     stop_recording_when_resuming_fails,

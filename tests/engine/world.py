@@ -115,7 +115,8 @@ class Disk:
     """Both sides of one disk. `base` is what both have beneath; `known_zero`: the destination began as zeroes.
 
     `unit`: sectors that copies are rounded out to. `damaged`: sectors that a round has to mend; `mended`: those that
-    one has, if it is flushed.
+    one has, if it is flushed. `robbed`: a flush has lost what it should have made stable, and whoever asked for it may
+    not have heard of it yet.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Disk:
     flushed: bytearray = field(init=False)
     dead: bool = False
     death_noticed: bool = False
+    robbed: bool = False
 
     def __post_init__(self) -> None:
         self.flushed = bytearray(self.destination)
@@ -212,7 +214,7 @@ class World:
             for sector in range(len(disk)):
                 if lost >> sector & 1:
                     disk.destination[sector] = disk.flushed[sector]
-            disk.known_zero = disk.dead = disk.death_noticed = False
+            disk.known_zero = disk.dead = disk.death_noticed = disk.robbed = False
         self.told = [self.stable(lag)]
         self.writeback_error = self.paused = self.restore_failed = self.stop_failed = False
         self.log = self.log.left_behind()
@@ -313,7 +315,7 @@ class World:
         for index, disk in enumerate(self.disks):
             if disk.damaged and not figures.disks[index].dirty:
                 self.fail(f"sectors {disk.damaged} of {disk.name} are damaged, and nobody owes them")
-            if disk.source == disk.destination or disk.dead:
+            if disk.source == disk.destination or disk.dead or disk.robbed:
                 continue
             safe = set(range(figures.disks[index].bulk_done // SECTOR, len(disk)))
             safe |= self.mover.in_flight(index) | self.log.owed(index) | disk.damaged
@@ -486,11 +488,16 @@ class FakeMover:
         tally = {"copied": 0, "zeroed": 0, "skipped": 0}
         try:
             for extent in extents:
-                for start in range(extent.offset // SECTOR, extent.end // SECTOR, PIECE):
-                    await self.copy_piece(index, range(start, min(start + PIECE, extent.end // SECTOR)), kind, tally)
+                piece = self._piece(extent)
+                for start in range(extent.offset // SECTOR, extent.end // SECTOR, piece):
+                    await self.copy_piece(index, range(start, min(start + piece, extent.end // SECTOR)), kind, tally)
         finally:
             self._flying.remove(flight)
         return CopyReport(**tally, seconds=self._world.clock.now() - began)
+
+    def _piece(self, extent: Extent) -> int:
+        """Sectors; every other range is copied in one go, and overtakes the one before it."""
+        return PIECE if extent.offset // self._world.tuning.chunk_size % 2 == 0 else extent.length // SECTOR
 
     def _check_request(self, index: int, extents: Sequence[Extent], kind: CopyKind) -> None:
         """Invariants 2, 3 and 6, and what the port promises."""
@@ -541,16 +548,21 @@ class FakeMover:
 
     async def flush(self, disk: str) -> None:
         model = self._world.disks[self._world.index(disk)]
+        model.robbed = False
         await self.step(model, may_fail=False)
         if self._world.writeback_error:
             self._world.writeback_error = False
             model.lose_unflushed()
+            model.robbed = True
             await self._world.unwatched_step()
             raise Injected("flush")
+        there, mended = bytes(model.destination), set(model.mended)
         await self.step(model, may_fail=False)
-        model.flushed[:] = model.destination
-        model.damaged -= model.mended
-        model.mended.clear()
+        await self.step(model, may_fail=False)
+        model.flushed[:] = there
+        mended &= model.mended
+        model.damaged -= mended
+        model.mended -= mended
 
     async def set_bandwidth(self, rate: int | None) -> None:
         await self._world.step(Injected("set_bandwidth"))

@@ -67,3 +67,30 @@ def test_every_unit_has_one_fate_that_of_its_bytes_or_is_data_and_mixed(
             own = set(fate[at : min(at + unit, piece.end)])
             expected = {"d": Action.DATA, "z": Action.ZERO, "s": Action.SKIP}[own.pop()] if len(own) == 1 else None
             assert (piece.action, piece.mixed) == ((expected, False) if expected else (Action.DATA, True))
+
+
+@given(
+    fates=st.lists(st.tuples(st.sampled_from("dzs"), st.integers(1, 9)), min_size=1, max_size=12),
+    ends=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    most=st.integers(1, 3),
+    reach=st.integers(1, 20),
+)
+def test_no_piece_is_given_of_what_is_not_wanted_yet_and_pieces_end_where_what_was_wanted_ends(
+    fates: list[tuple[str, int]], ends: list[int], most: int, reach: int
+) -> None:
+    fate = "".join(kind * count for kind, count in fates)
+    wanted = sorted({min(end, len(fate)) for end in ends} | {len(fate)})
+    connection = cast("Connection", FakeConnection(fate, most, reach))
+    plan = Plan(connection, [Extent(0, len(fate))], classify, look_from=0, disk="d", wanted=wanted[0])
+    pieces: list[Piece] = []
+    for end in wanted:
+        if end > wanted[0]:
+            plan.go_on(end)
+        while not plan.exhausted:
+            plan.look_ahead()
+            while (piece := plan.take(lambda piece: piece.length)) is not None:
+                pieces.append(piece)
+        assert pieces[-1].end == plan.goes_on_at == end
+    assert [piece.offset for piece in pieces] == [0, *(piece.end for piece in pieces[:-1])]
+    told = {"d": Action.DATA, "z": Action.ZERO, "s": Action.SKIP}
+    assert all({told[each] for each in fate[piece.offset : piece.end]} == {piece.action} for piece in pieces)

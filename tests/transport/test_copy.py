@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import subprocess
@@ -13,7 +14,7 @@ from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.job.compare import Comparison
 from qemu_blkmig.nbd.address import Export, UnixAddress
-from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.client import AgentClient, CopyCancelled
 from tests.nbd.servers import Monitor, qemu_export
 from tests.transport.conftest import GIB, KIB, MIB, bulk, dirty, image, opened, opening
 
@@ -122,6 +123,65 @@ async def test_a_second_bulk_copy_zeroes_what_the_first_wrote(agent: AgentClient
         await agent.request(bulk((0, size)))
         guest_does(qmp, listening, f"discard {2 * MIB} {4 * MIB}")
         await agent.request(bulk((0, size)))
+        await agent.request(protocol.Close("d"))
+    assert same(source, destination)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_ranges_asked_for_ahead_arrive_whole_and_are_flushed_beside_the_copying(
+    agent: AgentClient, tmp_path: Path, image_format: str
+) -> None:
+    size, part = 24 * MIB + 512, 3 * MIB
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    patchwork(source, size)
+    ranges = [(start, min(part, size - start)) for start in range(0, size, part)]
+    with qemu_export(tmp_path, source) as (listening, _):
+        await opened(agent, image(destination, size, format=image_format), opening(listening, hash="xxh3-128"))
+        copies = [asyncio.create_task(agent.expect(bulk(each), protocol.CopyReply)) for each in ranges]
+        flushes = [asyncio.create_task(agent.request(protocol.Flush("d"))) for _ in range(3)]
+        replies = await asyncio.gather(*copies)
+        await asyncio.gather(*flushes)
+        assert [each.copied + each.zeroed + each.skipped for each in replies] == [length for _, length in ranges]
+        verified = await agent.expect(protocol.Verify("d", GIB), protocol.VerifyReply)
+        await agent.request(protocol.Close("d"))
+    assert not verified.differ and not verified.left
+    assert same(source, destination, ("raw", image_format))
+
+
+async def test_a_range_that_does_not_follow_on_the_one_under_way_is_refused_and_one_after_it_is_not(
+    agent: AgentClient, tmp_path: Path
+) -> None:
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(os.urandom(16 * MIB))
+    with qemu_export(tmp_path, source) as (listening, _):
+        await opened(agent, image(destination, 16 * MIB), opening(listening))
+        await agent.request(protocol.Bandwidth(MIB))
+        first = asyncio.create_task(agent.request(bulk((0, 4 * MIB))))
+        await asyncio.sleep(0)
+        for other in (bulk((8 * MIB, MIB)), dirty((4 * MIB, MIB)), bulk((0, MIB))):
+            with pytest.raises(errors.Refused, match="under way"):
+                await agent.request(other)
+        await agent.request(protocol.Bandwidth(None))
+        await first
+        await agent.request(bulk((8 * MIB, MIB)))
+        await agent.request(dirty((0, MIB)))
+
+
+async def test_a_cancel_ends_the_range_under_way_and_those_asked_for_after_it(
+    agent: AgentClient, tmp_path: Path
+) -> None:
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(os.urandom(16 * MIB))
+    with qemu_export(tmp_path, source) as (listening, _):
+        await opened(agent, image(destination, 16 * MIB), opening(listening))
+        await agent.request(protocol.Bandwidth(64 * KIB))
+        copies = [asyncio.create_task(agent.request(bulk((start * MIB, MIB)))) for start in range(4)]
+        await asyncio.sleep(0)
+        await agent.request(protocol.Cancel("d"))
+        ended = await asyncio.gather(*copies, return_exceptions=True)
+        assert all(isinstance(each, CopyCancelled) for each in ended)
+        await agent.request(protocol.Bandwidth(None))
+        await agent.request(bulk((0, 16 * MIB)))
         await agent.request(protocol.Close("d"))
     assert same(source, destination)
 
