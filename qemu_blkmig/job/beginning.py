@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from qemu_blkmig.errors import BlkmigError
+from qemu_blkmig.errors import BlkmigError, Interrupted
 from qemu_blkmig.job.place import Local, Place, Ssh
 from qemu_blkmig.transport.route import CONTROL_LIMIT, BegunConnection, Route
 from qemu_blkmig.transport.starting import AGENT, start
@@ -42,15 +43,22 @@ class Beginning:
         self._job: Job | None = None
         self._connection: BegunConnection | None = None
         self._source: asyncio.Task[SocketMonitor] | None = None
+        self._signals = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         """Raises `Refused` where the job cannot be recorded."""
-        match self._place:
-            case Local():
-                with contextlib.suppress(OSError):
-                    self._agent = start(AGENT)
-            case Ssh() as place:
-                self._connect(place)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            self._signals.callback(signal.signal, number, signal.signal(number, _interrupted) or signal.SIG_DFL)
+        try:
+            match self._place:
+                case Local():
+                    with contextlib.suppress(OSError):
+                        self._agent = start(AGENT)
+                case Ssh() as place:
+                    self._connect(place)
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def _connect(self, place: Ssh) -> None:
@@ -64,12 +72,16 @@ class Beginning:
                 self._connection = BegunConnection(route, control)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if (agent := self.take_agent()) is not None:
             _end(agent)
         if (connection := self.take_connection()) is not None:
             connection.end()
         if (job := self.take_job()) is not None:
             job.remove()
+        self._signals.close()
 
     @contextlib.asynccontextmanager
     async def reaching(self, source: str | None) -> AsyncIterator[None]:
@@ -108,6 +120,11 @@ class Beginning:
         """The job whose connection was begun, as `take_agent`."""
         job, self._job = self._job, None
         return job
+
+
+def _interrupted(number: int, _frame: object) -> None:
+    """Until `job.interrupts` takes over: what was begun is ended, and not left behind."""
+    raise Interrupted(number, state="nothing was touched")
 
 
 async def _reach(path: str) -> SocketMonitor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from subprocess import Popen
@@ -9,7 +10,7 @@ from subprocess import Popen
 import pytest
 
 from qemu_blkmig.cli import main
-from qemu_blkmig.errors import Refused
+from qemu_blkmig.errors import Interrupted, Refused
 from qemu_blkmig.job import beginning
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.place import Local, Ssh
@@ -80,17 +81,17 @@ async def test_a_source_that_nobody_took_is_let_go_and_one_that_is_not_there_is_
                 await source
 
 
-def test_a_connection_that_nobody_took_ends_and_its_job_is_gone(
+def test_a_signal_ends_a_connection_that_nobody_took_and_its_job_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
     # Says nothing of its ciphers, and never comes to connect.
     monkeypatch.setenv(COMMAND_VARIABLE, """sh -c 'case "$*" in *-G*) ;; *) exec sleep 60 ;; esac' ssh""")
     begun: list[BegunConnection] = []
-    with pytest.raises(RuntimeError), Beginning(Ssh("hostb", "/new")) as early:
+    with pytest.raises(Interrupted, match="SIGTERM"), Beginning(Ssh("hostb", "/new")) as early:
         begun += filter(None, [early._connection])
         assert list((tmp_path / "state").iterdir())
-        raise RuntimeError
+        signal.raise_signal(signal.SIGTERM)
     (connection,) = begun
     assert connection.connection.returncode is not None and not connection.stands.result()
     assert not list((tmp_path / "state").iterdir())
