@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.device import Device
 from qemu_blkmig.engine.dirty import DirtyRounds
-from qemu_blkmig.engine.ports import DirtyLog, Guest, Mover
+from qemu_blkmig.engine.outlast import together
+from qemu_blkmig.engine.ports import Guest, Mover
 from qemu_blkmig.errors import MigrationError
 
 LAST_ROUNDS = 3
@@ -20,14 +21,12 @@ class Completion:
     def __init__(
         self,
         devices: Sequence[Device],
-        log: DirtyLog,
         mover: Mover,
         guest: Guest,
         carrier: Carrier,
         rounds: DirtyRounds,
     ) -> None:
         self._devices = devices
-        self._log = log
         self._mover = mover
         self._guest = guest
         self._carrier = carrier
@@ -36,20 +35,21 @@ class Completion:
     async def run(self) -> None:
         """Copy until nothing is dirty, flush every disk, and find all as it was.
 
+        What was seen to be dirty last, perhaps before the pause, tells whether to begin with a round; what is asked for
+        after the last round, all reads being over, tells whether this was the end.
+
         Raises MigrationError when the guest is not paused or its disks are still written to, TopologyChanged, and
         what the ports raise. The bandwidth limit stays off, also after an error.
         """
-        await self._check_guest()
-        await self._mover.set_bandwidth(None)
-        dirty = await self._dirty()
+        await together(self._check_guest(), self._mover.set_bandwidth(None))
         for _ in range(LAST_ROUNDS):
-            if dirty:
+            if self._dirty():
                 await self._rounds.run()
             for device in self._devices:
                 await self._carrier.flush(device)
             await self._check_guest()
-            await self._log.verify_topology()
-            dirty = await self._dirty()
+            await self._rounds.verify()
+            dirty = self._dirty()
             if not dirty:
                 return
         raise MigrationError(f"the disks are written to though the guest is paused: {dirty} bytes are dirty")
@@ -58,6 +58,5 @@ class Completion:
         if not await self._guest.is_paused():
             raise MigrationError("switchover refused: the guest is not paused")
 
-    async def _dirty(self) -> int:
-        await self._rounds.look()
+    def _dirty(self) -> int:
         return sum(device.to_harvest for device in self._devices)

@@ -81,8 +81,14 @@ class DirtyRounds:
         """Ask the log what is dirty now; may be called while a round is under way. Raises what the log raises."""
         rounds = self.begun
         pending = await self._log.pending()
-        if rounds != self.begun:
-            return  # a harvest came in between: this is what was dirty before it
+        if rounds == self.begun:  # else a harvest came in between, and this is what was dirty before it
+            self._saw(pending)
+
+    async def verify(self) -> None:
+        """`look`, while no round is under way, and raise TopologyChanged unless the disks are as they were."""
+        self._saw(await self._log.verify_topology())
+
+    def _saw(self, pending: Mapping[str, int]) -> None:
         self._measure_dirtying(pending)
         for device in self._devices:
             device.recorded = pending[device.name]

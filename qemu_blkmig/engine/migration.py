@@ -185,10 +185,10 @@ class BlockMigration:
             volume=tuning.range_size,
             on_change=self._publish,
         )
-        self._completion = Completion(self._devices, log, mover, guest, self._carrier, self._rounds)
+        self._completion = Completion(self._devices, mover, guest, self._carrier, self._rounds)
         self._busy = asyncio.Lock()
         self._under_way = ""
-        self._stop_requested = False
+        self._stop = asyncio.Event()
         self._recording = False
         self._phase = Phase.CREATED
         self._percent = 0
@@ -280,15 +280,16 @@ class BlockMigration:
         self.aim(policy)
         async with self._alone("keeping in step", Phase.DIRTY, Phase.COMPLETED):
             try:
-                while not self._stop_requested and not self._carrier.halted:
+                while not self._stop.is_set() and not self._carrier.halted:
                     await self.refresh()
+                    await self._log.stand_ready()
                     due = self._pace.due_in_step(self._expected(), self._left_off(), policy.downtime)
                     if due or any(device.amiss for device in self._devices):
                         await self._round(policy)
                     else:
-                        await self._clock.sleep(PAUSE_IN_STEP)
+                        await self._sleep_until(self._stop, PAUSE_IN_STEP)
             finally:
-                self._stop_requested = False
+                self._stop.clear()
 
     def owe(self, disk: str, extents: Sequence[Extent]) -> None:
         """The extents (ascending, disjoint) are not at the destination as they were copied: the next round copies
@@ -341,8 +342,8 @@ class BlockMigration:
                 wait.cancel()
 
     def request_stop(self) -> None:
-        """Let `keep_in_step` return after the round under way; if it does not run yet, its next call at once."""
-        self._stop_requested = True
+        """Let `keep_in_step` return at once, or after the round under way; if it does not run yet, its next call."""
+        self._stop.set()
 
     async def limit(self, rate: int | None) -> None:
         """Limit payload to `rate` bytes a second (None: no limit) from now on; may be called in any operation.
@@ -361,7 +362,7 @@ class BlockMigration:
         which is off now, is the caller's to set anew.
         """
         async with self._alone("the switchover", Phase.DIRTY, Phase.COMPLETED):
-            self._stop_requested = False
+            self._stop.clear()
             self._enter(Phase.COMPLETING)
             try:
                 await self._completion.run()

@@ -1,4 +1,4 @@
-"""Steps that must not be left half done, however often the task that takes them is cancelled."""
+"""Steps that must not be left half done, however often the task that takes them is cancelled; and several at once."""
 
 from __future__ import annotations
 
@@ -61,3 +61,13 @@ async def undo(step: Coroutine[Any, Any, None], error: BaseException, what: str)
         error.add_note(f"{what} failed as well: {cleaning.failure!r}")
     if not isinstance(error, asyncio.CancelledError):
         cleaning.raise_cancellation()
+
+
+async def together(*steps: Coroutine[Any, Any, None]) -> None:
+    """Take all steps at once; when one raises, the others are cancelled, have ended, and that is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for step in steps:
+                group.create_task(step)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors

@@ -92,8 +92,14 @@ class DirtyLog(Protocol):
         `stop`, `retire` and `restore`.
         """
 
-    async def verify_topology(self) -> None:
-        """Raise `TopologyChanged` when the disks are no longer those that recording started on."""
+    async def stand_ready(self) -> None:
+        """Do beforehand what can be for a harvest that comes at any moment and must be quick; often called in vain."""
+
+    async def verify_topology(self) -> Mapping[str, int]:
+        """What `pending` tells. Raises `TopologyChanged` when these are not the disks any more that recording began on.
+
+        Both are asked for after the call.
+        """
 
     async def stop(self) -> None:
         """Stop recording and drop every trace of it. Safe to call at any time, also twice."""

@@ -147,8 +147,12 @@ class ImageSource:
         """Nothing, ever."""
         return _NothingDirty(self.exports)
 
-    async def verify_topology(self) -> None:
+    async def stand_ready(self) -> None:
+        """Nothing to be quick with."""
+
+    async def verify_topology(self) -> Mapping[str, int]:
         """It has no guest that could change it."""
+        return await self.pending()
 
     async def stop(self) -> None:
         """Nothing was recorded."""

@@ -22,16 +22,31 @@ def dirty_extents(server: str | Path | Address, export: str, bitmap: str, size: 
     They are ascending, disjoint, joined where they touch, and clipped to `size` bytes. Raises `ConnectionLost` when
     the export cannot be reached, does not show the bitmap, or goes away; `RequestError` when it refuses a query.
     """
-    context = f"qemu:dirty-bitmap:{bitmap}"
-    connection = connect(server, export, contexts=[context])
+    connection = see(server, export, bitmap)
     try:
-        if context not in connection.contexts:
-            raise errors.ConnectionLost(f"{connection.where} does not show the dirty bitmap {bitmap!r}")
-        runs = joined(_walk(connection, context, size))
-        while batch := list(itertools.islice(runs, BATCH)):
-            yield batch
+        yield from extents_shown(connection, bitmap, size)
     finally:
         connection.close()
+
+
+def see(server: str | Path | Address, export: str, bitmap: str) -> Connection:
+    """Connect to an export that shows `bitmap`. Raises `ConnectionLost`."""
+    connection = connect(server, export, contexts=[_context(bitmap)])
+    if _context(bitmap) not in connection.contexts:
+        connection.close()
+        raise errors.ConnectionLost(f"{connection.where} does not show the dirty bitmap {bitmap!r}")
+    return connection
+
+
+def extents_shown(connection: Connection, bitmap: str, size: int) -> Iterator[list[Extent]]:
+    """As `dirty_extents`, over a connection that `see` has made and that stays; one at a time, each read to its end."""
+    runs = joined(_walk(connection, _context(bitmap), size))
+    while batch := list(itertools.islice(runs, BATCH)):
+        yield batch
+
+
+def _context(bitmap: str) -> str:
+    return f"qemu:dirty-bitmap:{bitmap}"
 
 
 def _walk(connection: Connection, context: str, size: int) -> Iterator[Extent]:

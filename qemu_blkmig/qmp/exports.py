@@ -102,16 +102,25 @@ class ExportServer:
         except CommandFailed:
             log.debug("%s had already closed the passed socket", self._monitor.who)
 
-    async def add(self, name: str, node: str, *, bitmaps: Sequence[str] = (), allocation_depth: bool = False) -> None:
+    async def add(
+        self,
+        name: str,
+        node: str,
+        *,
+        bitmaps: Sequence[str] = (),
+        recording: str | None = None,
+        allocation_depth: bool = False,
+    ) -> None:
         """Export `node`, read-only, as `name`, which is also the export's id.
 
-        With `bitmaps` their contents are shown, and the allocation depth on request. Raises what `Monitor.execute`
-        raises.
+        The contents of `bitmaps` are shown, and of one of the node's that records, where QEMU has the feature `watch`;
+        the allocation depth on request. Raises what `Monitor.execute` raises.
         """
         arguments: dict[str, object] = {"type": "nbd", "id": name, "name": name, "node-name": node, "writable": False}
         arguments["allocation-depth"] = allocation_depth
-        if bitmaps:
-            arguments["bitmaps"] = list(bitmaps)
+        if bitmaps or recording is not None:
+            shown: list[object] = list(bitmaps)
+            arguments["bitmaps"] = [*shown, *([] if recording is None else [{"node": node, "name": recording}])]
         elif self._allow_inactive:
             # An inactive node serves reads, but no block status (FACTS.md): not for exports that show a bitmap.
             arguments["allow-inactive"] = True

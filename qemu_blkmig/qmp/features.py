@@ -44,13 +44,15 @@ class Features:
     leave an NBD export of a disk on an iothread. QEMUs without block-job-change (8.2) abort then
     (`nbd_blockdev_client_closed: Assertion`), seen on 7.2.22; no schema tells, so that command stands for the mend,
     which was seen on 10.0.13 (50 clients that left, half of them in mid-read). `set_active`: nodes can be told to be
-    active, because those of a paused destination are not until its `cont` (10.0).
+    active, because those of a paused destination are not until its `cont` (10.0). `watch`: an export may show a bitmap
+    by the node that it lies on, also while it records (7.1).
     """
 
     missing: tuple[str, ...]
     allow_inactive: bool
     iothread_exports: bool
     set_active: bool
+    watch: bool
 
 
 async def probe(monitor: Monitor) -> Features:
@@ -63,6 +65,7 @@ async def probe(monitor: Monitor) -> Features:
         allow_inactive=schema.has("block-export-add", "allow-inactive"),
         iothread_exports=schema.has("block-job-change"),
         set_active=schema.has("blockdev-set-active"),
+        watch=schema.has("block-export-add", "nbd", "bitmaps", "node"),
     )
 
 

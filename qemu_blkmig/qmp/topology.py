@@ -18,10 +18,9 @@ from qemu_blkmig.qmp.monitor import Monitor
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What QEMU tells of all drives, jobs, exports and bitmaps at about one moment."""
+    """What QEMU tells of all drives, with their bitmaps, jobs and exports at about one moment."""
 
     drives: Mapping[tuple[str, str], Mapping[str, Any]]
-    bitmaps: Mapping[str, Mapping[str, Mapping[str, Any]]]
     jobs: Sequence[Mapping[str, Any]]
     exports: Sequence[Mapping[str, Any]]
 
@@ -53,19 +52,19 @@ class Topology:
         await topology.check()
         return topology
 
-    async def check(self, *, recording: str | None = None) -> None:
-        """Compare; `recording` names the bitmap that must be there and recording on every disk.
+    async def check(self, recording: Sequence[str] = ()) -> dict[str, dict[str, int]]:
+        """Compare; `recording` names the bitmaps that must be there and recording on every disk.
 
-        Raises `TopologyChanged`, which names the disk and what happened to it, and what `Monitor.execute` raises.
+        Returns by bitmap and disk how many bytes these hold. Raises `TopologyChanged`, which names the disk and what
+        happened to it, and what `Monitor.execute` raises.
         """
         view = await _view(self._monitor)
         # A job may have put a filter above the disk: that the job is there tells more.
         self._check_others(view)
         for disk in self._disks:
             self._check_disk(disk, view)
-            if recording is not None:
-                _check_recording(disk, recording, view)
         self._check_new(view)
+        return {name: {disk.name: _recorded(disk, name, view) for disk in self._disks} for name in recording}
 
     def _check_disk(self, disk: Disk, view: _View) -> None:
         drive = view.drives.get((disk.device, disk.qdev))
@@ -107,22 +106,23 @@ class Topology:
                 raise TopologyChanged(f"somebody exports it ({export['type']} export {export['id']})", disk=disk)
 
 
-def _check_recording(disk: Disk, name: str, view: _View) -> None:
-    bitmap = view.bitmaps.get(disk.node, {}).get(name)
+def _recorded(disk: Disk, name: str, view: _View) -> int:
+    bitmaps = view.drives[disk.device, disk.qdev]["inserted"].get("dirty-bitmaps", [])
+    bitmap = next((bitmap for bitmap in bitmaps if bitmap.get("name") == name), None)
     if bitmap is None:
         raise TopologyChanged(f"the bitmap {name} that records its writes is gone", disk=disk.name)
     if not bitmap["recording"]:
         raise TopologyChanged(f"the bitmap {name} does not record its writes any more", disk=disk.name)
+    return min(int(bitmap["count"]), disk.size)
 
 
 async def _view(monitor: Monitor) -> _View:
-    drives, nodes, jobs, exports = await asyncio.gather(
+    drives, jobs, exports = await asyncio.gather(
         monitor.execute("query-block"),
-        monitor.execute("query-named-block-nodes", {"flat": True}),
         monitor.execute("query-jobs"),
         monitor.execute("query-block-exports"),
     )
-    return _View({identity(drive): drive for drive in drives}, bitmaps_by_node(nodes), jobs, exports)
+    return _View({identity(drive): drive for drive in drives}, jobs, exports)
 
 
 def bitmaps_by_node(nodes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:

@@ -69,8 +69,11 @@ class Link:
     async def stop(self) -> None:
         self.recorded = 0.0
 
-    async def verify_topology(self) -> None:
+    async def stand_ready(self) -> None:
         self._pass(0)
+
+    async def verify_topology(self) -> Mapping[str, int]:
+        return await self.pending()
 
     def _dirty(self) -> int:
         return int(self.recorded) // GRANULE * GRANULE

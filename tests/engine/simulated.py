@@ -216,8 +216,11 @@ class Simulation:
     async def stop(self) -> None:
         self._restored = ()
 
-    async def verify_topology(self) -> None:
+    async def stand_ready(self) -> None:
         self._pass(0)
+
+    async def verify_topology(self) -> Mapping[str, int]:
+        return await self.pending()
 
     async def pending(self) -> Mapping[str, int]:
         dirty = sum(area.number() for area in self.writer.areas) * self.granule

@@ -237,7 +237,7 @@ def stop_recording_at_the_last_round(patch: Patch) -> None:
 
     async def run_and_stop(self: Completion) -> None:
         await run(self)
-        await self._log.stop()
+        await self._rounds._log.stop()
 
     patch.setattr(Completion, "run", run_and_stop)
 

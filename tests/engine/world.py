@@ -406,10 +406,14 @@ class FakeLog:
         self.rounds.append(round_)
         return round_
 
-    async def verify_topology(self) -> None:
+    async def stand_ready(self) -> None:
+        await self._world.step(Injected("stand_ready"))
+
+    async def verify_topology(self) -> Mapping[str, int]:
         await self._world.step(Injected("verify_topology"))
         if self._world.topology_changed:
             raise TopologyChanged("a snapshot was taken")
+        return self.count(self.recording)
 
     async def stop(self) -> None:
         if not self._world.may_stop_recording:
