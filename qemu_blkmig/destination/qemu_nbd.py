@@ -50,9 +50,11 @@ class QemuNbd:
         """
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+        waiting = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
         try:
-            status = await asyncio.to_thread(self._process.wait, _EXIT_TIMEOUT)
-        except subprocess.TimeoutExpired:
+            # Not by wait's own limit, which looks less and less often: a guest may stand still.
+            status = await asyncio.wait_for(asyncio.shield(waiting), _EXIT_TIMEOUT)
+        except TimeoutError:
             self.kill()
             raise errors.DestinationFailed(f"qemu-nbd did not exit within {_EXIT_TIMEOUT:.0f} s") from None
         finally:

@@ -102,6 +102,10 @@ class ManagedSwitchover:
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
         await self._last.aim()
+        async with starts_of(self._ends.target, self._ends.domain.uuid, self._clock.now) as started:
+            return await self._switch_over(started)
+
+    async def _switch_over(self, started: Callable[[], float | None]) -> Downtime | None:
         may_be_inactive = (await probe(self._life.source)).set_active
         for attempt in itertools.count(1):
             await self._last.catch_up(within=BEFOREHAND)
@@ -122,7 +126,7 @@ class ManagedSwitchover:
                             await self._last.complete()
                         self._watch.step("last round")
                         await self._last.verify()
-                        return await self._hand_over(passage, paused)
+                        return await self._hand_over(passage, paused, started)
             await self._too_dirty(attempt)
         raise AssertionError("counting has ended")
 
@@ -278,27 +282,28 @@ class ManagedSwitchover:
             self._life.watchdog.disarm()
         await self._converge()
 
-    async def _hand_over(self, passage: _Passage, paused: float) -> Downtime | None:
+    async def _hand_over(
+        self, passage: _Passage, paused: float, started: Callable[[], float | None]
+    ) -> Downtime | None:
         record = self._job.record
         with self._watch.phase("handover"), self._interrupts.deferred():
             await self._carriage.close()
             self._watch.step("images closed")
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
-            async with starts_of(self._ends.target, self._ends.domain.uuid, self._clock.now) as started:
-                await self._job.undecided(PATIENCE)
-                self._watch.step("record synced")
-                try:
-                    async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
-                        passage.gate.open()
-                        await passage.migration.wait()
-                    record.owner = Owner.DESTINATION
-                    await self._job.save()
-                except (BlkmigError, TimeoutError, OSError) as error:
-                    if (await self._life.settle()).owner is not Owner.DESTINATION:
-                        raise
-                    self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")
-                arrived = started() or self._clock.now()
+            await self._job.undecided(PATIENCE)
+            self._watch.step("record synced")
+            try:
+                async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
+                    passage.gate.open()
+                    await passage.migration.wait()
+                record.owner = Owner.DESTINATION
+                await self._job.save()
+            except (BlkmigError, TimeoutError, OSError) as error:
+                if (await self._life.settle()).owner is not Owner.DESTINATION:
+                    raise
+                self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")
+            arrived = started() or self._clock.now()
         if not record.was_running or self._options.suspend:
             return None
         verify = self._watch.phases.get("verify", 0.0)

@@ -169,7 +169,7 @@ class Verification:
         while checked:
             try:
                 async with asyncio.timeout(PATIENCE):
-                    checked = await self._read(disk)
+                    checked = await self._read(disk) and self._left[disk]
             except TimeoutError:
                 what = f"{show_bytes(SLICE)} of what was written could not be read back within {PATIENCE:.0f} s"
                 raise DestinationFailed(what, disk=disk) from None

@@ -5,6 +5,9 @@ last `WITHHELD` bytes: without them the destination cannot finish, so the guest,
 nowhere until `open` lets them through; `drop` breaks the stream off instead, and libvirt resumes the guest at the
 source (FACTS.md, "The switchover gate works"). What the destination answers is passed on at once.
 
+Once the stream's end has come, and is recognised as that, only the end mark and what is behind it are withheld: the
+destination loads what is before while the last round is copied, not when the gate opens.
+
 The first `PREAMBLE` bytes of a connection are passed on at once as well: a TLS handshake waits for its answers.
 Threads do it, two a connection, so that gigabytes of RAM do not stand in the way of the event loop.
 """
@@ -17,6 +20,8 @@ import select
 import socket
 import threading
 from collections.abc import Callable
+
+from qemu_blkmig.virt.stream_end import DESCRIPTION_LIMIT, ending
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +147,7 @@ class _Line:
         self._outgoing: socket.socket | None = None
         self._ring = memoryview(bytearray(WITHHELD + BLOCK))
         self._start = self._length = 0
+        self._withheld = WITHHELD
         self._admitted = self._open = self._dropped = False
         self._lock = threading.Lock()
         self._wake, self._waker = socket.socketpair()
@@ -219,7 +225,17 @@ class _Line:
         room = min(size - at, size - self._length)
         count = self._incoming.recv_into(self._ring[at : at + room])
         self._length += count
+        if count:
+            self._withheld = (ending(self._tail()) if self._ring[at + count - 1] == ord("}") else None) or WITHHELD
         return count > 0
+
+    def _tail(self) -> bytes:
+        """The last of what is held, as much as may be a stream's end."""
+        end = self._start + self._length
+        start, size = max(self._start, end - DESCRIPTION_LIMIT), len(self._ring)
+        if start < size < end:
+            return bytes(self._ring[start:]) + bytes(self._ring[: end - size])
+        return bytes(self._ring[start % size : (end - 1) % size + 1])
 
     def _pass_on(self, outgoing: socket.socket) -> None:
         while (due := self._due()) and not self._dropped:
@@ -233,7 +249,7 @@ class _Line:
         """Bytes that may go on now."""
         if self._open:
             return self._length
-        beyond = self._length - WITHHELD if self._admitted else 0
+        beyond = self._length - self._withheld if self._admitted else 0
         return max(beyond, min(self._length, PREAMBLE - self.passed), 0)
 
     def _carry_back(self, outgoing: socket.socket) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qemu_blkmig.virt.gate import PREAMBLE, WITHHELD, Gate
+from qemu_blkmig.virt.stream_end import ending
 
 
 class Ends:
@@ -85,6 +86,71 @@ def test_the_last_bytes_are_withheld_until_the_gate_opens(ends: Ends) -> None:
     assert ends.receive(WITHHELD + 1) == stream[-WITHHELD:]
     assert ends.gate.withheld == 0
     assert ends.gate.passed == len(stream)
+
+
+def description(length: int) -> bytes:
+    return b'{"page_size": 4096, "devices": "' + b"x" * length + b'"}'
+
+
+def end_of_stream(length: int = 40_000) -> bytes:
+    text = description(length)
+    return b"\x00\x06" + len(text).to_bytes(4, "big") + text
+
+
+@pytest.mark.parametrize("before", [100, PREAMBLE + 5, WITHHELD - 30_000, WITHHELD + (3 << 20) + 12_345])
+def test_only_the_end_mark_and_the_description_are_withheld_once_they_have_come(ends: Ends, before: int) -> None:
+    end, data = end_of_stream(), os.urandom(before)
+    sender = ends.send(data + end)
+    passed = max(before, PREAMBLE)
+    assert ends.receive(passed) == (data + end)[:passed]
+    ends.destination.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        ends.destination.recv(1)
+    ends.gate.open()
+    ends.destination.settimeout(10)
+    assert ends.receive(len(data + end)) == (data + end)[passed:]
+    sender.join()
+
+
+def test_what_looks_like_the_end_amid_a_stream_lets_nothing_of_its_end_pass(ends: Ends) -> None:
+    false_end = os.urandom(1 << 20) + end_of_stream()
+    ends.source.sendall(false_end)
+    assert ends.receive(1 << 20) == false_end[: 1 << 20]
+    sender = ends.send(b"RAM" + end_of_stream(10))
+    rest = false_end[1 << 20 :] + b"RAM"
+    assert ends.receive(len(rest)) == rest
+    ends.destination.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        ends.destination.recv(1)
+    ends.gate.open()
+    ends.destination.settimeout(10)
+    assert ends.receive(100) == end_of_stream(10)
+    sender.join()
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"",
+        b"}",
+        b"{}",
+        b"\0{}",
+        b"\x06" + (2).to_bytes(4, "big") + b"{}",
+        b"\x01\x06" + (2).to_bytes(4, "big") + b"{}",
+        b"\x00\x07" + (2).to_bytes(4, "big") + b"{}",
+        b"\x00\x06" + (3).to_bytes(4, "big") + b"{}",
+        b"\x00\x06" + (2).to_bytes(4, "big") + b"[}",
+        end_of_stream() + b"\0",
+        end_of_stream()[:-1],
+    ],
+)
+def test_what_is_not_an_end_is_not_taken_for_one(tail: bytes) -> None:
+    assert ending(b"x" + tail) is None
+
+
+@pytest.mark.parametrize("length", [0, 218, 219, 220, 221, 222, 223, 65500, 65510, 70000])
+def test_an_end_is_found_whatever_its_length(length: int) -> None:
+    assert ending(b"\0\x06\0\0" + end_of_stream(length)) == len(end_of_stream(length))
 
 
 def test_nothing_but_the_first_bytes_passes_until_they_are_admitted(tmp_path: Path) -> None:
