@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.device import Device
@@ -32,8 +32,8 @@ class Completion:
         self._carrier = carrier
         self._rounds = rounds
 
-    async def run(self) -> None:
-        """Copy until nothing is dirty, flush every disk, and find all as it was.
+    async def run(self, beside: Callable[[], Awaitable[None]]) -> None:
+        """Copy until nothing is dirty, flush every disk, and find all as it was, while `beside` is done.
 
         What was seen to be dirty last, perhaps before the pause, tells whether to begin with a round; what is asked for
         after the last round, all reads being over, tells whether this was the end.
@@ -47,8 +47,7 @@ class Completion:
                 await self._rounds.run()
             for device in self._devices:
                 await self._carrier.flush(device)
-            await self._check_guest()
-            await self._rounds.verify()
+            await together(self._check(), beside())
             dirty = self._dirty()
             if not dirty:
                 return
@@ -57,6 +56,10 @@ class Completion:
     async def _check_guest(self) -> None:
         if not await self._guest.is_paused():
             raise MigrationError("switchover refused: the guest is not paused")
+
+    async def _check(self) -> None:
+        await self._check_guest()
+        await self._rounds.verify()
 
     def _dirty(self) -> int:
         return sum(device.to_harvest for device in self._devices)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 
 PAUSE_IN_STEP = 0.05
 """Seconds between two looks at what is dirty while RAM migrates."""
+
+
+async def nothing() -> None:
+    """What is done beside something where there is nothing to be done."""
 
 
 @dataclass(frozen=True)
@@ -353,9 +357,11 @@ class BlockMigration:
         if self._phase not in (Phase.COMPLETING, Phase.COMPLETED):
             await self._mover.set_bandwidth(rate)
 
-    async def complete(self) -> None:
+    async def complete(self, beside: Callable[[], Awaitable[None]] = nothing) -> None:
         """With the guest paused: bring over the rest, until both sides are equal and the destination is stable.
 
+        `beside` is done, and what it raises is raised, while the source is asked whether that is so; once more if more
+        was to be brought over.
         Recording goes on, because the handover may still fail: then rounds may be run again. Raises MigrationError
         unless the bulk pass is done on every disk, nothing is in flight and the guest is paused; TopologyChanged; and
         what the ports raise. After an error all is owed that was, and the phase is DIRTY again; the bandwidth limit,
@@ -365,7 +371,7 @@ class BlockMigration:
             self._stop.clear()
             self._enter(Phase.COMPLETING)
             try:
-                await self._completion.run()
+                await self._completion.run(beside)
             except BaseException:
                 self._enter(self._phase_after_error())
                 raise

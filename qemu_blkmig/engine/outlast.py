@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -63,11 +63,15 @@ async def undo(step: Coroutine[Any, Any, None], error: BaseException, what: str)
         cleaning.raise_cancellation()
 
 
-async def together(*steps: Coroutine[Any, Any, None]) -> None:
+async def together(*steps: Awaitable[None]) -> None:
     """Take all steps at once; when one raises, the others are cancelled, have ended, and that is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             for step in steps:
-                group.create_task(step)
+                group.create_task(_awaited(step))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from errors
+
+
+async def _awaited(step: Awaitable[None]) -> None:
+    await step

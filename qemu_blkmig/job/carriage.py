@@ -21,6 +21,7 @@ from qemu_blkmig.destination.protocol import (
 )
 from qemu_blkmig.engine.device import DiskSpec
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
+from qemu_blkmig.engine.outlast import together
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
 from qemu_blkmig.errors import DestinationFailed
 from qemu_blkmig.job.compare import Comparison
@@ -165,15 +166,15 @@ class Carriage:
     async def close(self) -> None:
         """End all writers: their images are stable, unlocked and ready to be activated by a QEMU."""
         self._comparison.close()
-        for disk in self._plan.disks:
-            try:
-                async with asyncio.timeout(CLOSE_LIMIT):
-                    reply = await self._agent.expect(Close(disk.name), CloseReply)
-            except TimeoutError:
-                raise DestinationFailed(
-                    f"its image was not closed within {CLOSE_LIMIT:.0f} s", disk=disk.name
-                ) from None
-            self._allocated[disk.name] = reply.allocated
+        await together(*(self._close(disk.name) for disk in self._plan.disks))
+
+    async def _close(self, disk: str) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_LIMIT):
+                reply = await self._agent.expect(Close(disk), CloseReply)
+        except TimeoutError:
+            raise DestinationFailed(f"its image was not closed within {CLOSE_LIMIT:.0f} s", disk=disk) from None
+        self._allocated[disk] = reply.allocated
 
     def results(self, engine: BlockMigration) -> list[DiskResult]:
         """What was done, disk by disk; after `close`."""

@@ -145,7 +145,7 @@ class LastRound:
         limit = max(PATIENCE, 10 * self._steering.downtime, 4 * predicted)
         try:
             async with asyncio.timeout(limit):
-                await self._engine.complete()
+                await self._engine.complete(self._verification.ahead)
         except TimeoutError:
             raise Stalled(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None
 

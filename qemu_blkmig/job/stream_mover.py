@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.engine.migration import BlockMigration
+from qemu_blkmig.engine.migration import BlockMigration, nothing
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
 from qemu_blkmig.errors import ConnectionLost
 from qemu_blkmig.nbd.control import Control, Tally
@@ -85,7 +85,7 @@ class Saving(BlockMigration):
         super().__init__(*arguments)
         self._stream = stream
 
-    async def complete(self) -> None:
+    async def complete(self, beside: Callable[[], Awaitable[None]] = nothing) -> None:
         """See `BlockMigration`."""
         self._stream.begin_completion()
-        await super().complete()
+        await super().complete(beside)

@@ -20,6 +20,8 @@ from qemu_blkmig.units import show_bytes
 
 SLICE = 32 << 20
 """Bytes that are read back in one request; copies make it shorter."""
+AHEAD = 8 << 20
+"""The same, of the rest, while the engine's last round is judged, which has a time limit."""
 IDLE = 0.1
 """Seconds between two looks whether anything was written."""
 SMALL = 0.05
@@ -55,6 +57,7 @@ class Verification:
         self._note = note
         self._clock = clock
         self._left: dict[str, int] = {}
+        self._seen: dict[str, int] = {}
         self._mended: dict[str, Sequence[Extent]] = {}
         self._found: list[tuple[str, Sequence[Extent]]] = []
         self._speed = Rate()
@@ -115,13 +118,20 @@ class Verification:
         except BaseExceptionGroup as group_of_errors:
             raise group_of_errors.exceptions[0] from group_of_errors
 
+    async def ahead(self) -> None:
+        """Read back some of what is left, once all is copied; what is found amiss is for `rest` to tell.
+
+        Raises as `AgentClient.request` does.
+        """
+        await asyncio.gather(*(self._read(disk, AHEAD) for disk in self._disks if self._is_left(disk)))
+
     async def rest(self) -> bool:
         """After `complete`: read back all that is left. False: something is to be copied again, and then read back.
 
         Raises `ContentsDiffer` when what was copied again is still not there, and as `AgentClient.request` does.
         """
         self.hold()
-        await asyncio.gather(*(self._read_all(disk) for disk in self._disks))
+        await asyncio.gather(*(self._read_all(disk) for disk in self._disks if self._is_left(disk)))
         self._tell_engine()
         if self._engine.figures().phase is not Phase.COMPLETED:
             return False
@@ -149,7 +159,14 @@ class Verification:
             await self._clock.sleep(IDLE)
 
     def _copied(self) -> int:
-        return sum(disk.copied + disk.zeroed for disk in self._engine.figures().disks)
+        return sum(self._copied_by_disk().values())
+
+    def _copied_by_disk(self) -> dict[str, int]:
+        return {disk.name: disk.copied + disk.zeroed for disk in self._engine.figures().disks}
+
+    def _is_left(self, disk: str) -> bool:
+        """Whether anything may be left to be read back. What failed half way, and was not counted, is copied again."""
+        return self._left.get(disk) != 0 or self._seen[disk] != self._copied_by_disk()[disk]
 
     async def until_caught_up(self, policy: Policy, within: float = 0.0) -> None:
         """Wait until what is left would be read back `within` seconds, or a small part of `policy.downtime`.
@@ -174,9 +191,10 @@ class Verification:
                 what = f"{show_bytes(SLICE)} of what was written could not be read back within {PATIENCE:.0f} s"
                 raise DestinationFailed(what, disk=disk) from None
 
-    async def _read(self, disk: str) -> int:
-        began = self._clock.now()
-        reply = await self._read_back(disk, SLICE)
+    async def _read(self, disk: str, most: int = SLICE) -> int:
+        began, copied = self._clock.now(), self._copied_by_disk()[disk]
+        reply = await self._read_back(disk, most)
+        self._seen[disk] = copied
         self._left[disk] = reply.left
         self._checked += reply.checked
         if reply.checked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from weakref import WeakKeyDictionary
 
@@ -235,8 +235,8 @@ def stop_recording_at_the_last_round(patch: Patch) -> None:
     """Recording ends with the last round rather than with the handover, which may still fail."""
     run = Completion.run
 
-    async def run_and_stop(self: Completion) -> None:
-        await run(self)
+    async def run_and_stop(self: Completion, beside: Callable[[], Awaitable[None]]) -> None:
+        await run(self, beside)
         await self._rounds._log.stop()
 
     patch.setattr(Completion, "run", run_and_stop)
