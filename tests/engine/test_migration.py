@@ -14,7 +14,7 @@ from qemu_blkmig.engine.device import SECTOR, DiskSpec
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Figures, Phase, Tuning
 from qemu_blkmig.engine.ports import CopyKind, CopyReport
-from qemu_blkmig.errors import MigrationError, TopologyChanged
+from qemu_blkmig.errors import DestinationFailed, MigrationError, TopologyChanged
 from tests.engine.world import (
     Cancel,
     Damage,
@@ -240,6 +240,64 @@ async def test_a_gentle_stop_lets_the_round_under_way_end() -> None:
     assert world.engine.figures().disks[0].rounds == 1
     assert world.engine.figures().disks[0].copied_dirty == 4 * SECTOR
     assert world.engine.figures().pending == 0
+
+
+async def test_a_stop_ends_the_pause_between_two_looks() -> None:
+    world = await dirty()
+    asleep = asyncio.Event()
+
+    async def sleep(_seconds: float) -> None:
+        asleep.set()
+        await asyncio.Event().wait()
+
+    world.clock.sleep = sleep  # type: ignore[assignment,method-assign]
+    stepping = asyncio.create_task(world.engine.keep_in_step(Policy(downtime=1, max_rounds=None)))
+    await asleep.wait()
+    world.engine.request_stop()
+    await stepping
+
+
+async def test_the_log_stands_ready_while_the_disks_are_kept_in_step() -> None:
+    world = await dirty()
+    ready: list[int] = []
+
+    async def stand_ready() -> None:
+        ready.append(world.engine.figures().round)
+        if world.engine.figures().round:
+            world.engine.request_stop()
+
+    world.log.stand_ready = stand_ready  # type: ignore[method-assign]
+    world.log.mark(0, range(4))
+    await world.engine.keep_in_step(Policy(downtime=0.001, max_rounds=None))
+    assert ready == [0, 1]
+
+
+async def test_a_completion_is_judged_by_what_is_dirty_after_the_last_copy_whatever_was_seen_before() -> None:
+    world = await dirty()
+    await world.engine.refresh()
+    world.pause()
+    world.log.mark(0, range(4))
+    assert world.engine.figures().pending == 0
+    besides: list[int] = []
+
+    async def beside() -> None:
+        besides.append(world.engine.figures().disks[0].copied_dirty)
+
+    await world.engine.complete(beside)
+    assert besides == [0, 4 * SECTOR]
+    assert world.engine.figures().pending == 0
+
+
+async def test_what_fails_beside_a_completion_takes_it_back() -> None:
+    world = await dirty()
+    world.pause()
+
+    async def beside() -> None:
+        raise DestinationFailed("cannot be read back")
+
+    with pytest.raises(DestinationFailed, match="cannot be read back"):
+        await world.engine.complete(beside)
+    assert world.engine.figures().phase is Phase.DIRTY
 
 
 async def test_a_stop_asked_for_before_keeping_in_step_began_holds() -> None:

@@ -167,3 +167,37 @@ async def test_when_nothing_was_written_nobody_is_asked_again_and_again() -> Non
         world.act(Write(0, 0, 1, 3))
         await world.engine.round()
         await reach(lambda: played.asked > 1)
+
+
+async def test_what_was_read_back_ahead_is_not_asked_for_again_unless_more_was_copied() -> None:
+    world = await copied(paused=False)
+    played = Played(world)
+    world.log.mark(0, range(4))
+    await world.engine.refresh()
+    world.pause()
+    await world.engine.complete(played.verification.ahead)
+    assert played.asked == 1
+    assert await played.verification.rest()
+    assert played.asked == 1
+    world.log.mark(0, range(4))
+    await world.engine.round()
+    await world.engine.complete(played.verification.ahead)
+    assert played.asked == 2
+    assert await played.verification.rest()
+    assert played.asked == 2
+
+
+async def test_what_is_found_amiss_ahead_is_copied_again() -> None:
+    world = await copied(paused=False)
+    bad = VerifyReply(SIZE * SECTOR, SECTOR, [(4 * SECTOR, SECTOR)])
+    played = Played(world, bad, VerifyReply(0, SECTOR, []), VerifyReply(SECTOR, 0, []))
+    world.pause()
+    await world.engine.complete(played.verification.ahead)
+    world.disks[0].destination[4] = world.disks[0].flushed[4] = 99
+    world.disks[0].damaged.add(4)
+    assert world.engine.figures().phase is Phase.COMPLETED
+    assert not await played.verification.rest()
+    await world.engine.complete(played.verification.ahead)
+    world.check_equal()
+    assert await played.verification.rest()
+    assert played.verification.mended == SECTOR
