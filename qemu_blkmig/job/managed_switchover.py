@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from qemu_blkmig.destination.protocol import Domain as Named
 from qemu_blkmig.destination.protocol import Expect
+from qemu_blkmig.engine.outlast import together
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.connected import Connected
@@ -287,7 +288,7 @@ class ManagedSwitchover:
     ) -> Downtime | None:
         record = self._job.record
         with self._watch.phase("handover"), self._interrupts.deferred():
-            await self._carriage.close()
+            await together(self._carriage.close(), self._ask_destination())
             self._watch.step("images closed")
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
@@ -311,6 +312,10 @@ class ManagedSwitchover:
         ram = max(0.0, total - disks_took)
         steps = self._watch.steps | {"RAM, devices, start": max(0.0, total - sum(self._watch.steps.values()))}
         return Downtime(total, disk=disks_took - verify, verify=verify, ram=ram, steps=steps)
+
+    async def _ask_destination(self) -> None:
+        """A libvirt that answers no more is found before the guest is anybody's but ours. Raises as `call` does."""
+        await self._ends.target.call(self._ends.target.handle.getLibVersion)
 
     async def _take_run_state(self) -> None:
         """Before any pause: the watchdog is armed, and the record says that a migration is ours.
