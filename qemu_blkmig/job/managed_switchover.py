@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from qemu_blkmig.destination.protocol import Domain as Named
 from qemu_blkmig.destination.protocol import Expect
-from qemu_blkmig.engine.outlast import together
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.connected import Connected
@@ -103,10 +102,6 @@ class ManagedSwitchover:
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
         await self._last.aim()
-        async with starts_of(self._ends.target, self._ends.domain.uuid, self._clock.now) as started:
-            return await self._switch_over(started)
-
-    async def _switch_over(self, started: Callable[[], float | None]) -> Downtime | None:
         may_be_inactive = (await probe(self._life.source)).set_active
         for attempt in itertools.count(1):
             await self._last.catch_up(within=BEFOREHAND)
@@ -127,7 +122,7 @@ class ManagedSwitchover:
                             await self._last.complete()
                         self._watch.step("last round")
                         await self._last.verify()
-                        return await self._hand_over(passage, paused, started)
+                        return await self._hand_over(passage, paused)
             await self._too_dirty(attempt)
         raise AssertionError("counting has ended")
 
@@ -283,28 +278,27 @@ class ManagedSwitchover:
             self._life.watchdog.disarm()
         await self._converge()
 
-    async def _hand_over(
-        self, passage: _Passage, paused: float, started: Callable[[], float | None]
-    ) -> Downtime | None:
+    async def _hand_over(self, passage: _Passage, paused: float) -> Downtime | None:
         record = self._job.record
         with self._watch.phase("handover"), self._interrupts.deferred():
-            await together(self._carriage.close(), self._ask_destination())
+            await self._carriage.close()
             self._watch.step("images closed")
             disks_took = self._clock.now() - paused
             await self._guard.stand_down()
-            await self._job.undecided(PATIENCE)
-            self._watch.step("record synced")
-            try:
-                async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
-                    passage.gate.open()
-                    await passage.migration.wait()
-                record.owner = Owner.DESTINATION
-                await self._job.save()
-            except (BlkmigError, TimeoutError, OSError) as error:
-                if (await self._life.settle()).owner is not Owner.DESTINATION:
-                    raise
-                self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")
-            arrived = started() or self._clock.now()
+            async with starts_of(self._ends.target, self._ends.domain.uuid, self._clock.now) as started:
+                await self._job.undecided(PATIENCE)
+                self._watch.step("record synced")
+                try:
+                    async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
+                        passage.gate.open()
+                        await passage.migration.wait()
+                    record.owner = Owner.DESTINATION
+                    await self._job.save()
+                except (BlkmigError, TimeoutError, OSError) as error:
+                    if (await self._life.settle()).owner is not Owner.DESTINATION:
+                        raise
+                    self._reporter.note(f"the handover had trouble, but the guest arrived: {error}")
+                arrived = started() or self._clock.now()
         if not record.was_running or self._options.suspend:
             return None
         verify = self._watch.phases.get("verify", 0.0)
@@ -312,10 +306,6 @@ class ManagedSwitchover:
         ram = max(0.0, total - disks_took)
         steps = self._watch.steps | {"RAM, devices, start": max(0.0, total - sum(self._watch.steps.values()))}
         return Downtime(total, disk=disks_took - verify, verify=verify, ram=ram, steps=steps)
-
-    async def _ask_destination(self) -> None:
-        """A libvirt that answers no more is found before the guest is anybody's but ours. Raises as `call` does."""
-        await self._ends.target.call(self._ends.target.handle.getLibVersion)
 
     async def _take_run_state(self) -> None:
         """Before any pause: the watchdog is armed, and the record says that a migration is ours.

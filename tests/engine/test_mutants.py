@@ -185,7 +185,11 @@ def lose_the_round_of_a_cancelled_harvest(patch: Patch) -> None:
     result = Outlasted.result
 
     def raise_at_once(self: Outlasted[object]) -> object:
+        # Asked for: else asyncio tells of it when it collects the task, with a traceback, amid whatever is parsed then.
+        failure = self.failure
         self.raise_cancellation()
+        if failure is not None:
+            raise failure
         return result(self)
 
     patch.setattr(Outlasted, "result", raise_at_once)
