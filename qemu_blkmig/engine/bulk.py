@@ -16,6 +16,8 @@ from qemu_blkmig.engine.stride import Stride
 
 AHEAD = 3
 """Ranges that may be under way or not flushed yet: one is flushed, one copied, the next one asked for already."""
+UNSTABLE_PART, UNSTABLE = 20, 8 << 20
+"""Of a disk no more than this part is under way or not flushed, but so many bytes: a kill has it to copy again."""
 
 Settle = Callable[[float], None]
 """Counts a range that has arrived, so many seconds after the one before it."""
@@ -25,9 +27,10 @@ Settle = Callable[[float], None]
 class BulkPass:
     """Copies range after range; no more is known of a disk than where its cursor stands.
 
-    `room`: bytes of a disk that may be under way, or not flushed yet, at once, or `AHEAD` ranges where that is more;
-    each range is flushed while the next ones are copied, so that a long way never runs dry. 0: one range after the
-    other, and a flush, for which everything waits, after `interval` bytes (told for a disk's size).
+    `room`: most bytes of a disk that may be under way, or not flushed yet, at once (less of a small one), or `AHEAD`
+    ranges where that is more; each range is flushed while the next ones are copied, so that a long way never runs dry.
+    0: one range after the other, and a flush, for which everything waits, after `interval` bytes (told for a disk's
+    size).
 
     A range is of at most `range_size` bytes, unless a `stride`, which is made for each disk, tells. With a `comparer`
     the destination holds an older copy, and just what differs is sent: as DIRTY, because nothing may be skipped there
@@ -91,6 +94,7 @@ class DiskPass:
         self._carrier = way.carrier
         self._interval = way.interval(device.size)
         self._stride = way.stride() if way.stride is not None else None
+        self._room = min(way.room, max(device.size // UNSTABLE_PART, UNSTABLE))
         self._next = device.cursor
         self._flights: deque[_Flight] = deque()
         self._flush: asyncio.Task[int] | None = None
@@ -137,7 +141,7 @@ class DiskPass:
         if not self._way.room:
             return not (self._flights or self._flush or self._is_flush_due())
         length = self._length()
-        return self._next + length - self._device.stable <= max(self._way.room, AHEAD * length)
+        return self._next + length - self._device.stable <= max(self._room, AHEAD * length)
 
     def _is_flush_due(self) -> bool:
         device = self._device

@@ -7,7 +7,7 @@ from collections import deque
 MOST_UNFLUSHED = 256 << 20
 """Bytes of the pass after which it is flushed, however large the disk is; a range is copied to its end before."""
 FIRST_STRIDE = 32 << 20
-PART, LONGEST = 64, 16 << 30
+PART, LONGEST = 128, 16 << 30
 """A range is no longer than this part of a disk, nor than so many bytes: a failure throws a few of them away."""
 CHANGE = 8
 """How many times as long as the last range the next one is at most, or as short."""
