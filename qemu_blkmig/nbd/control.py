@@ -38,9 +38,11 @@ class Control:
         os.eventfd_write(self.wake, 1)
 
     def nudged(self) -> None:
-        """Forget the nudges so far."""
+        """Forget the nudges so far; a cancel is not forgotten: whoever else waits by `wake` is to hear of it, too."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake)
+        if self.cancelled:
+            os.eventfd_write(self.wake, 1)
 
     def close(self) -> None:
         """Free the descriptor; nobody may cancel any more."""
