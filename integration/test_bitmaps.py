@@ -67,6 +67,18 @@ def boot(lab: Lab, *, style: str = "blockdev") -> Guest:
     return guest
 
 
+def test_a_bitmap_goes_with_a_guest_whose_disk_takes_a_while_to_be_read_back(lab: Lab) -> None:
+    """Rounds go on meanwhile, and what they show is not to be in the way of QEMU, which takes the bitmap along."""
+    disks = [lab.disk("first", 8 * MIB), lab.disk("second", 256 * MIB, "qcow2", data=[(0, 240 * MIB)])]
+    guest = lab.boot(disks, Orders(rate=100, disks=["vda"]), Hardware(style="blockdev"))
+    guest.wait_for_writing(more=10)
+    add_bitmap(guest, "weekly")
+    outcome, arrived = migrate(lab, guest, "--downtime", 5000, "--on-stall", "wait")
+    outcome.succeeded()
+    assert set(bitmaps(arrived)) == {"weekly"}
+    assert_nothing_left(lab, arrived)
+
+
 def test_a_backup_tool_s_bitmaps_arrive_with_what_they_hold_and_go_on(lab: Lab, tmp_path: Path) -> None:
     guest = boot(lab)
     add_bitmap(guest, "weekly")

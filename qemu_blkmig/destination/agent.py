@@ -24,6 +24,8 @@ EXIT_LEFT = 1
 EXIT_GARBAGE = 2
 """A line was no request at all."""
 
+_UNSPOKEN = 600.0
+"""Seconds in which the first line must come: who begins an agent early has others to ask, who may ask a person."""
 _GRACE = 1.0
 """Seconds in which a line that waits is read."""
 
@@ -52,7 +54,7 @@ class Agent:
         self._encoder = msgspec.json.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._heard = asyncio.get_running_loop().time()
+        self._heard = asyncio.get_running_loop().time() + _UNSPOKEN - protocol.SILENCE
 
     async def serve(self) -> int:
         """The exit status, when all is over: copies drained, servers gone, unclosed creations removed."""
@@ -74,7 +76,7 @@ class Agent:
         """A network that is gone without a word must not leave images locked for ever."""
         loop = asyncio.get_running_loop()
         while (rest := self._heard + protocol.SILENCE - loop.time()) > 0:
-            await asyncio.sleep(rest)
+            await asyncio.sleep(min(rest, protocol.SILENCE))
             if self._heard + protocol.SILENCE <= loop.time():
                 # If it was us who were stopped, lines are waiting to be read.
                 await asyncio.sleep(_GRACE)

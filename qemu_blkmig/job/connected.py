@@ -17,6 +17,7 @@ from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.job.verification import Verification
 from qemu_blkmig.nbd.address import Export
+from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.guest import QemuGuest
 
 
@@ -52,9 +53,10 @@ class Carrying(Protocol):
 
 @dataclass(frozen=True)
 class Connected:
-    """The guest, what carries its disks, what watches it, the engine over its disks, and what verifies them."""
+    """The guest, what records its writes, carries its disks and watches it, the engine, and what verifies them."""
 
     guest: QemuGuest
+    log: BitmapLog
     carriage: Carrying
     guard: Guard
     engine: BlockMigration
@@ -80,7 +82,7 @@ async def connect(
     await open_carriage(life, carriage, exports)
     engine = await carriage.engine(log, guest, clock, life.reporter.maps.watched)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
-    return Connected(guest, carriage, guard, engine, carriage.verification(engine, clock))
+    return Connected(guest, log, carriage, guard, engine, carriage.verification(engine, clock))
 
 
 async def open_carriage(life: Lifecycle, carriage: Carrying, exports: Mapping[str, Export]) -> None:

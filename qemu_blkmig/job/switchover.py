@@ -70,6 +70,7 @@ class Switchover:
         self._watch = watch
         self._carriage = connected.carriage
         self._guest = connected.guest
+        self._log = connected.log
         self._engine = connected.engine
         self._guard = connected.guard
         self._disks = disks
@@ -120,6 +121,8 @@ class Switchover:
         for attempt in itertools.count(1):
             await self._last.catch_up()
             carried = await self._carried_bitmaps()
+            if carried:
+                await self._log.stand_down()
             ram = RamMigration(self._life.source, self._target().monitor, carried, self._channel(attempt))
             async with self._called_off_on_error(ram):
                 with self._watch.phase("ram"):
@@ -189,6 +192,7 @@ class Switchover:
         await self._start(ram)
         self._ram = ram
         try:
+            await ram.wait_set_up()
             return await self._last.keep_in_step(ram.wait_paused(), self._bound_ram(ram))
         finally:
             self._ram = None

@@ -157,7 +157,9 @@ class Plan:
         if extent.length < self._look_from:
             self._known.append(Piece(extent.offset, extent.length, Action.DATA))
             return
-        asked = Extent(extent.offset, min(self._window, extent.length))
+        # Answers may be short, and the next window then begins anywhere: it ends with a unit all the same.
+        window = self._window - (extent.offset + self._window) % self._unit
+        asked = Extent(extent.offset, min(window, extent.length))
         if extent.length > asked.length:
             self._unknown.appendleft(Extent(asked.end, extent.length - asked.length))
         self._answers = []

@@ -166,6 +166,12 @@ class BitmapLog:
                 log.info("what is recorded is not shown before it is harvested: %s", error)
                 self._may_watch = False
 
+    async def stand_down(self) -> None:
+        """Show nothing any more before it is harvested: QEMU carries no bitmap along while another one is shown."""
+        async with self._lock:
+            self._may_watch = False
+            await self._unwatch()
+
     async def verify_topology(self) -> Mapping[str, int]:
         """See `DirtyLog.verify_topology`."""
         async with self._lock:

@@ -90,6 +90,14 @@ class RamMigration:
             await self._restore_settings()
             raise
 
+    async def wait_set_up(self) -> None:
+        """Return when RAM is sent, or all is over: until then QEMU wants the bitmaps that it carries for itself alone.
+
+        Raises `ConnectionLost`.
+        """
+        while await self.status() in ("none", "setup"):
+            await self._next(self._from_source)
+
     async def wait_paused(self) -> None:
         """Return when the guest is paused and the switchover waits for `proceed`.
 

@@ -6,15 +6,17 @@ through it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import IO
 
 from qemu_blkmig.transport.ciphers import preferred_ciphers
-from qemu_blkmig.transport.starting import start
+from qemu_blkmig.transport.starting import end, start
 
 COMMAND_VARIABLE = "QEMU_BLKMIG_SSH"
 """Environment: the ssh to use, with options, as a shell would read it; "ssh" without it."""
@@ -22,6 +24,8 @@ CONNECT = 15
 """Seconds in which a host must take a connection."""
 ALIVE = 15
 """Seconds of silence after which a connection is given up."""
+END = 1.0
+"""Seconds in which what ssh has said last is read."""
 STANDS = "qemu-blkmig-connected"
 _OPTIONS = {
     "BatchMode": "yes",
@@ -107,22 +111,25 @@ class BegunConnection:
         self._thread.start()
 
     def _follow(self, route: Route) -> None:
-        stdout = self.connection.stdout
-        while stdout is not None and (line := stdout.readline()):
-            if line.strip() == STANDS.encode():
-                try:
-                    self.agent = route.start_agent(self.control)
-                except OSError:
-                    self.agent = None
-                self.stands.set_result(True)
-                return
-        self.stands.set_result(False)
+        stands = _says_stands(self.connection.stdout)
+        if stands:
+            with contextlib.suppress(OSError):
+                self.agent = route.start_agent(self.control)
+        self.stands.set_result(stands)
 
     def end(self) -> None:
         """End all of it; nobody has taken it over."""
         self.connection.kill()
-        self._thread.join()
+        self.connection.wait()
+        # A ProxyCommand holds its end of the pipes for as long as it connects: the thread may read on until then.
+        self._thread.join(timeout=END)
         for process in (self.connection, self.agent):
             if process is not None:
-                process.kill()
-                process.communicate()
+                end(process)
+
+
+def _says_stands(stdout: IO[bytes] | None) -> bool:
+    """Wait for that word; False: all was said, or `stdout` was closed."""
+    with contextlib.suppress(OSError, ValueError):
+        return stdout is not None and any(line.strip() == STANDS.encode() for line in stdout)
+    return False

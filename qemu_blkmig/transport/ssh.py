@@ -20,8 +20,9 @@ from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.launching import PATH_LIMIT
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 from qemu_blkmig.transport.piped import Piped
-from qemu_blkmig.transport.route import CONTROL_LIMIT, STANDS, BegunConnection, Route
+from qemu_blkmig.transport.route import CONTROL_LIMIT, END, STANDS, BegunConnection, Route
 from qemu_blkmig.transport.ssh_words import failure_of, refusal_of_forward
+from qemu_blkmig.transport.starting import end
 
 LOGIN = 60.0
 """Seconds in which a connection must stand, jump hosts and all."""
@@ -141,12 +142,14 @@ class SshHost:
                 self._master.kill()
             await self._master.wait()
         if self._overhearing is not None:
-            await asyncio.wait({self._overhearing})
+            # What it says last; a ProxyCommand that still connects holds its end of the pipe.
+            await asyncio.wait({self._overhearing}, timeout=END)
+            self._overhearing.cancel()
         if self._master is not None:
             self._master.close()
         if self._first is not None:
             first, self._first = self._first, None
-            await asyncio.to_thread(first.communicate)
+            await asyncio.to_thread(end, first)
         if self._begun is not None:
             begun, self._begun = self._begun, None
             await asyncio.to_thread(begun.end)

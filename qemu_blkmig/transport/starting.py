@@ -24,3 +24,12 @@ def start(command: Sequence[str], env: Mapping[str, str] | None = None) -> subpr
         start_new_session=True,
         env=env,
     )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End the process of `start` at once, whatever it still says, and whoever else holds its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()

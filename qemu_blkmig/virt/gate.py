@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 WITHHELD = 4 << 20
 """Bytes: more than the device state's description, the last thing in a stream, behind which its end is told."""
 PREAMBLE = 32 << 10
-"""Bytes: a TLS handshake, and less than the pages of the smallest guest take."""
+"""Bytes: a TLS handshake, and less than the device state of the smallest guest and its description take."""
 BLOCK = 1 << 20
 """Bytes moved at once."""
 

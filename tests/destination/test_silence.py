@@ -64,6 +64,13 @@ async def test_an_agent_that_hears_nothing_removes_what_is_incomplete_and_ends(t
     assert not list(tmp_path.iterdir())
 
 
+async def test_an_agent_that_nobody_has_spoken_to_yet_waits_longer() -> None:
+    async with serving() as (coordinator, serves):
+        await asyncio.wait({serves}, timeout=3 * LIMIT)
+        assert isinstance(await coordinator.ask(protocol.Ping()), protocol.Done)
+        assert await serves == agent.EXIT_LEFT
+
+
 async def test_an_agent_that_is_pinged_stays() -> None:
     async with serving() as (coordinator, serves):
         loop = asyncio.get_running_loop()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import groupby, pairwise
 from typing import cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.nbd import plan as nbd_plan
 from qemu_blkmig.nbd.connection import Connection, Entries
 from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
 
@@ -18,9 +20,10 @@ ZERO = 2
 class FakeConnection:
     """Answers what a map of bytes to fates says: at most `most` entries, cut at `reach` bytes."""
 
-    contexts = frozenset((ALLOCATION, DEPTH))
-
-    def __init__(self, fates: str, most: int, reach: int) -> None:
+    def __init__(
+        self, fates: str, most: int, reach: int, contexts: frozenset[str] = frozenset((ALLOCATION, DEPTH))
+    ) -> None:
+        self.contexts = contexts
         self._fates = fates
         self._most = most
         self._reach = reach
@@ -31,7 +34,8 @@ class FakeConnection:
         runs = [(fate, len(list(group))) for fate, group in groupby(told)][: self._most]
         allocation = [(count, ZERO if fate == "z" else 0) for fate, count in runs]
         depth = [(count, 2 if fate == "s" else 1) for fate, count in runs]
-        completed.append(({ALLOCATION: allocation, DEPTH: depth}, 0))
+        answer = {ALLOCATION: allocation, DEPTH: depth}
+        completed.append(({context: answer[context] for context in self.contexts}, 0))
 
 
 def classify(zero: bool, depth: int | None) -> Action:
@@ -46,19 +50,32 @@ def classify(zero: bool, depth: int | None) -> Action:
     reach=st.integers(1, 20),
     cut=st.sampled_from((8, 16)),
     start=st.integers(0, 3),
+    told=st.sampled_from((frozenset((ALLOCATION, DEPTH)), frozenset((ALLOCATION,)))),
+    window=st.sampled_from((8, 1 << 20)),
 )
 def test_every_unit_has_one_fate_that_of_its_bytes_or_is_data_and_mixed(
-    fates: list[tuple[str, int]], unit: int, most: int, reach: int, cut: int, start: int
+    fates: list[tuple[str, int]],
+    unit: int,
+    most: int,
+    reach: int,
+    cut: int,
+    start: int,
+    told: frozenset[str],
+    window: int,
 ) -> None:
     fate = "".join(kind * count for kind, count in fates)
+    fate = fate if DEPTH in told else fate.replace("s", "d")
     start = min(start * unit, (len(fate) - 1) // unit * unit)
-    connection = cast("Connection", FakeConnection(fate, most, reach))
+    connection = cast("Connection", FakeConnection(fate, most, reach, told))
     plan = Plan(connection, [Extent(start, len(fate) - start)], classify, look_from=0, disk="d", unit=unit)
     pieces: list[Piece] = []
-    while not plan.exhausted:
-        plan.look_ahead()
-        while (piece := plan.take(lambda piece: cut - piece.offset % cut)) is not None:
-            pieces.append(piece)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nbd_plan, "WINDOW", window)
+        plan._window = window
+        while not plan.exhausted:
+            plan.look_ahead()
+            while (piece := plan.take(lambda piece: cut - piece.offset % cut)) is not None:
+                pieces.append(piece)
     assert pieces[0].offset == start and pieces[-1].end == len(fate)
     assert all(before.end == after.offset for before, after in pairwise(pieces))
     for piece in pieces:

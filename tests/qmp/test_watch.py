@@ -178,3 +178,12 @@ async def test_disks_that_were_inactive_are_read_as_shown_once_they_are_active_a
     exports = await ready.qemu.exports()
     assert await ready.dirty(harvested, "a") == [Extent(0, 65536)]
     assert await ready.qemu.exports() == exports
+
+
+async def test_nothing_is_shown_where_bitmaps_are_to_be_carried_along(ready: Rig) -> None:
+    await ready.log.stand_down()
+    await ready.log.stand_ready()
+    nodes = await ready.qemu.user.execute("query-named-block-nodes", {"flat": True})
+    assert not [bitmap["name"] for node in nodes for bitmap in node.get("dirty-bitmaps", []) if bitmap["busy"]]
+    await ready.qemu.io("a", "write 0 64k")
+    assert await ready.dirty(await ready.log.harvest(), "a") == [Extent(0, 65536)]
