@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Callable
 from typing import Literal
 
@@ -34,6 +35,6 @@ def hash_function(algorithm: Algorithm) -> Hash:
     except ImportError as error:
         package = "python3-xxhash or PyPI's xxhash" if algorithm == "xxh3-128" else "PyPI's blake3"
         raise Refused(
-            f"the hash {algorithm} cannot be computed here: {error}",
+            f"the hash {algorithm} cannot be computed on {socket.gethostname()}: {error}",
             advice=f"install {package} on both hosts, or choose --hash sha256",
         ) from error

@@ -6,11 +6,11 @@ import argparse
 import contextlib
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qemu_blkmig.cli import options, show
 from qemu_blkmig.cli.form import Commands, argument, command
-from qemu_blkmig.errors import UsageError
+from qemu_blkmig.errors import Interrupted, UsageError
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
@@ -18,6 +18,8 @@ from qemu_blkmig.job.work import work_of
 from qemu_blkmig.units import parse_rate
 
 if TYPE_CHECKING:
+    from qemu_blkmig.engine.ports import Clock
+    from qemu_blkmig.job.interrupts import Interrupts
     from qemu_blkmig.job.layers import Persist, Work
     from qemu_blkmig.job.reporting import Reporter
     from qemu_blkmig.job.result import Result
@@ -81,12 +83,19 @@ def carry(
     place = wanted.place if isinstance(wanted, ManagedOptions) else wanted.target.place
     beginning = Beginning(place)
 
-    async def work(*told: Any) -> Result:
+    async def work(reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
         import asyncio
 
         async with beginning.reaching(None if isinstance(wanted, ManagedOptions) else wanted.source):
-            do = await asyncio.to_thread(work_of, wanted)
-            return await do(wanted, *told, beginning=beginning)
+            with interrupts.watching():
+                try:
+                    do = await asyncio.to_thread(work_of, wanted)
+                    return await do(wanted, reporter, interrupts, clock, beginning=beginning)
+                except asyncio.CancelledError:
+                    # It came before there was a job that would tell.
+                    if interrupts.received is None:
+                        raise
+                    raise Interrupted(interrupts.received, state="nothing was touched") from None
 
     return run(work, arguments, source or arguments.source, destination, beginning=beginning)
 

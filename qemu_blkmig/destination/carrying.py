@@ -59,7 +59,8 @@ class Carrying:
         """What is not over has ended by `error`."""
         waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
-            answer.set_exception(error)
+            if not answer.done():
+                answer.set_exception(error)
 
     def _expected(self, copying: Copying) -> Copying:
         self._waiting[copying] = self._loop.create_future()
@@ -70,5 +71,6 @@ class Carrying:
 
     def _note(self, copying: Copying) -> None:
         self._course.forget(copying)
-        if (answer := self._waiting.pop(copying, None)) is not None:
+        answer = self._waiting.pop(copying, None)
+        if answer is not None and not answer.done():
             answer.set_result(None)

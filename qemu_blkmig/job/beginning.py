@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qemu_blkmig.job.record import Job
     from qemu_blkmig.qmp.socket import SocketMonitor
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END = 5.0
 """Seconds in which an agent that nobody has taken must end."""
 
@@ -47,8 +48,10 @@ class Beginning:
 
     def __enter__(self) -> Self:
         """Raises `Refused` where the job cannot be recorded."""
+        for number in SIGNALS:
+            self._signals.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            self._signals.callback(signal.signal, number, signal.signal(number, _interrupted) or signal.SIG_DFL)
+            signal.signal(number, _interrupted)
         try:
             match self._place:
                 case Local():
@@ -75,13 +78,17 @@ class Beginning:
         self._end()
 
     def _end(self) -> None:
-        if (agent := self.take_agent()) is not None:
-            _end(agent)
-        if (connection := self.take_connection()) is not None:
-            connection.end()
-        if (job := self.take_job()) is not None:
-            job.remove()
-        self._signals.close()
+        """It takes moments; what an interrupt would leave of it is nobody's."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.ExitStack() as last:
+            last.push(self._signals)
+            if (job := self.take_job()) is not None:
+                last.callback(job.remove)
+            if (connection := self.take_connection()) is not None:
+                last.callback(connection.end)
+            if (agent := self.take_agent()) is not None:
+                last.callback(_end, agent)
 
     @contextlib.asynccontextmanager
     async def reaching(self, source: str | None) -> AsyncIterator[None]:
@@ -123,7 +130,7 @@ class Beginning:
 
 
 def _interrupted(number: int, _frame: object) -> None:
-    """Until `job.interrupts` takes over: what was begun is ended, and not left behind."""
+    """Until there is an event loop, and `job.interrupts` watches: what was begun is ended, and not left behind."""
     raise Interrupted(number, state="nothing was touched")
 
 

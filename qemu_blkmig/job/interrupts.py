@@ -18,14 +18,14 @@ class Interrupts:
 
     In `deferred` (the handover) a signal is only remembered: what has begun there must be brought to an end, which
     takes moments. A second signal outside of it ends this process at once (after `on_insisted`), and the watchdog
-    settles the job.
+    settles the job; None: there is no watchdog yet, and what is to be tidied up takes moments as well.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._deferring = False
         self._task: asyncio.Task[object] | None = None
-        self.on_insisted: Callable[[], None] = lambda: None
+        self.on_insisted: Callable[[], None] | None = None
         self.received: signal.Signals | None = None
 
     @contextlib.contextmanager
@@ -74,7 +74,7 @@ class Interrupts:
             self.received = signum
             if self._task is not None:
                 self._task.cancel()
-        else:
+        elif self.on_insisted is not None:
             self._tell(
                 "interrupted again: ending at once; the watchdog gives the guest back and tidies up, which takes "
                 "moments (`qemu-blkmig jobs` lists the job until it has)"

@@ -113,12 +113,12 @@ class Lifecycle:
             self.job.record.steered = self._steered()
             if self._suspended is not None:
                 await self.job.wake()
-            self._interrupts.on_insisted = self._give_up
             try:
                 self.watchdog = await Watchdog.start(self.job.directory, self.job.lock)
             except BaseException:
                 await self._give_back()
                 raise
+            self._interrupts.on_insisted = self._give_up
             begin = Journal.create if self._suspended is None else Journal.open
             self.journal = begin(self.job.directory, self._warner())
             self.reporter = Telling(self._display, self.journal, self.steering)

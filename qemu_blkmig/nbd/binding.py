@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 from typing import Any
 
 from qemu_blkmig import errors
@@ -22,7 +23,8 @@ def libnbd() -> Any:
     try:
         module = importlib.import_module("nbd")
     except ImportError as error:
-        raise errors.Refused(f"libnbd's Python binding cannot be loaded ({error})", advice=_ADVICE) from error
+        what = f"libnbd's Python binding cannot be loaded on {socket.gethostname()} ({error})"
+        raise errors.Refused(what, advice=_ADVICE) from error
     if not (hasattr(module, "NBD") and hasattr(module, "CONTEXT_BASE_ALLOCATION")):
         raise errors.Refused(f"{module.__file__} is not libnbd's Python binding", advice=_ADVICE)
     return module

@@ -1,17 +1,16 @@
 """The record of what the guest writes: dirty bitmaps on its disks, harvested by FACTS.md's protocol A.
 
-While recording, each disk has one enabled bitmap, `<prefix>-b<k>`. A harvest adds the next one and disables this one,
-on all disks in one transaction: the disabled ones are the round. A round's bitmaps are removed only when all of it is
-known to be at the destination, by the next harvest's transaction; whatever else becomes of a round, it is merged back
-into the recording.
+While recording, each disk has an enabled bitmap, `<prefix>-b<k>`; of several, the newest is the recording. A harvest
+adds the next one and disables this one, on all disks in one transaction: the disabled ones are the round. A round's
+bitmaps are removed only when all of it is known to be at the destination, by the next harvest's transaction; whatever
+else becomes of a round, it is merged back into the recording.
 
 A bitmap that is shown while it records (`qmp.watch`, from `stand_ready` on) cannot be disabled. It goes on recording
-beside the next one, and a round that it is may hold later writes as well, which are recorded anew all the same. So of
-several that record the newest is the recording.
+beside the next one, and a round that it is may hold later writes as well, which are recorded anew all the same.
 
 An answer that does not come (a cancellation, a time limit) leaves open what QEMU did. Transactions are atomic and
-QEMU keeps the order of commands, so the next query tells: every bitmap of ours that neither records nor belongs to a
-round which somebody holds is an orphan, and `_settle` merges it back.
+QEMU keeps the order of commands, so the next query tells: every bitmap of ours that is neither the recording, nor of a
+round that somebody holds, nor of one that has arrived, is an orphan, and `_settle` merges it back.
 """
 
 from __future__ import annotations

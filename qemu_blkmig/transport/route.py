@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import IO
 
+from qemu_blkmig.errors import UsageError
 from qemu_blkmig.transport.ciphers import preferred_ciphers
-from qemu_blkmig.transport.starting import end, start
+from qemu_blkmig.transport.starting import end, end_group, start
 
 COMMAND_VARIABLE = "QEMU_BLKMIG_SSH"
 """Environment: the ssh to use, with options, as a shell would read it; "ssh" without it."""
@@ -47,8 +48,11 @@ _OPTIONS = {
 
 
 def ssh_command() -> list[str]:
-    """The user's ssh, with the options that it is to have."""
-    return shlex.split(os.environ.get(COMMAND_VARIABLE, "ssh"))
+    """The user's ssh, with the options that it is to have. Raises `UsageError`."""
+    try:
+        return shlex.split(os.environ.get(COMMAND_VARIABLE, "")) or ["ssh"]
+    except ValueError as error:
+        raise UsageError(f"{COMMAND_VARIABLE} is no command line: {error}") from error
 
 
 CONTROL_LIMIT = 107 - 17
@@ -112,16 +116,17 @@ class BegunConnection:
 
     def _follow(self, route: Route) -> None:
         stands = _says_stands(self.connection.stdout)
-        if stands:
-            with contextlib.suppress(OSError):
+        try:
+            if stands:
                 self.agent = route.start_agent(self.control)
-        self.stands.set_result(stands)
+        except OSError:
+            self.agent = None
+        finally:
+            self.stands.set_result(stands)
 
     def end(self) -> None:
         """End all of it; nobody has taken it over."""
-        self.connection.kill()
-        self.connection.wait()
-        # A ProxyCommand holds its end of the pipes for as long as it connects: the thread may read on until then.
+        end_group(self.connection.pid)
         self._thread.join(timeout=END)
         for process in (self.connection, self.agent):
             if process is not None:

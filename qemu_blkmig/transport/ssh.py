@@ -7,7 +7,6 @@ through it on demand. It dies with us, and within `ALIVE` seconds of silence; a 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 import secrets
@@ -20,9 +19,9 @@ from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.launching import PATH_LIMIT
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 from qemu_blkmig.transport.piped import Piped
-from qemu_blkmig.transport.route import CONTROL_LIMIT, END, STANDS, BegunConnection, Route
-from qemu_blkmig.transport.ssh_words import failure_of, refusal_of_forward
-from qemu_blkmig.transport.starting import end
+from qemu_blkmig.transport.route import COMMAND_VARIABLE, CONTROL_LIMIT, END, STANDS, BegunConnection, Route
+from qemu_blkmig.transport.ssh_words import NOT_FOUND, NOT_RUN, failure_of, refusal_of_forward
+from qemu_blkmig.transport.starting import end, end_group
 
 LOGIN = 60.0
 """Seconds in which a connection must stand, jump hosts and all."""
@@ -137,12 +136,11 @@ class SshHost:
     async def close(self) -> None:
         """See `Host`."""
         if self._master is not None:
-            with contextlib.suppress(ProcessLookupError):
-                # The watchdog ignores SIGTERM, and what it starts inherits that.
-                self._master.kill()
+            if self._connected:
+                end_group(self._master.pid)
             await self._master.wait()
         if self._overhearing is not None:
-            # What it says last; a ProxyCommand that still connects holds its end of the pipe.
+            # What it says last.
             await asyncio.wait({self._overhearing}, timeout=END)
             self._overhearing.cancel()
         if self._master is not None:
@@ -177,6 +175,9 @@ class SshHost:
             if not stands:
                 await self.close()
                 ended = self._master.returncode if self._master is not None else None
+                if ended in (NOT_FOUND, NOT_RUN):
+                    what = f"ssh cannot be started: {' '.join(self._said)}"
+                    raise errors.Refused(what, advice=f"see what {COMMAND_VARIABLE} says, or install openssh-client")
                 raise self._failure("\n".join(self._said), ended)
 
     async def _make(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,9 +29,15 @@ def start(command: Sequence[str], env: Mapping[str, str] | None = None) -> subpr
     )
 
 
+def end_group(pid: int) -> None:
+    """End a process of `start`, which was not waited for yet, with all that it started: an ssh's ProxyCommand, too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End the process of `start` at once, whatever it still says, and whoever else holds its pipes."""
-    process.kill()
+    """End the process of `start` at once, with all that it started, whatever it still says."""
+    end_group(process.pid)
     process.wait()
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:
