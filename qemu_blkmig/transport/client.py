@@ -164,8 +164,9 @@ class AgentClient:
         await asyncio.wait(self._tasks[:1], timeout=seconds)
         return self._gone
 
-    def kill(self) -> None:
-        """End the agent at once; what it made is for `Discard` to remove."""
+    def kill(self, why: str | None = None) -> None:
+        """End the agent at once; what it made is for `Discard` to remove. `why`: what is told of it."""
+        self._given_up = self._given_up or why
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
@@ -175,8 +176,7 @@ class AgentClient:
             while True:
                 await asyncio.sleep(protocol.PING)
                 if not await self.answers(_SILENCE):
-                    self._given_up = f"does not answer (for {_SILENCE:.0f} s)"
-                    return self.kill()
+                    return self.kill(f"did not answer for {_SILENCE:.0f} s")
 
     async def answers(self, seconds: float) -> bool:
         """Whether the agent answers a ping within `seconds`. Raises as `request` does."""

@@ -60,7 +60,7 @@ async def carry_out(client: AgentClient, op: Cancellable, reply: type[_Reply]) -
     except asyncio.CancelledError:
         ending = asyncio.gather(working, client.request(protocol.Cancel(op.disk)), return_exceptions=True)
         if not await finished(ending, _CANCEL_LIMIT):
-            client.kill()
+            client.kill(f"did not answer for {_CANCEL_LIMIT:.0f} s")
             await finished(ending, _KILL_LIMIT)
         raise
 
