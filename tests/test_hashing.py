@@ -25,6 +25,6 @@ def test_each_algorithm_gives_its_well_known_digest(algorithm: Algorithm) -> Non
 
 def test_a_hash_that_cannot_be_computed_here_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "blake3", None)
-    with pytest.raises(Refused, match="blake3 cannot be computed here") as refused:
+    with pytest.raises(Refused, match="blake3 cannot be computed on ") as refused:
         hash_function("blake3")
     assert "PyPI's blake3" in str(refused.value.advice)

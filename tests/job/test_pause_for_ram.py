@@ -64,12 +64,15 @@ async def test_a_long_round_is_cut_off_when_the_guest_is_paused() -> None:
     connected: Any = SimpleNamespace(
         engine=engine,
         guest=SimpleNamespace(check_still_here=nothing, check_awake=nothing),
+        log=None,
         guard=None,
         carriage=None,
         verification=None,
     )
     over: Any = Switchover(life, options, Any, SimpleNamespace(clock=RealClock()), connected, (), Any)  # type: ignore[arg-type]
-    ram = SimpleNamespace(start=nothing, allow=nothing, passes=one, wait_paused=lambda: asyncio.sleep(0.01))
+    ram = SimpleNamespace(
+        start=nothing, wait_set_up=nothing, allow=nothing, passes=one, wait_paused=lambda: asyncio.sleep(0.01)
+    )
     began = RealClock().now()
     async with asyncio.timeout(20):
         paused = await over._migrate_ram(ram)

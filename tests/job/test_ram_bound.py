@@ -44,6 +44,7 @@ def run_with(on_stall: OnStall, done: list[str], predicted: float = 0.08) -> Any
     life: Any = SimpleNamespace(job=None, reporter=SimpleNamespace(note=done.append), steering=Steering(0.3, None))
     connected: Any = SimpleNamespace(
         engine=SimpleNamespace(figures=lambda: SimpleNamespace(predicted=predicted)),
+        log=None,
         verification=None,
         carriage=None,
         guest=SimpleNamespace(pause=pause),
