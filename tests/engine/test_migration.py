@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 
@@ -467,6 +468,46 @@ async def test_a_range_is_flushed_while_the_next_ones_are_copied_and_stable_only
     assert (True, False) in beside
     assert (False, True) in beside, "the second disk is begun while the last range of the first one is flushed"
     assert world.stable() == {"vda": 40 * SECTOR, "vdb": 40 * SECTOR}
+
+
+async def test_a_flush_holds_for_what_was_reported_before_it_and_for_nothing_that_came_meanwhile() -> None:
+    copied = disk(content=bytes(range(1, 41)))
+    world = make(copied, tuning=replace(TUNING, room=32 * SECTOR))
+    await world.engine.setup()
+    flush, copy, flushed = world.mover.flush, world.mover.copy, asyncio.Event()
+    came_meanwhile = 0
+
+    def safe() -> int:
+        """Bytes from the disk's beginning that outlive the writer."""
+        same = (there == here for there, here in zip(copied.flushed, copied.source, strict=True))
+        return SECTOR * len(list(takewhile(bool, same)))
+
+    async def not_before(name: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
+        if extents[0].offset:
+            await flushed.wait()
+        return await copy(name, extents, kind)
+
+    async def slowly(name: str) -> None:
+        nonlocal came_meanwhile
+        assert world.stable().get(name, 0) <= safe()
+        if flushed.is_set():
+            copied.lose_unflushed()
+            raise Injected("flush")
+        reported = world.engine.figures().disks[0].bulk_done
+        await flush(name)
+        flushed.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        came_meanwhile += world.engine.figures().disks[0].bulk_done - reported
+
+    world.mover.flush = slowly  # type: ignore[assignment, method-assign]
+    world.mover.copy = not_before  # type: ignore[assignment, method-assign]
+    with pytest.raises(Injected, match="flush"):
+        await world.engine.bulk()
+    assert came_meanwhile
+    world.mover.flush = flush  # type: ignore[method-assign]
+    await world.engine.bulk()
+    assert world.stable() == {"vda": 40 * SECTOR} and safe() == 40 * SECTOR
 
 
 async def test_a_range_that_fails_takes_those_with_it_that_were_asked_for_after_it() -> None:
