@@ -16,7 +16,7 @@ from qemu_blkmig.engine.stride import Stride
 
 AHEAD = 3
 """Ranges that may be under way or not flushed yet: one is flushed, one copied, the next one asked for already."""
-UNSTABLE_PART, UNSTABLE = 20, 8 << 20
+UNSTABLE_PART, UNSTABLE = 32, 4 << 20
 """Of a disk no more than this part is under way or not flushed, but so many bytes: a kill has it to copy again."""
 
 Settle = Callable[[float], None]
