@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from qemu_blkmig import errors
+from qemu_blkmig.destination.exits import ended
 from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.plan import ALLOCATION
 
@@ -50,10 +51,9 @@ class QemuNbd:
         """
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-        waiting = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
         try:
-            # Not by wait's own limit, which looks less and less often: a guest may stand still.
-            status = await asyncio.wait_for(asyncio.shield(waiting), _EXIT_TIMEOUT)
+            async with asyncio.timeout(_EXIT_TIMEOUT):
+                status = await ended(self._process)
         except TimeoutError:
             self.kill()
             raise errors.DestinationFailed(f"qemu-nbd did not exit within {_EXIT_TIMEOUT:.0f} s") from None

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qemu_blkmig.destination.exits import ended
 from qemu_blkmig.errors import MigrationError, Refused
 from qemu_blkmig.job import watchdog
-from qemu_blkmig.transport.piped import ended
 
 HEARTBEAT = 1.0
 """Seconds between two signs of life."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 from typing import IO
+
+from qemu_blkmig.destination.exits import ended
 
 
 class Piped:
@@ -56,23 +57,6 @@ class Piped:
         self.stdin.close()
         for transport in self._transports:
             transport.close()
-
-
-async def ended(process: subprocess.Popen[bytes]) -> int:
-    """Return, with its exit status, when `process` has ended."""
-    if (status := process.poll()) is not None:
-        return status
-    over = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    # Its id is no other's, because it was not waited for yet.
-    descriptor = os.pidfd_open(process.pid)
-    loop.add_reader(descriptor, over.set)
-    try:
-        await over.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
-    return process.wait()
 
 
 async def _reader(pipe: IO[bytes], limit: int = 1 << 16) -> tuple[asyncio.StreamReader, asyncio.BaseTransport]:
