@@ -155,6 +155,10 @@ class UsageError(BlkmigError):
     exit_code = 2
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""That ask us to stop."""
+
+
 class Interrupted(BlkmigError):
     """A signal asked us to stop; the exit code is 128 + its number."""
 

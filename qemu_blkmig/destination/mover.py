@@ -106,11 +106,7 @@ class DiskMover:
         )
         zero_already = self._zero_already(reach, bulk=bulk)
         sink = CopySink(self._disk, self._writer, settings.zero_unit, zero_already, self._table)
-        return Course(self, plan, sink, control, over, extents)
-
-    def run(self, plan: Plan, sink: CopySink, control: Control) -> None:
-        """Carry out the plan; blocks. Raises as `Pump.run` does."""
-        self._pump.run(plan, sink, control)
+        return Course(self, self._pump, plan, sink, control, over, extents)
 
     def begin(self, extents: Sequence[Extent]) -> None:
         """The extents will be written to. Raises `Refused` where they cannot be copied."""
@@ -215,6 +211,7 @@ class Course:
     def __init__(
         self,
         mover: DiskMover,
+        pump: Pump,
         plan: Plan,
         sink: CopySink,
         control: Control,
@@ -222,6 +219,7 @@ class Course:
         extents: Sequence[Extent],
     ) -> None:
         self._mover = mover
+        self._pump = pump
         self._plan = plan
         self._sink = sink
         self._control = control
@@ -251,7 +249,7 @@ class Course:
         Raises `SourceReadError`, `ConnectionLost`, `DestinationWriteError`, `Cancelled`, which end all copies that are
         not over; nothing is in flight any more then.
         """
-        self._mover.run(self._plan, self._sink, self._control)
+        self._pump.run(self._plan, self._sink, self._control)
 
     def check(self) -> None:
         """Between two runs: what was carried out is accounted for."""

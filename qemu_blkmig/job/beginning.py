@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from qemu_blkmig.errors import BlkmigError, Interrupted
+from qemu_blkmig.errors import SIGNALS, BlkmigError, Interrupted
 from qemu_blkmig.job.place import Local, Place, Ssh
 from qemu_blkmig.transport.route import CONTROL_LIMIT, BegunConnection, Route
 from qemu_blkmig.transport.starting import AGENT, start
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from qemu_blkmig.job.record import Job
     from qemu_blkmig.qmp.socket import SocketMonitor
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END = 5.0
 """Seconds in which an agent that nobody has taken must end."""
 

@@ -8,9 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-from qemu_blkmig.errors import Refused
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from qemu_blkmig.errors import SIGNALS, Refused
 
 
 class Interrupts:
