@@ -18,6 +18,8 @@ class Ends:
     """A gate with the source's end of one connection and the destination's."""
 
     def __init__(self, directory: Path, *, admitted: bool = True) -> None:
+        # The gate connects from a thread of its own as soon as the source has: all that it needs comes first.
+        self._directory = directory
         self._destination = _listener(directory / "destination")
         self.gate = Gate(_listener(directory / "gate"), self._connect)
         if admitted:
@@ -25,7 +27,6 @@ class Ends:
         self.source = socket.socket(socket.AF_UNIX)
         self.source.settimeout(10)
         self.source.connect(str(directory / "gate"))
-        self._directory = directory
         self.destination, _ = self._destination.accept()
         self.destination.settimeout(10)
 
