@@ -14,6 +14,7 @@ from pathlib import Path
 from qemu_blkmig.destination import images, locks
 from qemu_blkmig.destination.basecache import Identity, identity, settled
 from qemu_blkmig.destination.programs import SERVING, missing
+from qemu_blkmig.destination.qemu_nbd import KEEPING_MEMORY
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.nbd.address import Export, UnixAddress
@@ -187,6 +188,7 @@ async def _serve(disk: Disk, socket: Path) -> asyncio.subprocess.Process:
         "setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--read-only", "--persistent", f"--shared={CONNECTIONS}",
         "--allocation-depth", f"--format={disk.format}", f"--socket={socket}", disk.filename,
         stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+        env=os.environ | KEEPING_MEMORY,
     )  # fmt: skip
     try:
         async with asyncio.timeout(START):
