@@ -15,7 +15,7 @@ from qemu_blkmig.cli.form import Commands, argument, command
 from qemu_blkmig.errors import Interrupted, Refused, UsageError
 from qemu_blkmig.job import others
 from qemu_blkmig.job.control import Change
-from qemu_blkmig.job.history import note_end
+from qemu_blkmig.job.history import OWNER, note_end
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.settle import DESTINATION_IS_OFF, settle
 from qemu_blkmig.job.settlement import unsettled
@@ -186,9 +186,10 @@ def _add_cleanup(commands: Commands) -> None:
         """
   qemu-blkmig jobs
   qemu-blkmig cleanup 1a2b3c4d
-  Who has the guest is found out, never guessed. Exit code 4: not settled, the job stays listed; try again once
-  what is told was mended. Where the destination host cannot be reached and was told to start the guest, only you can
-  know: --destination-is-off gives the guest back to the source.
+  Who has the guest is found out, never guessed. Exit code 0 also if the job is over already, by an earlier cleanup
+  or its watchdog; 4: not settled, the job stays listed; try again once what is told was mended. Where the destination
+  host cannot be reached and was told to start the guest, only you can know: --destination-is-off gives the guest back
+  to the source.
 """,
     )
     _add_job(parser)
@@ -203,7 +204,13 @@ def _add_cleanup(commands: Commands) -> None:
 
 def _cleanup(arguments: argparse.Namespace) -> int:
     ask_to_leave(state_directory() / arguments.job, others.SETTLING)
-    job = Job.load(arguments.job)
+    try:
+        job = Job.load(arguments.job)
+    except Refused:
+        # Its watchdog, or an earlier cleanup, may have been there before.
+        if others.find(arguments.job) is not None:
+            raise
+        return options.print_outcome(_over(arguments.job), arguments.output, show_job.cleaned)
     name = job.record.job
     try:
         settlement = asyncio.run(settle(job, destination_is_off=arguments.destination_is_off))
@@ -214,11 +221,16 @@ def _cleanup(arguments: argparse.Namespace) -> int:
     if not settlement.decided:
         job.release()
         raise unsettled(f"job {name} could not be settled", settlement, name)
-    note_end(job.directory, 1, "given up, and cleaned up", settlement.facts)
+    note_end(job.directory, "given up, and cleaned up", settlement.facts, settlement.owner.value)
     job.remove()
     return options.print_outcome(
         show_job.Cleaned(name, settlement.owner.value, settlement.facts), arguments.output, show_job.cleaned
     )
+
+
+def _over(name: str) -> show_job.Cleaned:
+    owner = others.chronicle(name).facts().get(OWNER, "unknown")
+    return show_job.Cleaned(name, owner, [f"job {name} was over already: {others.how_it_ended(name)}"])
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:

@@ -174,6 +174,7 @@ def resume_job(job: str, arguments: argparse.Namespace, launch: str | None = Non
         launch=launch,
         compare=arguments.compare,
     )
+    others.not_over(job)
     stood = asyncio.run(others.stand(job))
     return run(
         lambda reporter, interrupts, clock: resume(job, changes, reporter, interrupts, clock),

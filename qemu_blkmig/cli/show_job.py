@@ -18,7 +18,10 @@ class Jobs(msgspec.Struct, frozen=True):
 
 
 class Cleaned(msgspec.Struct, frozen=True):
-    """What `cleanup` did: who has the guest now, and how things stand in sentences."""
+    """What `cleanup` did: who has the guest now, and how things stand in sentences.
+
+    Of a job that was over already: what was noted then; `owner` may be "unknown".
+    """
 
     job: str
     owner: str

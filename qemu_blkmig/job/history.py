@@ -14,6 +14,8 @@ from qemu_blkmig.job.journal import FILE
 log = logging.getLogger(__name__)
 
 FOLDER = "history"
+OWNER = "owner"
+"""The fact in which a journal that is over tells whose the guest is (`record.Owner`)."""
 MOST = 100
 
 
@@ -39,8 +41,8 @@ def archive(directory: Path) -> None:
         log.warning("the journal of job %s could not be kept: %s", directory.name, error)
 
 
-def note_end(directory: Path, exit_code: int, text: str, facts: Sequence[str]) -> None:
-    """Note in a dead job's journal how it was brought to an end. Failing is only logged."""
+def note_end(directory: Path, text: str, facts: Sequence[str], owner: str) -> None:
+    """Note in a dead job's journal how it was brought to an end, and who has the guest. Failing is only logged."""
     journal = directory / FILE
     if not journal.exists():
         return
@@ -48,8 +50,9 @@ def note_end(directory: Path, exit_code: int, text: str, facts: Sequence[str]) -
         with contextlib.closing(sqlite3.connect(journal, timeout=1.0)) as database, database:
             database.execute(
                 "INSERT INTO outcome (time, exit_code, text, guest) VALUES (?, ?, ?, ?)",
-                (time.time(), exit_code, text, "; ".join(facts)),
+                (time.time(), 1, text, "; ".join(facts)),
             )
+            database.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (OWNER, owner))
     except sqlite3.Error as error:
         log.warning("the end of job %s could not be noted: %s", directory.name, error)
 

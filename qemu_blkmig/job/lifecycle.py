@@ -33,6 +33,7 @@ from qemu_blkmig.job.datapath_made import open_data_path
 from qemu_blkmig.job.diskmap import Cells
 from qemu_blkmig.job.environment import environment, terms
 from qemu_blkmig.job.guard import Guard
+from qemu_blkmig.job.history import OWNER
 from qemu_blkmig.job.host import host_of
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import Journal
@@ -446,7 +447,7 @@ class Lifecycle:
         elif settlement.left_there:
             result.warnings.append(f"when the destination host can be reached again, run: qemu-blkmig cleanup {name}")
         else:
-            self._open = unsettled("the guest was handed over, but not everything is at rest", settlement, name)
+            self._open = _left_to_watchdog("the guest was handed over, but not everything is at rest", settlement, name)
         self._part(settlement)
 
     async def _mark(self, agent: AgentClient, result: Result) -> None:
@@ -472,6 +473,7 @@ class Lifecycle:
     async def _forget(self, exit_code: int, outcome: str, guest: str | None) -> None:
         """All is at rest: nothing is left for a watchdog or `cleanup` to do; how it ended goes down in history."""
         self.reporter.close()
+        self.journal.fact(OWNER, self.job.record.owner.value)
         self.journal.outcome(exit_code, outcome, guest)
         await asyncio.to_thread(self.journal.close)
         await asyncio.to_thread(self.job.remove)
@@ -564,6 +566,11 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
         failure.state = "; ".join(settlement.facts)
         failure.advice = f"when the destination host can be reached again, run: qemu-blkmig cleanup {job.record.job}"
         return failure
-    undecided = unsettled(str(failure), settlement, job.record.job)
+    undecided = _left_to_watchdog(str(failure), settlement, job.record.job)
     undecided.__cause__ = failure
     return undecided
+
+
+def _left_to_watchdog(what: str, settlement: Settlement, job: str) -> Undecided:
+    settlement.facts.append("the job's watchdog goes on trying to settle it")
+    return unsettled(what, settlement, job)

@@ -42,6 +42,21 @@ def find(name: str) -> Record | None:
         ) from error
 
 
+def not_over(name: str) -> Record:
+    """The record of a job that is not over. Raises `Refused`, which tells how it ended, or as `find` does."""
+    record = find(name)
+    if record is None:
+        raise Refused(f"job {name} is over: {how_it_ended(name)}", advice=f"see qemu-blkmig status {name}")
+    return record
+
+
+def how_it_ended(name: str) -> str:
+    """How a job that is over ended, and how things stood then."""
+    status = _past(name)
+    outcome = status.outcome.text if status.outcome else None
+    return "; ".join(part for part in (outcome, status.guest) if part)
+
+
 def is_alive(name: str) -> bool:
     """Whether a process of the job lives (it holds the job's lock)."""
     try:
@@ -128,9 +143,7 @@ async def cancel(name: str) -> Ended | None:
     Raises `Refused` when there is none, and what became of the job if it did not end by being cancelled:
     `MigrationError`, `Undecided`.
     """
-    record = find(name)
-    if record is None:
-        raise Refused(f"job {name} is over: {_past(name).guest}")
+    record = not_over(name)
     if not is_alive(name) or (record.settler is not None and record.settler.alive):
         return None
     try:
@@ -172,9 +185,7 @@ def _not_cancelled(name: str, ended: Ended) -> BlkmigError:
 
 
 async def _tell(name: str, request: Change | SwitchOver) -> str:
-    record = find(name)
-    if record is None:
-        raise Refused(f"job {name} is over: {_past(name).guest}")
+    record = not_over(name)
     try:
         async with ControlClient.connect(record.runtime) as job:
             answer = await job.request(request)

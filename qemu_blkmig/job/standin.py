@@ -48,7 +48,8 @@ def stand_in(directory: Path, lock: int, *, told: bool) -> None:
         _fall_silent()
         settlement = _persist(job, settlement)
     if settlement.decided and not settlement.suspended:
-        note_end(directory, 1, "its coordinator ended unexpectedly; settled by its watchdog", settlement.facts)
+        how = "its coordinator ended unexpectedly; settled by its watchdog"
+        note_end(directory, how, settlement.facts, settlement.owner.value)
         job.remove()
 
 
