@@ -67,7 +67,9 @@ class DomainCase:
         writer: Writer = dice.choice(get_args(Writer))
         # What a killed QEMU had not yet written of a qcow2's metadata is lost, whoever migrates it.
         form: Format = "raw" if fault in FATAL else dice.choice(("raw", "qcow2"))
-        more = dice.choice(([], ["--bandwidth=4"], ["--verify=full"], ["--persistent"], ["--undefinesource"]))
+        # A guest that writes faster is paused after some rounds.
+        slow = ["--bandwidth=4", "--max-rounds=5"]
+        more = dice.choice(([], slow, ["--verify=full"], ["--persistent"], ["--undefinesource"]))
         return cls(
             seed=seed,
             fault=fault,

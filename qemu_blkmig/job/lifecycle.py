@@ -317,6 +317,12 @@ class Lifecycle:
             raise RuntimeError("the agent is not started yet")
         return self._agent
 
+    async def why_destination_gone(self) -> DestinationFailed | None:
+        """Why the agent, or the connection to it, is gone, if it is or comes to be in a moment."""
+        if self._agent is not None:
+            self._lost = await self._agent.why_gone(MOMENT)
+        return self._lost
+
     async def attach_target(self, path: str) -> None:
         """Connect to a destination QEMU that already waits at the QMP socket `path` there. Raises `Refused`."""
         self.target = await TargetQemu.attach(self.host, self.agent, path)
@@ -527,9 +533,7 @@ class Lifecycle:
         """A connection to another host takes all down that goes through it: its own end is the reason."""
         if not isinstance(error, ConnectionLost | DestinationFailed) or isinstance(error, HostSilent):
             return error
-        if self._agent is not None:
-            self._lost = await self._agent.why_gone(MOMENT)
-        return self._lost or error
+        return await self.why_destination_gone() or error
 
     async def _release_images(self) -> None:
         if self._agent is not None:

@@ -23,7 +23,7 @@ from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.gateway import Gateway, gateway
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.last_round import PATIENCE, LastRound
-from qemu_blkmig.job.lifecycle import MOMENT, Lifecycle
+from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import OnStall
 from qemu_blkmig.job.place import Local
@@ -157,7 +157,7 @@ class ManagedSwitchover:
         """What is behind an error of ours: the end of the connection to the destination, or of libvirt's migration."""
         if isinstance(error, asyncio.CancelledError | LibvirtFailed):
             return error
-        if (gone := await self._life.agent.why_gone(MOMENT)) is not None:
+        if (gone := await self._life.why_destination_gone()) is not None:
             return gone
         if gate.failure is not None:
             return LibvirtFailed(f"the way of the guest's RAM to the destination broke: {gate.failure}")
