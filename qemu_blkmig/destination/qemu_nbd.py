@@ -22,8 +22,8 @@ _START_TIMEOUT = 20.0
 _EXIT_TIMEOUT = 120.0
 _EXPORT = "image"
 KEEPING_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
-"""mallopt(3): memory of a request's buffer is kept for the next one. Given back, it is faulted in again each time, which
-is a third and more of qemu-nbd's CPU."""
+"""mallopt(3): the memory of a request's buffer is kept for the next one. Given back, it is faulted in again each time:
+a third of qemu-nbd's CPU and more."""
 
 
 class QemuNbd:
