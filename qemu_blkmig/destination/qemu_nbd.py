@@ -17,6 +17,7 @@ from qemu_blkmig import errors
 from qemu_blkmig.destination.exits import ended
 from qemu_blkmig.nbd.connection import Connection, connect
 from qemu_blkmig.nbd.plan import ALLOCATION
+from qemu_blkmig.time_limit import time_limit
 
 _START_TIMEOUT = 20.0
 _EXIT_TIMEOUT = 120.0
@@ -55,7 +56,7 @@ class QemuNbd:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         try:
-            async with asyncio.timeout(_EXIT_TIMEOUT):
+            async with time_limit(_EXIT_TIMEOUT):
                 status = await ended(self._process)
         except TimeoutError:
             self.kill()
@@ -148,7 +149,7 @@ async def _first_connection(process: subprocess.Popen[bytes], listening: Path) -
 
     Raises `ConnectionLost` when the server has exited, `TimeoutError`.
     """
-    async with asyncio.timeout(_START_TIMEOUT):
+    async with time_limit(_START_TIMEOUT):
         while True:
             exited = process.poll() is not None
             try:

@@ -35,6 +35,7 @@ from qemu_blkmig.destination.writers import NbdWriter, RawWriter, Writer
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.control import Cancelled, Control
 from qemu_blkmig.nbd.throttle import Throttle
+from qemu_blkmig.time_limit import time_limit
 
 _PROGRESS_SECONDS = 0.2
 _SPACE_SECONDS = 1.0
@@ -483,7 +484,7 @@ class Service:
     async def _end(self, disk: _Disk, *, remove: bool) -> None:
         """Give the disk up. A thread that hangs in its storage is left behind: the process exits over it."""
         try:
-            async with asyncio.timeout(_TEARDOWN_SECONDS), disk.flushing, disk.turn:
+            async with time_limit(_TEARDOWN_SECONDS), disk.flushing, disk.turn:
                 if disk.closed:
                     return
                 await disk.run(lambda: None)

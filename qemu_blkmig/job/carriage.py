@@ -5,7 +5,6 @@ Shared by `migrate` and `copy`; owns nothing of the guest's run state.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 
 from qemu_blkmig.destination import protocol
@@ -35,6 +34,7 @@ from qemu_blkmig.job.space import SpaceWatch
 from qemu_blkmig.job.verification import Verification
 from qemu_blkmig.nbd.address import Address, Export, UnixAddress
 from qemu_blkmig.qmp.disks import Disk
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.mover import RemoteMover
@@ -170,7 +170,7 @@ class Carriage:
 
     async def _close(self, disk: str) -> None:
         try:
-            async with asyncio.timeout(CLOSE_LIMIT):
+            async with time_limit(CLOSE_LIMIT):
                 reply = await self._agent.expect(Close(disk), CloseReply)
         except TimeoutError:
             raise DestinationFailed(f"its image was not closed within {CLOSE_LIMIT:.0f} s", disk=disk) from None

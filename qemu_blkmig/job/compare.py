@@ -20,6 +20,7 @@ from qemu_blkmig.nbd.control import Control
 from qemu_blkmig.nbd.digests import SECTOR, SLICE, UNIT, differing_units, digests_of
 from qemu_blkmig.nbd.plan import ALLOCATION
 from qemu_blkmig.nbd.reader import NbdReader
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.mover import carry_out, finished
 
@@ -62,7 +63,7 @@ class Comparison:
         """Compare the whole disk, of `size` bytes, that nobody writes to. Raises `ContentsDiffer` and as above."""
         limit = LEAST + size / SPEED
         try:
-            async with asyncio.timeout(limit):
+            async with time_limit(limit):
                 for offset in range(0, size, SLICE):
                     extent = Extent(offset, min(SLICE, size - offset))
                     if found := await self._differing(disk, extent, UNIT):

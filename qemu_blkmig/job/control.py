@@ -17,6 +17,7 @@ import msgspec
 
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused
 from qemu_blkmig.job.status import Status
+from qemu_blkmig.time_limit import time_limit
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class ControlServer:
 
 async def _send(writer: asyncio.StreamWriter, answer: Answer) -> None:
     writer.write(msgspec.json.encode(answer) + b"\n")
-    async with asyncio.timeout(PATIENCE):
+    async with time_limit(PATIENCE):
         await writer.drain()
 
 
@@ -218,7 +219,7 @@ class ControlClient:
         """Ask, and get the first answer. Raises `Refused` for a refusal, `ConnectionLost`."""
         try:
             self._writer.write(msgspec.json.encode(request) + b"\n")
-            async with asyncio.timeout(PATIENCE):
+            async with time_limit(PATIENCE):
                 answer = await self.next()
         except TimeoutError as error:
             raise ConnectionLost(f"the job does not answer within {PATIENCE:.0f} s") from error

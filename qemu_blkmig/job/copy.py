@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from qemu_blkmig.job.sharing import Sharing
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.qmp.agent import GuestAgent
 from qemu_blkmig.qmp.guest import QemuGuest
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.units import show_seconds
 
 FREEZE = 5.0
@@ -183,7 +183,7 @@ class GuestCopy:
         limit = self._options.freeze_limit
         with self._watch.phase("switchover"):
             try:
-                async with asyncio.timeout(limit):
+                async with time_limit(limit):
                     await self._engine.complete()
             except TimeoutError:
                 raise Stalled(f"the last round did not end within {limit:.0f} s; the guest was given back") from None

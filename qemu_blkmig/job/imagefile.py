@@ -19,6 +19,7 @@ from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.nbd.address import Export, UnixAddress
 from qemu_blkmig.qmp.disks import Disk, Layer, data_file_of, named_backing, snapshots_in
+from qemu_blkmig.time_limit import time_limit
 
 START = 10.0
 """Seconds in which qemu-nbd must serve."""
@@ -191,7 +192,7 @@ async def _serve(disk: Disk, socket: Path) -> asyncio.subprocess.Process:
         env=os.environ | KEEPING_MEMORY,
     )  # fmt: skip
     try:
-        async with asyncio.timeout(START):
+        async with time_limit(START):
             while not socket.exists():
                 if server.returncode is not None:
                     said = (await server.stderr.read()).decode(errors="replace") if server.stderr else ""

@@ -14,6 +14,7 @@ from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import MigrateOptions, OnStall, Verify
 from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.rounds import disks_budget
+from qemu_blkmig.time_limit import time_limit
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class LastRound:
         predicted = self._engine.figures().predicted or 0.0
         limit = max(PATIENCE, 10 * self._steering.downtime, 4 * predicted)
         try:
-            async with asyncio.timeout(limit):
+            async with time_limit(limit):
                 await self._engine.complete(self._verification.ahead)
         except TimeoutError:
             raise Stalled(f"the last pass did not end within {limit:.0f} s; the guest was given back") from None

@@ -13,6 +13,7 @@ import msgspec
 
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import AliveReply, EndProcess, Mark
+from qemu_blkmig.engine.outlast import outlast
 from qemu_blkmig.errors import (
     BlkmigError,
     ConnectionLost,
@@ -60,6 +61,7 @@ from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.removal import remove_all
 from qemu_blkmig.qmp.socket import SocketMonitor
 from qemu_blkmig.qmp.topology import Topology
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.virt.connection import Connection
@@ -403,7 +405,8 @@ class Lifecycle:
                 await self._conclude(result)
         except (Exception, asyncio.CancelledError) as error:
             self._interrupts.settling()
-            failure = await self._fail(error)
+            # In a task of its own: this one may have been cancelled, and that is over.
+            failure = (await outlast(self._fail(error))).result()
             await self._control.end(Ended(failure.exit_code, str(failure), failure.state))
             raise failure from error
         if self._open is not None:
@@ -500,7 +503,7 @@ class Lifecycle:
             self.reporter.close()
             # The guest may stand still, and does not wait for a disk that stalls.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(JOURNAL):
+                async with time_limit(JOURNAL):
                     await self.journal.written()
         settlement = await self.settle(suspend=suspend)
         # An agent that goes on would keep our end waiting for it.

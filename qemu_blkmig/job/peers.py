@@ -30,6 +30,7 @@ from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.socket import SocketMonitor
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 
@@ -138,7 +139,7 @@ class There:
         if self._agent is not None and not self._agent.gone:
             return await _answers(self._agent)
         try:
-            async with asyncio.timeout(seconds):
+            async with time_limit(seconds):
                 await self.agent()
         except (HostUnreachable, TimeoutError):
             return False
@@ -165,7 +166,7 @@ class There:
         """Have the agent do `op`. Raises `HostUnreachable`, `Refused`."""
         agent = await self.agent()
         try:
-            async with asyncio.timeout(ANSWER):
+            async with time_limit(ANSWER):
                 return await agent.expect(op, reply)
         except (DestinationFailed, TimeoutError) as error:
             raise HostUnreachable(f"the agent on {self._host.name} did not answer: {error}") from error
@@ -294,7 +295,7 @@ async def _answers(agent: AgentClient) -> bool:
     if agent.gone:
         return False
     try:
-        async with asyncio.timeout(QUICK):
+        async with time_limit(QUICK):
             await agent.request(Ping())
     except (BlkmigError, TimeoutError):
         return False

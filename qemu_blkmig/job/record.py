@@ -32,6 +32,7 @@ from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.source_images import SourceImage
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
 from qemu_blkmig.qmp.throttle import Throttled
+from qemu_blkmig.time_limit import time_limit
 
 RECORD = "record.json"
 
@@ -248,7 +249,7 @@ class Job:
         """
         writing = asyncio.wrap_future(self._file.write(self._encoded(), synced=synced))
         try:
-            async with asyncio.timeout(within):
+            async with time_limit(within):
                 await only_wait(writing)
         except OSError as error:
             late = isinstance(error, TimeoutError) and error.errno is None

@@ -18,6 +18,7 @@ from qemu_blkmig.job.peers import HostUnreachable, Unreachable, until
 from qemu_blkmig.job.record import Job, Managed, Owner
 from qemu_blkmig.job.settlement import Settlement, clean_source, give_back_limits
 from qemu_blkmig.job.volumes import forget_volumes
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.monitor import PassthroughMonitor
 
@@ -242,7 +243,7 @@ async def _open(uri: str | None, who: str) -> Connection:
     """Connect; a daemon that is just being restarted is waited for. Raises `BlkmigError`."""
     refused: BlkmigError = Refused(f"{who} did not answer within {REACH:.0f} s")
     try:
-        async with asyncio.timeout(REACH):
+        async with time_limit(REACH):
             while True:
                 try:
                     return await Connection.open(uri, who)

@@ -7,7 +7,6 @@ says "undecided" the source is the truth and everything can be undone; after it 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -34,6 +33,7 @@ from qemu_blkmig.qmp.foreign_bitmaps import Carried, copy_bitmaps, foreign_bitma
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import NotSent
 from qemu_blkmig.qmp.ram import RamMigration
+from qemu_blkmig.time_limit import time_limit
 
 HANDOVER = 60.0
 """Seconds in which RAM's rest and device state must have crossed, at least."""
@@ -264,7 +264,7 @@ class Switchover:
             await self._job.undecided(PATIENCE)
             self._watch.step("record synced")
             try:
-                async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)), self._pulse():
+                async with time_limit(max(HANDOVER, 20 * self._steering.downtime)), self._pulse():
                     await ram.proceed()
                     await ram.wait_completed()
                 self._watch.step("RAM and devices")

@@ -28,6 +28,7 @@ from qemu_blkmig.job.record import Job
 from qemu_blkmig.qmp.disks import Disk, Inventory, inventory
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.socket import SocketMonitor
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 
@@ -121,7 +122,7 @@ class TargetQemu:
     async def describe(self, error: BlkmigError) -> DestinationFailed:
         """`error` with what the QEMU last said, where the agent has heard it; without the agent, what became of it."""
         try:
-            async with asyncio.timeout(ANSWER):
+            async with time_limit(ANSWER):
                 said = (await self._agent.expect(Output(), OutputReply)).text
         except DestinationFailed as gone:
             return gone

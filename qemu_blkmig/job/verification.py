@@ -16,6 +16,7 @@ from qemu_blkmig.engine.extents import Extent, union
 from qemu_blkmig.engine.migration import BlockMigration, Phase
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import ContentsDiffer, DestinationFailed
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.units import show_bytes
 
 SLICE = 32 << 20
@@ -185,7 +186,7 @@ class Verification:
         checked = 1
         while checked:
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with time_limit(PATIENCE):
                     checked = await self._read(disk) and self._left[disk]
             except TimeoutError:
                 what = f"{show_bytes(SLICE)} of what was written could not be read back within {PATIENCE:.0f} s"

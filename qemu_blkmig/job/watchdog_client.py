@@ -12,6 +12,7 @@ from pathlib import Path
 from qemu_blkmig.destination.exits import ended
 from qemu_blkmig.errors import MigrationError, Refused
 from qemu_blkmig.job import watchdog
+from qemu_blkmig.time_limit import time_limit
 
 HEARTBEAT = 1.0
 """Seconds between two signs of life."""
@@ -69,7 +70,7 @@ class Watchdog:
         """
         self._tell(f"arm {seconds}")
         try:
-            async with asyncio.timeout(ANSWER):
+            async with time_limit(ANSWER):
                 answer = await self._answer()
         except TimeoutError:
             answer = "nothing"
@@ -89,7 +90,7 @@ class Watchdog:
         self._heart.cancel()
         self._tell("done")
         try:
-            async with asyncio.timeout(ANSWER):
+            async with time_limit(ANSWER):
                 await self.wait_ended()
         except TimeoutError:
             self._process.kill()

@@ -15,6 +15,7 @@ import secrets
 from typing import Any
 
 from qemu_blkmig.errors import ConnectionLost, RequestError
+from qemu_blkmig.time_limit import time_limit
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class GuestAgent:
     async def connect(cls, path: str) -> GuestAgent:
         """Connect to the socket of the agent's channel; nothing is said yet. Raises `RequestError`."""
         try:
-            async with asyncio.timeout(_CONNECT_LIMIT):
+            async with time_limit(_CONNECT_LIMIT):
                 streams = await asyncio.open_unix_connection(path, limit=_LINE_LIMIT)
         except (OSError, TimeoutError) as error:
             why = error.strerror or "it does not accept"
@@ -84,7 +85,7 @@ class GuestAgent:
         self._send("guest-sync-delimited", {"id": identity})
         self._send(command)
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 while await self._synchronised() != identity:
                     pass
                 answer = await self._answer()

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from qemu_blkmig.errors import DestinationFailed
 from qemu_blkmig.qmp.monitor import Monitor
+from qemu_blkmig.time_limit import time_limit
 
 _NAME = "blkmig-ram"
 _CONNECT = 10.0
@@ -56,7 +57,7 @@ class Forwarded:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as here:
             here.setblocking(False)
             try:
-                async with asyncio.timeout(_CONNECT):
+                async with time_limit(_CONNECT):
                     await asyncio.get_running_loop().sock_connect(here, path)
             except (OSError, TimeoutError) as error:
                 raise DestinationFailed(f"the way for RAM to the destination cannot be opened: {error}") from error

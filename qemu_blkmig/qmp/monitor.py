@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from qemu.qmp import EventListener, Message
 
 from qemu_blkmig.errors import ConnectionLost, RequestError
+from qemu_blkmig.time_limit import time_limit
 
 
 class CommandFailed(RequestError):
@@ -82,7 +83,7 @@ class EventStream(EventListener):
         Raises `TimeoutError` after `timeout` seconds, and `ConnectionLost`, for ever, once QEMU is gone and what
         came before has been delivered.
         """
-        async with asyncio.timeout(timeout):
+        async with time_limit(timeout):
             item = await self._events.get()
         if isinstance(item, Event):
             return item

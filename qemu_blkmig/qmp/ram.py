@@ -17,6 +17,7 @@ from qemu_blkmig.qmp.channel import Channel, SocketPair
 from qemu_blkmig.qmp.foreign_bitmaps import Carried
 from qemu_blkmig.qmp.guest import UNDER_WAY, run_state
 from qemu_blkmig.qmp.monitor import CommandFailed, Event, EventStream, Monitor
+from qemu_blkmig.time_limit import time_limit
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class RamMigration:
         if status == "failed":
             # A destination that cannot take the guest ends over it, and says why; the source sees a broken socket.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END_LIMIT):
+                async with time_limit(_END_LIMIT):
                     await self._destination.wait_lost()
         if self._destination.lost:
             return DestinationFailed(f"the destination QEMU is gone, before all had arrived (source QEMU: {reason})")
@@ -276,7 +277,7 @@ async def cancel_migration(monitor: Monitor) -> None:
     """
     await monitor.execute("migrate_cancel")
     try:
-        async with asyncio.timeout(_CANCEL_LIMIT):
+        async with time_limit(_CANCEL_LIMIT):
             # No event tells when the guest is its own again.
             while await _is_cancelling(monitor):  # noqa: ASYNC110
                 await asyncio.sleep(_POLL)

@@ -31,6 +31,7 @@ from qemu.qmp import (
 
 from qemu_blkmig.errors import ConnectionLost, Refused
 from qemu_blkmig.qmp.monitor import CommandFailed, EventStream, NoAnswer, NotSent
+from qemu_blkmig.time_limit import time_limit
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class SocketMonitor:
         Raises `Refused`, with what is wrong with the socket and what to do about it.
         """
         try:
-            async with asyncio.timeout(timeout) as limit:
+            async with time_limit(timeout) as limit:
                 sock = await _open_socket(path, who)
                 try:
                     await _await_greeting(sock, path, who)
@@ -101,7 +102,7 @@ class SocketMonitor:
     ) -> Any:
         """See `Monitor.execute`."""
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 return await self._client.execute(command, arguments)
         except ExecuteError as error:
             raise CommandFailed(self.who, command, error.error_class, str(error)) from error

@@ -14,6 +14,7 @@ import msgspec
 import qemu_blkmig
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.transport.piped import Piped
 
 _Reply = TypeVar("_Reply", bound=protocol.Message)
@@ -136,7 +137,7 @@ class AgentClient:
     async def close(self) -> None:
         """Say bye, so that what is there stays, and wait for the agent to exit. Safe to call twice."""
         with contextlib.suppress(errors.BlkmigError, TimeoutError):
-            async with asyncio.timeout(_EXIT_TIMEOUT):
+            async with time_limit(_EXIT_TIMEOUT):
                 await self.request(protocol.Bye())
         await self.abandon()
 
@@ -148,14 +149,14 @@ class AgentClient:
         self._heart.cancel()
         self._process.stdin.close()
         try:
-            async with asyncio.timeout(_EXIT_TIMEOUT):
+            async with time_limit(_EXIT_TIMEOUT):
                 await self._process.wait()
         except TimeoutError:
             self.kill()
         await asyncio.wait(self._tasks, timeout=_KILL_TIMEOUT)
         # Asyncio complains of an error of the pipe that nobody has asked for.
         with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(_KILL_TIMEOUT):
+            async with time_limit(_KILL_TIMEOUT):
                 await self._process.stdin.wait_closed()
         self._process.close()
 
@@ -242,7 +243,7 @@ class AgentClient:
         """The exit status, now that stdout has ended; who closes that and stays is killed."""
         for _ in range(2):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_KILL_TIMEOUT):
+                async with time_limit(_KILL_TIMEOUT):
                     return await self._process.wait()
             self.kill()
         return -signal.SIGKILL
@@ -251,7 +252,7 @@ class AgentClient:
         """The agent's stdout has ended: fail all that waits for it."""
         status = await self._end()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
+            async with time_limit(1):
                 await asyncio.shield(self._tasks[1])
         said = "".join(f"\n  {line}" for line in self._said)
         self._heart.cancel()

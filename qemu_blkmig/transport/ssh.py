@@ -17,6 +17,7 @@ from pathlib import Path
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.launching import PATH_LIMIT
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.transport.client import AgentClient, OnProgress
 from qemu_blkmig.transport.piped import Piped
 from qemu_blkmig.transport.route import COMMAND_VARIABLE, CONTROL_LIMIT, END, STANDS, BegunConnection, Route
@@ -67,7 +68,7 @@ class SshHost:
         process = await Piped.of(first or self._route.start_agent(self._control), protocol.LINE_LIMIT)
         client = AgentClient(process, on_progress, where=self.name, explain=self._explain)
         try:
-            async with asyncio.timeout(HELLO):
+            async with time_limit(HELLO):
                 await client.hello(self._job)
         except BaseException as error:
             if isinstance(error, TimeoutError):
@@ -119,7 +120,7 @@ class SshHost:
         here = self._path(f"there-{next(self._names)}")
         await self._forward("-L", f"{_escaped(here)}:{_escaped(echo)}")
         try:
-            async with asyncio.timeout(FORWARD):
+            async with time_limit(FORWARD):
                 reader, writer = await asyncio.open_unix_connection(here)
                 try:
                     answered = bool(await reader.read(1))
@@ -165,7 +166,7 @@ class SshHost:
             self._said = deque(maxlen=_LAST_LINES)
             begun, self._begun = self._begun, None
             try:
-                async with asyncio.timeout(LOGIN):
+                async with time_limit(LOGIN):
                     stands = await (self._make() if begun is None else self._take_over(begun))
             except BaseException as error:
                 await self.close()
@@ -222,7 +223,7 @@ class SshHost:
             start_new_session=True,
         )
         try:
-            async with asyncio.timeout(FORWARD):
+            async with time_limit(FORWARD):
                 _, said = await process.communicate()
         except TimeoutError:
             process.kill()
@@ -237,7 +238,7 @@ class SshHost:
         if status != 255 or self._master is None:
             return None
         try:
-            async with asyncio.timeout(1):
+            async with time_limit(1):
                 ended = await self._master.wait()
                 if self._overhearing is not None:
                     await asyncio.wait({self._overhearing})
