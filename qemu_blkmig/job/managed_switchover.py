@@ -10,22 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
-from qemu_blkmig.destination.protocol import Domain as Named
-from qemu_blkmig.destination.protocol import Expect
+from qemu_blkmig.engine.migration import Phase
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.ends import Ends
-from qemu_blkmig.job.gateway import Gateway, gateway
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.last_round import PATIENCE, LastRound
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import OnStall
+from qemu_blkmig.job.passage import Passage, not_migrated
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.pulse import pulse
 from qemu_blkmig.job.record import Owner
@@ -33,15 +30,17 @@ from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.result import Downtime
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.features import probe
-from qemu_blkmig.qmp.guest import is_virtualized, migration_status
-from qemu_blkmig.qmp.monitor import EventStream
-from qemu_blkmig.virt.gate import Gate
-from qemu_blkmig.virt.migration import DomainMigration, Wish, starts_of
+from qemu_blkmig.qmp.guest import migration_status
+from qemu_blkmig.time_limit import time_limit
+from qemu_blkmig.virt.migration import starts_of
 
 HANDOVER = 60.0
 """Seconds in which libvirt must have handed over, at least, once the gate is open."""
 BEFOREHAND = 1.0
 """Seconds of reading back that may be left when libvirt is told to begin, which takes it half a second."""
+EARLY = 0.5
+"""Seconds of the first pass that are left when libvirt is told to begin; and between two looks, `EARLY_POLL`."""
+EARLY_POLL = 0.05
 ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
 RAM_POLL = 0.5
@@ -50,15 +49,6 @@ AT_THE_PAUSE = ("pre-switchover", "device", "completed")
 """What QEMU says of its migration from when it has paused the guest (MIGRATION events)."""
 DISKS_TAKEN = AT_THE_PAUSE[1:]
 """The same, from when it has taken the guest's disks from it: libvirt lets it go on from the first at once."""
-
-
-@dataclass(frozen=True)
-class _Passage:
-    """An attempt: libvirt's migration, the gate in its stream, and QEMU's word of how far it is."""
-
-    migration: DomainMigration
-    gate: Gate
-    events: EventStream
 
 
 class ManagedSwitchover:
@@ -98,6 +88,7 @@ class ManagedSwitchover:
         self._last = LastRound(life, options, watch, connected)
         self._last.may_last |= not options.live
         self._moving = self._hurried = False
+        self._early: asyncio.Task[Passage] | None = None
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
@@ -127,84 +118,69 @@ class ManagedSwitchover:
         raise AssertionError("counting has ended")
 
     @contextlib.asynccontextmanager
-    async def _under_way(self, attempt: int) -> AsyncIterator[_Passage]:
-        """libvirt's migration with the gate closed; unless it was opened, it is called off in the end."""
-        await self._take_run_state()
-        domain, name = self._ends.domain, self._options.dname or self._ends.domain.name
-        await self._life.agent.request(
-            Expect(Named(name, domain.uuid), dict(self._arrangement.paths), socket.gethostname())
-        )
-        way = await gateway(self._options, self._life.host, self._job.record.job, attempt)
-        wish = await self._wish(way)
-        with self._life.source.events("MIGRATION") as events:
-            gate, ends = Gate(way.listener, way.connect), self._ends
-            try:
-                migration = await DomainMigration.begin(ends.source, ends.handle, ends.target, wish)
-                try:
-                    yield _Passage(migration, gate, events)
-                except (BlkmigError, asyncio.CancelledError) as error:
-                    raise await self._reason(error, migration, gate) from error
-                finally:
-                    self._moving = False
-                    if not migration.ended:
-                        gate.drop()
-                        await migration.failed()
-            finally:
-                await asyncio.to_thread(gate.close)
-                way.close()
+    async def early(self) -> AsyncIterator[None]:
+        """Beside what is inside, have libvirt begin when the first pass is about to end: that takes it half a second.
 
-    async def _reason(self, error: BaseException, migration: DomainMigration, gate: Gate) -> BaseException:
+        Not where the guest is to stay for now, or would be paused by that. What `run` has not taken over is ended.
+        """
+        options = self._options
+        if options.switchover.waits or not options.live:
+            yield
+            return
+        self._early = early = asyncio.create_task(self._begin_early())
+        try:
+            yield
+        finally:
+            if self._early is not None:
+                early.cancel()
+                await asyncio.wait({early})
+                if not early.cancelled() and early.exception() is None:
+                    await early.result().end()
+
+    async def _begin_early(self) -> Passage:
+        while not self._first_pass_ends():
+            await self._clock.sleep(EARLY_POLL)
+        return await self._begin(1)
+
+    def _first_pass_ends(self) -> bool:
+        figures = self._engine.figures()
+        if figures.phase is Phase.BULK:
+            return figures.pending <= EARLY * (figures.speed or 0.0)
+        return figures.phase is Phase.DIRTY
+
+    async def _begin(self, attempt: int) -> Passage:
+        await self._take_run_state()
+        live = self._options.live and not self._hurried
+        return await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
+
+    @contextlib.asynccontextmanager
+    async def _under_way(self, attempt: int) -> AsyncIterator[Passage]:
+        """libvirt's migration with the gate closed; unless it was opened, it is called off in the end."""
+        passage = await (self._early or self._begin(attempt))
+        self._early = None
+        try:
+            yield passage
+        except (BlkmigError, asyncio.CancelledError) as error:
+            raise await self._reason(error, passage) from error
+        finally:
+            self._moving = False
+            await passage.end()
+
+    async def _reason(self, error: BaseException, passage: Passage) -> BaseException:
         """What is behind an error of ours: the end of the connection to the destination, or of libvirt's migration."""
         if isinstance(error, asyncio.CancelledError | LibvirtFailed):
             return error
         if (gone := await self._life.why_destination_gone()) is not None:
             return gone
-        if gate.failure is not None:
-            return LibvirtFailed(f"the way of the guest's RAM to the destination broke: {gate.failure}")
-        if migration.ended and self._job.record.owner is Owner.SOURCE:
-            return self._failed(await migration.failed())
+        if passage.gate.failure is not None:
+            return LibvirtFailed(f"the way of the guest's RAM to the destination broke: {passage.gate.failure}")
+        if passage.migration.ended and self._job.record.owner is Owner.SOURCE:
+            return not_migrated(await passage.migration.failed())
         return error
 
-    async def _wish(self, way: Gateway) -> Wish:
-        options, there = self._options, self._arrangement
-        limit = self._steering.rate
-        if limit is not None and not await is_virtualized(self._life.source):
-            self._reporter.note("--bandwidth does not limit RAM here: QEMU may damage an emulated (TCG) guest that way")
-            limit = None
-        return Wish(
-            uri=way.uri,
-            xml=there.xml,
-            persistent_xml=there.persistent_xml,
-            name=options.dname,
-            live=options.live and not self._hurried,
-            peer_to_peer=options.peer_to_peer,
-            persistent=options.persistent,
-            undefine_source=options.undefine_source,
-            suspend=options.suspend,
-            abort_on_error=options.abort_on_error,
-            auto_converge=options.auto_converge,
-            auto_converge_initial=options.auto_converge_initial,
-            auto_converge_increment=options.auto_converge_increment,
-            graphics_uri=options.graphics_uri,
-            tls=options.tls,
-            tls_destination=(options.tls_destination or way.host) if options.tls else None,
-            parallel=options.parallel,
-            listen_address=options.listen_address,
-            bandwidth=limit,
-        )
-
-    async def _come_to(self, passage: _Passage, statuses: Sequence[str]) -> None:
+    async def _come_to(self, passage: Passage, statuses: Sequence[str]) -> None:
         """Return when QEMU's migration is in one of them. Raises `LibvirtFailed` when it never will be."""
-        while True:
-            event = asyncio.create_task(passage.events.get())
-            ended = asyncio.create_task(passage.migration.failed())
-            done, pending = await asyncio.wait({event, ended}, return_when=asyncio.FIRST_COMPLETED)
-            for task in pending:
-                task.cancel()
-            if ended in done:
-                raise self._failed(ended.result())
-            if event.result().data["status"] in statuses:
-                return
+        while await passage.status() not in statuses:
             # libvirt takes a guest that is paused before for one that is to stay so.
             if not self._moving and self._hurried:
                 await self._suspend()
@@ -213,14 +189,14 @@ class ManagedSwitchover:
     async def _at_the_pause(self) -> bool:
         return await migration_status(self._life.source) in AT_THE_PAUSE
 
-    async def _activate(self, passage: _Passage) -> None:
+    async def _activate(self, passage: Passage) -> None:
         """Have the source's disks active again, whose exports would give no block status otherwise.
 
         QEMU inactivates them when it goes on from the pause. 7.2 answers all the same, 10.0 does not (both seen); it
         takes them anew if the guest is given back. Raises `LibvirtFailed`, and what `Monitor.execute` raises.
         """
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with time_limit(PATIENCE):
                 await self._come_to(passage, DISKS_TAKEN)
         except TimeoutError:
             raise LibvirtFailed(f"libvirt did not go on with the paused guest within {PATIENCE:.0f} s") from None
@@ -228,10 +204,7 @@ class ManagedSwitchover:
         for disk in self._disks:
             await self._life.source.execute("blockdev-set-active", {"active": True, "node-name": disk.node})
 
-    def _failed(self, error: BlkmigError | None) -> LibvirtFailed:
-        return LibvirtFailed(f"libvirt could not migrate the guest: {error or 'it says that it has, too early'}")
-
-    async def _beside(self, passage: _Passage) -> None:
+    async def _beside(self, passage: Passage) -> None:
         """Let RAM cross once nearly everything was read back.
 
         It may be dirtied faster than it crosses: --max-rounds bounds its passes as it does the disks' rounds.
@@ -278,7 +251,7 @@ class ManagedSwitchover:
             self._life.watchdog.disarm()
         await self._converge()
 
-    async def _hand_over(self, passage: _Passage, paused: float) -> Downtime | None:
+    async def _hand_over(self, passage: Passage, paused: float) -> Downtime | None:
         record = self._job.record
         with self._watch.phase("handover"), self._interrupts.deferred():
             await self._carriage.close()
@@ -289,7 +262,7 @@ class ManagedSwitchover:
                 await self._job.undecided(PATIENCE)
                 self._watch.step("record synced")
                 try:
-                    async with asyncio.timeout(max(HANDOVER, 20 * self._steering.downtime)):
+                    async with time_limit(max(HANDOVER, 20 * self._steering.downtime)):
                         passage.gate.open()
                         await passage.migration.wait()
                     record.owner = Owner.DESTINATION

@@ -1,0 +1,114 @@
+"""One attempt of libvirt's to migrate a domain, with our gate in its stream: begun, listened to, ended.
+
+Until its gate is opened it can always be ended, and libvirt gives the guest back at the source by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+from qemu_blkmig.destination.protocol import Domain as Named
+from qemu_blkmig.destination.protocol import Expect
+from qemu_blkmig.errors import BlkmigError, LibvirtFailed
+from qemu_blkmig.job.arrangement import Arrangement
+from qemu_blkmig.job.ends import Ends
+from qemu_blkmig.job.gateway import Gateway, gateway
+from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.qmp.guest import is_virtualized
+from qemu_blkmig.qmp.monitor import EventStream
+from qemu_blkmig.virt.gate import Gate
+from qemu_blkmig.virt.migration import DomainMigration, Wish
+
+
+class Passage:
+    """libvirt's migration under way. Made by `begin`; must be ended by `end`."""
+
+    def __init__(
+        self, migration: DomainMigration, gate: Gate, events: EventStream, ending: contextlib.AsyncExitStack
+    ) -> None:
+        self.migration = migration
+        self.gate = gate
+        self._events = events
+        self._ending = ending
+
+    @classmethod
+    async def begin(
+        cls,
+        life: Lifecycle,
+        options: ManagedOptions,
+        ends: Ends,
+        arrangement: Arrangement,
+        attempt: int,
+        *,
+        live: bool,
+    ) -> Passage:
+        """Have libvirt begin, with the gate closed and nothing but the stream's first bytes let through.
+
+        `attempt`: counts from 1. Without `live` libvirt pauses the guest at once. Raises `BlkmigError`.
+        """
+        name = options.dname or ends.domain.name
+        expected = Expect(Named(name, ends.domain.uuid), dict(arrangement.paths), socket.gethostname())
+        await life.agent.request(expected)
+        async with contextlib.AsyncExitStack() as stack:
+            way = await gateway(options, life.host, life.job.record.job, attempt)
+            stack.callback(way.close)
+            wish = await _wish(life, options, arrangement, way, live=live)
+            events = stack.enter_context(life.source.events("MIGRATION"))
+            gate = Gate(way.listener, way.connect)
+            stack.push_async_callback(asyncio.to_thread, gate.close)
+            migration = await DomainMigration.begin(ends.source, ends.handle, ends.target, wish)
+            return cls(migration, gate, events, stack.pop_all())
+
+    async def status(self) -> str:
+        """What QEMU says next of its migration. Raises `LibvirtFailed` when libvirt has ended it."""
+        event = asyncio.create_task(self._events.get())
+        ended = asyncio.create_task(self.migration.failed())
+        done, pending = await asyncio.wait({event, ended}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        if ended in done:
+            raise not_migrated(ended.result())
+        return str(event.result().data["status"])
+
+    async def end(self) -> None:
+        """Unless libvirt has ended it, break its stream off, and wait until it has."""
+        if not self.migration.ended:
+            self.gate.drop()
+            await self.migration.failed()
+        await self._ending.aclose()
+
+
+def not_migrated(why: BlkmigError | None) -> LibvirtFailed:
+    """The error that tells that libvirt did not migrate the guest."""
+    return LibvirtFailed(f"libvirt could not migrate the guest: {why or 'it says that it has, too early'}")
+
+
+async def _wish(life: Lifecycle, options: ManagedOptions, there: Arrangement, way: Gateway, *, live: bool) -> Wish:
+    limit = life.steering.rate
+    if limit is not None and not await is_virtualized(life.source):
+        life.reporter.note("--bandwidth does not limit RAM here: QEMU may damage an emulated (TCG) guest that way")
+        limit = None
+    return Wish(
+        uri=way.uri,
+        xml=there.xml,
+        persistent_xml=there.persistent_xml,
+        name=options.dname,
+        live=live,
+        peer_to_peer=options.peer_to_peer,
+        persistent=options.persistent,
+        undefine_source=options.undefine_source,
+        suspend=options.suspend,
+        abort_on_error=options.abort_on_error,
+        auto_converge=options.auto_converge,
+        auto_converge_initial=options.auto_converge_initial,
+        auto_converge_increment=options.auto_converge_increment,
+        graphics_uri=options.graphics_uri,
+        tls=options.tls,
+        tls_destination=(options.tls_destination or way.host) if options.tls else None,
+        parallel=options.parallel,
+        listen_address=options.listen_address,
+        bandwidth=limit,
+    )
