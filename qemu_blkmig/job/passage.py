@@ -19,8 +19,12 @@ from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import EventStream
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.virt.gate import Gate
 from qemu_blkmig.virt.migration import DomainMigration, Wish
+
+BROKEN_OFF = 10.0
+"""Seconds in which libvirt must have noticed that the stream was broken off, before it is told to call it off."""
 
 
 class Passage:
@@ -77,7 +81,12 @@ class Passage:
         """Unless libvirt has ended it, break its stream off, and wait until it has."""
         if not self.migration.ended:
             self.gate.drop()
-            await self.migration.failed()
+            try:
+                async with time_limit(BROKEN_OFF):
+                    await self.migration.failed()
+            except TimeoutError:
+                await self.migration.abort()
+                await self.migration.failed()
         await self._ending.aclose()
 
 

@@ -7,12 +7,18 @@ persistent; the same name or UUID in another domain, or a running one, is not.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.domain import Domain, image_files, rooted
+
+BROKEN_OFF = 30.0
+"""Seconds in which a libvirt notices that a migration to it has broken off, and ends the domain: by its keepalive, 5 s
+each, or when ssh does."""
+_POLL = 0.2
 
 
 async def same_daemon(source: Connection, target: Connection) -> bool:
@@ -23,11 +29,18 @@ async def same_daemon(source: Connection, target: Connection) -> bool:
 
 
 async def conflicts(target: Connection, uuid: str, name: str) -> list[str]:
-    """Domains there that are in the way of one with this UUID and name."""
+    """Domains there that are in the way of one with this UUID and name.
+
+    One that waits for a migration is given `BROKEN_OFF` seconds to end, as after a move that broke off.
+    """
+    deadline = asyncio.get_running_loop().time() + BROKEN_OFF
+    while await _waits(target, uuid) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - libvirt does it
+        await asyncio.sleep(_POLL)
     by_uuid = await _found(target, target.handle.lookupByUUIDString, uuid)
     by_name = await _found(target, target.handle.lookupByName, name)
     if by_uuid is not None and await target.call(by_uuid.isActive):
-        return [f"the destination has a domain of this UUID already, and it is active: {by_uuid.name()}"]
+        waits = ", waiting for a migration" if await _waits(target, uuid) else ""
+        return [f"the destination has a domain of this UUID already, and it is active{waits}: {by_uuid.name()}"]
     if by_uuid is not None and by_uuid.name() != name:
         return [
             f"the destination has defined a domain of this UUID under another name, {by_uuid.name()}: undefine it "
@@ -39,6 +52,16 @@ async def conflicts(target: Connection, uuid: str, name: str) -> list[str]:
             "another name there"
         ]
     return []
+
+
+async def _waits(target: Connection, uuid: str) -> bool:
+    module = libvirt()
+    domain = await _found(target, target.handle.lookupByUUIDString, uuid)
+    try:
+        told = None if domain is None else tuple(await target.call(domain.state))
+    except LibvirtError:
+        return False
+    return told == (module.VIR_DOMAIN_PAUSED, module.VIR_DOMAIN_PAUSED_MIGRATION)
 
 
 async def is_defined(target: Connection, uuid: str) -> bool:

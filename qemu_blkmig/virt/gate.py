@@ -103,7 +103,6 @@ class Gate:
         self.drop()
         for thread in self._threads:
             thread.join()
-        self._listener.close()
         self._wake.close()
         self._waker.close()
 
@@ -116,6 +115,8 @@ class Gate:
         while True:
             ready, _, _ = select.select([self._listener, self._wake], [], [])
             if self._wake in ready:
+                # Whoever comes too late, or is not accepted yet, must not wait for ever.
+                self._listener.close()
                 return
             try:
                 incoming, _ = self._listener.accept()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -192,6 +193,17 @@ def test_a_dropped_gate_breaks_both_ends_off_and_passes_nothing_on(ends: Ends) -
     assert _ended(ends.source)
     ends.gate.open()
     assert ends.receive(1) == b""
+
+
+def test_who_comes_to_a_dropped_gate_does_not_wait(tmp_path: Path) -> None:
+    gate = Gate(_listener(tmp_path / "gate"), lambda: pytest.fail("the destination is not to be bothered"))
+    gate.drop()
+    with socket.socket(socket.AF_UNIX) as late:
+        late.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            late.connect(str(tmp_path / "gate"))
+            assert late.recv(1) == b""
+    gate.close()
 
 
 def test_what_the_destination_answers_at_the_end_reaches_the_source(ends: Ends) -> None:
