@@ -144,9 +144,14 @@ class ManagedSwitchover:
 
     def _first_pass_ends(self) -> bool:
         figures = self._engine.figures()
-        if figures.phase is Phase.BULK:
-            return figures.pending <= EARLY * (figures.speed or 0.0)
-        return figures.phase is Phase.DIRTY
+        if figures.phase is not Phase.BULK:
+            return figures.phase is Phase.DIRTY
+        left = figures.pending
+        if all(disk.allocated is not None and disk.backing is None for disk in self._disks):
+            # What nobody has written is passed over in no time.
+            allocated = sum(disk.allocated or 0 for disk in self._disks)
+            left = min(left, allocated - sum(disk.copied for disk in figures.disks))
+        return left <= EARLY * (figures.speed or 0.0)
 
     async def _begin(self, attempt: int) -> Passage:
         await self._take_run_state()
