@@ -15,7 +15,7 @@ from qemu_blkmig.destination import agent, protocol
 from qemu_blkmig.destination.confine import NO_BOUNDS
 
 MIB = 1 << 20
-LIMIT = 0.5
+LIMIT = 0.3
 
 
 class Coordinator:
@@ -66,7 +66,7 @@ async def test_an_agent_that_hears_nothing_removes_what_is_incomplete_and_ends(t
 
 async def test_an_agent_that_nobody_has_spoken_to_yet_waits_longer() -> None:
     async with serving() as (coordinator, serves):
-        await asyncio.wait({serves}, timeout=3 * LIMIT)
+        await asyncio.wait({serves}, timeout=2 * LIMIT)
         assert isinstance(await coordinator.ask(protocol.Ping()), protocol.Done)
         assert await serves == agent.EXIT_LEFT
 
@@ -74,7 +74,7 @@ async def test_an_agent_that_nobody_has_spoken_to_yet_waits_longer() -> None:
 async def test_an_agent_that_is_pinged_stays() -> None:
     async with serving() as (coordinator, serves):
         loop = asyncio.get_running_loop()
-        until = loop.time() + 3 * LIMIT
+        until = loop.time() + 2 * LIMIT
         while loop.time() < until:
             assert isinstance(await coordinator.ask(protocol.Ping()), protocol.Done)
             await asyncio.wait({serves}, timeout=LIMIT / 10)

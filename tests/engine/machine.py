@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import Phase as Stage
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from qemu_blkmig.engine.convergence import Policy
 from qemu_blkmig.engine.device import SECTOR
@@ -409,3 +417,25 @@ class Machine(RuleBasedStateMachine):
                     return
             self.restart_writers()
         raise Violation("in fair weather the migration does not complete")
+
+
+FEW = 10
+"""Many short runs find a rare bug sooner than one long run, in which Hypothesis varies what it has tried already."""
+
+
+def explore(starts: Iterable[int]) -> None:
+    """Run the state machine from each of these seeds, until it finds a violation. Raises `Violation`."""
+    for start in starts:
+        machine = seed(start)(type("Seeded", (Machine,), {}))
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=FEW,
+                stateful_step_count=14,
+                deadline=None,
+                database=None,
+                phases=[Stage.generate],
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )

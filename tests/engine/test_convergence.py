@@ -22,7 +22,7 @@ async def after_bulk(link: Link) -> BlockMigration:
 
 
 async def test_a_writer_faster_than_the_link_stalls() -> None:
-    link = Link(size=8 << 30, speed=100 * MIB, writer=150 * MIB)
+    link = Link(size=1 << 30, speed=100 * MIB, writer=150 * MIB)
     migration = await after_bulk(link)
     assert await migration.converge(Policy(downtime=0.3, max_rounds=12)) is Verdict.STALLED
     figures = migration.figures()
@@ -32,13 +32,13 @@ async def test_a_writer_faster_than_the_link_stalls() -> None:
 
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.8])
 async def test_a_writer_slower_than_the_link_fits(share: float) -> None:
-    link = Link(size=8 << 30, speed=100 * MIB, writer=100 * MIB * share)
+    link = Link(size=1 << 30, speed=100 * MIB, writer=100 * MIB * share)
     migration = await after_bulk(link)
     assert await migration.converge(Policy(downtime=0.3, max_rounds=None)) is Verdict.FITS
 
 
 async def test_the_final_round_takes_no_longer_than_was_predicted() -> None:
-    link = Link(size=8 << 30, speed=100 * MIB, writer=40 * MIB)
+    link = Link(size=2 << 30, speed=100 * MIB, writer=40 * MIB)
     migration = await after_bulk(link)
     await migration.converge(Policy(downtime=0.3, max_rounds=None))
     link.paused = True
@@ -68,14 +68,14 @@ async def test_what_the_flush_costs_counts_against_the_budget() -> None:
 
 
 async def test_the_dirty_rate_is_what_the_guest_writes() -> None:
-    link = Link(size=8 << 30, speed=100 * MIB, writer=40 * MIB)
+    link = Link(size=2 << 30, speed=100 * MIB, writer=40 * MIB)
     migration = await after_bulk(link)
     await migration.converge(Policy(downtime=0.3, max_rounds=None))
     assert migration.figures().dirty_rate == pytest.approx(40 * MIB, rel=0.05)
 
 
 async def test_keeping_in_step_leaves_no_more_dirty_than_half_of_the_budget_and_a_pause_cost() -> None:
-    link = Link(size=8 << 30, speed=100 * MIB, writer=40 * MIB)
+    link = Link(size=2 << 30, speed=100 * MIB, writer=40 * MIB)
     migration = await after_bulk(link)
     policy = Policy(downtime=0.3, max_rounds=None, put_off=False)
     await migration.converge(policy)

@@ -8,7 +8,7 @@ from tests.engine.machine import Machine
 
 TestEngineLosesNoWrite = Machine.TestCase
 TestEngineLosesNoWrite.settings = settings(
-    max_examples=300,
+    max_examples=150,
     stateful_step_count=14,
     deadline=None,
     derandomize=True,

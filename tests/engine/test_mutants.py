@@ -11,9 +11,6 @@ from contextlib import asynccontextmanager
 from weakref import WeakKeyDictionary
 
 import pytest
-from hypothesis import HealthCheck, seed, settings
-from hypothesis import Phase as Stage
-from hypothesis.stateful import run_state_machine_as_test
 
 from qemu_blkmig.engine import carrier
 from qemu_blkmig.engine.bulk import BulkPass, DiskPass, Settle
@@ -27,32 +24,10 @@ from qemu_blkmig.engine.outlast import Outlasted
 from qemu_blkmig.engine.ports import CopyKind, CopyReport, Round
 from qemu_blkmig.errors import MigrationError
 from tests.engine import world
-from tests.engine.machine import Machine
+from tests.engine.machine import explore
 from tests.engine.world import FakeLog, FakeRound, Violation
 
 Patch = pytest.MonkeyPatch
-
-
-STARTS, FEW = 500, 10
-"""Many short runs find a rare bug sooner than one long run, in which Hypothesis varies what it has tried already."""
-
-
-def find_it(starts: int = STARTS) -> None:
-    """Run the state machine from so many seeds until it finds a violation; no exception if it finds none."""
-    for start in range(starts):
-        machine = seed(start)(type("Seeded", (Machine,), {}))
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=FEW,
-                stateful_step_count=14,
-                deadline=None,
-                database=None,
-                phases=[Stage.generate],
-                report_multiple_bugs=False,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
 
 
 def clear_bits_after_the_read(patch: Patch) -> None:
@@ -473,8 +448,8 @@ MUTANTS: Sequence[Callable[[Patch], None]] = (
 def test_the_model_finds_the_bug(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
     with pytest.raises(Violation):
-        find_it()
+        explore(range(500))
 
 
 def test_the_model_finds_nothing_in_the_engine_as_it_is() -> None:
-    find_it(starts=2)
+    explore(range(2))

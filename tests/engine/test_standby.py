@@ -19,7 +19,7 @@ POLICY = Policy(downtime=0.3, max_rounds=None)
 class Watched(Link):
     """A link that notes its pauses and what a switchover would have cost at each, and ends the standby after a time."""
 
-    def __init__(self, *, size: int = 8 << 30, speed: float, writer: float, lasts: float) -> None:
+    def __init__(self, *, size: int = 2 << 30, speed: float, writer: float, lasts: float) -> None:
         super().__init__(size=size, speed=speed, writer=writer)
         self.lasts = lasts
         self.until = asyncio.Event()
@@ -66,7 +66,7 @@ async def test_a_guest_that_writes_little_is_copied_as_seldom_as_may_be_and_is_a
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
 async def test_pauses_shrink_with_the_dirty_rate_so_that_the_prediction_stays_within_the_limit(share: float) -> None:
-    link = Watched(speed=100 * MIB, writer=100 * MIB * share, lasts=600.0)
+    link = Watched(speed=100 * MIB, writer=100 * MIB * share, lasts=120.0)
     await stand_by(link)
     assert max(link.pauses) <= POLICY.downtime / share
     assert sorted(link.owed)[len(link.owed) * 9 // 10] <= POLICY.downtime

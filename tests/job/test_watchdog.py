@@ -77,8 +77,8 @@ def test_an_armed_coordinator_that_is_silent_is_ended_first(coordinator: Coordin
 
 
 def test_a_silent_coordinator_that_is_not_armed_is_left_alone(coordinator: Coordinator) -> None:
-    coordinator.say("arm 0.3\ndisarm\n")
-    threading.Event().wait(1.0)
+    coordinator.say("arm 0.1\ndisarm\n")
+    threading.Event().wait(0.4)
     assert coordinator.verdict == []
     assert coordinator.process.poll() is None
 

@@ -9,7 +9,8 @@ import pytest
 
 from qemu_blkmig import errors
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.nbd.dirty import BATCH, dirty_extents
+from qemu_blkmig.nbd import dirty
+from qemu_blkmig.nbd.dirty import dirty_extents
 from tests.nbd.servers import qemu_export
 
 GRANULE = 64 << 10
@@ -52,9 +53,10 @@ def test_the_last_extent_ends_with_the_disk(tmp_path: Path, size: int) -> None:
     assert last.end == size
 
 
-def test_many_extents_come_in_bounded_batches(tmp_path: Path) -> None:
-    batches = harvested(tmp_path, 1 << 30, [(n * 2 * GRANULE, 512) for n in range(BATCH + 5)])
-    assert [len(batch) for batch in batches] == [BATCH, 5]
+def test_many_extents_come_in_bounded_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dirty, "BATCH", 64)
+    batches = harvested(tmp_path, 1 << 30, [(n * 2 * GRANULE, 512) for n in range(2 * 64 + 5)])
+    assert [len(batch) for batch in batches] == [64, 64, 5]
 
 
 def test_an_export_that_does_not_show_the_bitmap_is_an_error(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from qemu_blkmig.qmp.socket import SocketMonitor
 from tests.qmp.conftest import StartQemu
 
 
-async def refusal(path: Path) -> str:
+async def refusal(path: Path, patience: float = 5.0) -> str:
     with pytest.raises(Refused) as caught:
-        await SocketMonitor.connect(str(path), who="source QEMU", timeout=1)
+        await SocketMonitor.connect(str(path), who="source QEMU", timeout=patience)
     assert caught.value.advice
     return str(caught.value)
 
@@ -50,13 +50,13 @@ async def test_a_path_that_is_too_long(tmp_path: Path) -> None:
 
 async def test_a_socket_in_use_by_another_client(start_qemu: StartQemu) -> None:
     qemu = await start_qemu()
-    assert "in use by another client" in await refusal(Path(qemu.second_socket))
+    assert "in use by another client" in await refusal(Path(qemu.second_socket), patience=0.2)
 
 
 async def test_a_full_backlog_is_waited_for_no_longer_than_asked(tmp_path: Path) -> None:
     with listener(tmp_path / "busy", 0), socket.socket(socket.AF_UNIX) as first:
         first.connect(str(tmp_path / "busy"))
-        assert "in use by another client" in await refusal(tmp_path / "busy")
+        assert "in use by another client" in await refusal(tmp_path / "busy", patience=0.2)
 
 
 @pytest.mark.parametrize(

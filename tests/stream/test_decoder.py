@@ -116,7 +116,7 @@ def test_no_device_state_is_passed_on_before_it_was_told_of(cut: int) -> None:
 cuts = st.lists(st.integers(0, 400_000), max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(cuts=cuts, name=st.sampled_from(["incremental", "no-disks", "old-machine"]))
 @example(cuts=list(range(300)), name="incremental")
 @example(cuts=list(range(300)), name="old-machine")
@@ -273,7 +273,7 @@ def test_a_truncated_stream_is_refused_unless_only_device_state_is_missing(end: 
         decode(stream[:end])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(["incremental", "old-machine", "two-disks"]),
     places=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=4),

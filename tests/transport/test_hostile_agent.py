@@ -28,8 +28,9 @@ MEMORY = 64 * MIB
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lose patience with a silent agent at once."""
     for name in ("_EXIT_TIMEOUT", "_SILENCE", "_KILL_TIMEOUT"):
-        monkeypatch.setattr(client_module, name, 1.0)
-    monkeypatch.setattr(protocol, "PING", 0.2)
+        monkeypatch.setattr(client_module, name, 0.4)
+    monkeypatch.setattr(protocol, "PING", 0.1)
+    monkeypatch.setattr(client_module, "_GRACE", 0.1)
 
 
 @contextlib.asynccontextmanager

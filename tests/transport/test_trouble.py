@@ -23,6 +23,7 @@ from qemu_blkmig.engine.ports import CopyKind
 from qemu_blkmig.transport.client import AgentClient, CopyCancelled, error_of
 from qemu_blkmig.transport.local import LocalHost
 from qemu_blkmig.transport.mover import RemoteMover
+from qemu_blkmig.transport.starting import start
 from tests.nbd.servers import nbdkit, qemu_export, running
 from tests.transport.conftest import KIB, MIB, bulk, dirty, image, opened, opening
 
@@ -37,6 +38,15 @@ def small_file_system(directory: Path, size: int) -> Iterator[Path]:
         yield mounted
     finally:
         subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+IMPATIENT = """
+from qemu_blkmig.destination import agent
+from qemu_blkmig.nbd import pump
+pump._PATIENCE = 0.2
+agent.main()
+"""
+"""An agent that gives up a source sooner than others."""
 
 
 def children(pid: int) -> list[int]:
@@ -91,13 +101,13 @@ async def test_a_bad_sector_is_told_with_its_exact_offset(
 
 
 async def test_reads_that_fail_now_and_then_are_repeated(agent: AgentClient, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom(16 * MIB))
+    source, size = tmp_path / "source", 4 * MIB
+    source.write_bytes(os.urandom(size))
     failing = f"if [ $3 -gt {64 * KIB} ]; then echo EIO >&2; exit 1; fi; "
     script = failing + f"dd if={source} bs=512 skip=$(( $4 / 512 )) count=$(( $3 / 512 )) status=none"
-    with nbdkit(tmp_path, "eval", f"get_size=echo {16 * MIB}", f"pread={script}") as listening:
-        await opened(agent, image(tmp_path / "destination", 16 * MIB), opening(listening, export=""))
-        await agent.request(bulk((0, 16 * MIB)))
+    with nbdkit(tmp_path, "eval", f"get_size=echo {size}", f"pread={script}") as listening:
+        await opened(agent, image(tmp_path / "destination", size), opening(listening, export=""))
+        await agent.request(bulk((0, size)))
         await agent.request(protocol.Close("d"))
     assert (tmp_path / "destination").read_bytes() == source.read_bytes()
 
@@ -223,7 +233,8 @@ async def test_cancelling_the_mover_waits_until_nothing_is_in_flight(agent: Agen
     assert report.copied == MIB
 
 
-async def test_a_source_that_does_not_answer_cannot_hold_up_a_cancel(agent: AgentClient, tmp_path: Path) -> None:
+async def test_a_source_that_does_not_answer_cannot_hold_up_a_cancel(tmp_path: Path) -> None:
+    agent = await LocalHost(begun=start([sys.executable, "-c", IMPATIENT])).start_agent()
     with nbdkit(tmp_path, "--filter=delay", "pattern", f"size={64 * MIB}", "rdelay=600") as listening:
         await opened(agent, image(tmp_path / "destination", 64 * MIB), opening(listening, export=""))
         copying = asyncio.ensure_future(agent.request(bulk((0, 64 * MIB))))
@@ -231,17 +242,18 @@ async def test_a_source_that_does_not_answer_cannot_hold_up_a_cancel(agent: Agen
         await agent.request(protocol.Cancel())
         with pytest.raises(CopyCancelled):
             await copying
+        await agent.abandon()
 
 
 async def test_a_second_copy_of_a_disk_meanwhile_is_refused(agent: AgentClient, tmp_path: Path) -> None:
-    with nbdkit(tmp_path, "--filter=delay", "pattern", f"size={64 * MIB}", "rdelay=50ms") as listening:
-        await opened(
-            agent, image(tmp_path / "destination", 64 * MIB), opening(listening, export="", request_size=256 * KIB)
-        )
-        copying = asyncio.ensure_future(agent.request(bulk((0, 64 * MIB))))
-        await moving(agent)
+    with nbdkit(tmp_path, "pattern", f"size={4 * MIB}") as listening:
+        await opened(agent, image(tmp_path / "destination", 4 * MIB), opening(listening, export=""))
+        await agent.request(protocol.Bandwidth(64 * KIB))
+        copying = asyncio.ensure_future(agent.request(bulk((0, 4 * MIB))))
+        await asyncio.sleep(0)
         with pytest.raises(errors.Refused, match="under way"):
             await agent.request(bulk((0, MIB)))
+        await agent.request(protocol.Bandwidth(None))
         await copying
 
 
