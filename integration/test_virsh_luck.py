@@ -122,10 +122,10 @@ def test_a_domain_that_is_destroyed_meanwhile_is_told(virtlab: VirtLab, domain: 
 
 
 def test_a_snapshot_taken_meanwhile_ends_the_job(virtlab: VirtLab, domain: Domain) -> None:
-    # While libvirt migrates it, which begins with the end of the first pass, it takes none.
-    attempt = virtlab.attempt(domain, "--bandwidth=4")
-    attempt.wait_stage("bulk")
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
     virtlab.hosts.virsh("snapshot-create-as", domain.name, "s1", "--disk-only", "--no-metadata")
+    attempt.go_on()
     attempt.outcome().failed(1, "snapshot", now=HERE)
     virtlab.cleaned_up()
     virtlab.assert_nothing_left()

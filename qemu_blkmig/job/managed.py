@@ -97,8 +97,7 @@ class _Run:
         )  # fmt: skip
         timer = asyncio.create_task(self._time_out(over))
         try:
-            async with over.early():
-                downtime = await self._rounds.lead_to(over.run)
+            downtime = await self._rounds.lead_to(over.run)
         finally:
             timer.cancel()
         return self._result(downtime)

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-from qemu_blkmig.engine.migration import Phase
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.connected import Connected
@@ -38,9 +37,6 @@ HANDOVER = 60.0
 """Seconds in which libvirt must have handed over, at least, once the gate is open."""
 BEFOREHAND = 1.0
 """Seconds of reading back that may be left when libvirt is told to begin, which takes it half a second."""
-EARLY = 0.5
-"""Seconds of the first pass that are left when libvirt is told to begin; and between two looks, `EARLY_POLL`."""
-EARLY_POLL = 0.05
 ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
 RAM_POLL = 0.5
@@ -88,7 +84,6 @@ class ManagedSwitchover:
         self._last = LastRound(life, options, watch, connected)
         self._last.may_last |= not options.live
         self._moving = self._hurried = False
-        self._early: asyncio.Task[Passage] | None = None
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
@@ -117,42 +112,6 @@ class ManagedSwitchover:
             await self._too_dirty(attempt)
         raise AssertionError("counting has ended")
 
-    @contextlib.asynccontextmanager
-    async def early(self) -> AsyncIterator[None]:
-        """Beside what is inside, have libvirt begin when the first pass is about to end: that takes it half a second.
-
-        Not where the guest is to stay for now, or would be paused by that. What `run` has not taken over is ended.
-        """
-        options = self._options
-        if options.switchover.waits or not options.live:
-            yield
-            return
-        self._early = early = asyncio.create_task(self._begin_early())
-        try:
-            yield
-        finally:
-            if self._early is not None:
-                early.cancel()
-                await asyncio.wait({early})
-                if not early.cancelled() and early.exception() is None:
-                    await early.result().end()
-
-    async def _begin_early(self) -> Passage:
-        while not self._first_pass_ends():
-            await self._clock.sleep(EARLY_POLL)
-        return await self._begin(1)
-
-    def _first_pass_ends(self) -> bool:
-        figures = self._engine.figures()
-        if figures.phase is not Phase.BULK:
-            return figures.phase is Phase.DIRTY
-        left = figures.pending
-        if all(disk.allocated is not None and disk.backing is None for disk in self._disks):
-            # What nobody has written is passed over in no time.
-            allocated = sum(disk.allocated or 0 for disk in self._disks)
-            left = min(left, allocated - sum(disk.copied for disk in figures.disks))
-        return left <= EARLY * (figures.speed or 0.0)
-
     async def _begin(self, attempt: int) -> Passage:
         await self._take_run_state()
         live = self._options.live and not self._hurried
@@ -161,8 +120,7 @@ class ManagedSwitchover:
     @contextlib.asynccontextmanager
     async def _under_way(self, attempt: int) -> AsyncIterator[Passage]:
         """libvirt's migration with the gate closed; unless it was opened, it is called off in the end."""
-        passage = await (self._early or self._begin(attempt))
-        self._early = None
+        passage = await self._begin(attempt)
         try:
             yield passage
         except (BlkmigError, asyncio.CancelledError) as error:

@@ -87,13 +87,16 @@ def ask_to_leave(directory: Path, seconds: float) -> bool:
 
 
 def _persist(job: Job, settlement: Settlement) -> Settlement:
-    """Try again until it is decided, the source QEMU is gone, or somebody takes over."""
+    """Try again until it is decided, the source QEMU or the job's record is gone, or somebody takes over."""
     job.record.settler = ProcessId.of(os.getpid())
     with contextlib.suppress(OSError):
         job.save_blocking()
     pause, source_lives = FIRST_PAUSE, True
     while source_lives and not settlement.decided:
         if signal.sigtimedwait([LEAVE], pause) is not None:
+            break
+        if not os.fstat(job.lock).st_nlink:
+            # Somebody removed the job's directory: nobody could ask us to leave any more.
             break
         pause = min(LONGEST_PAUSE, 2 * pause)
         process = job.record.source_process

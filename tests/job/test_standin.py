@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -104,3 +105,9 @@ def test_a_terminal_that_was_stopped_does_not_keep_it_from_settling(job: Job) ->
         process.wait()
         os.close(writer)
         os.close(reader)
+
+
+def test_it_ends_when_the_job_was_removed_under_it(job: Job, watchdog: subprocess.Popen[str]) -> None:
+    until_it_persists(job)
+    shutil.rmtree(job.directory)
+    assert watchdog.wait(timeout=20) == 0
