@@ -88,7 +88,9 @@ class Listened:
 
     def go_on(self) -> None:
         """Let it go on from where it is held."""
-        self._go.touch()
+        # A timer may come when the laboratory is gone already.
+        with contextlib.suppress(FileNotFoundError):
+            self._go.touch()
 
     def signal(self, signum: int) -> None:
         """Send the coordinator a signal."""
