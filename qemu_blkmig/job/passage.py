@@ -70,12 +70,16 @@ class Passage:
         """What QEMU says next of its migration. Raises `LibvirtFailed` when libvirt has ended it."""
         event = asyncio.create_task(self._events.get())
         ended = asyncio.create_task(self.migration.failed())
-        done, pending = await asyncio.wait({event, ended}, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        if ended in done:
-            raise not_migrated(ended.result())
-        return str(event.result().data["status"])
+        try:
+            await asyncio.wait({event, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                raise not_migrated(ended.result())
+            return str(event.result().data["status"])
+        finally:
+            for task in (event, ended):
+                task.cancel()
+                # Where both have come to an end nobody asks for the other's error.
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def end(self) -> None:
         """Unless libvirt has ended it, break its stream off, and wait until it has."""

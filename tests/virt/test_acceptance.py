@@ -11,6 +11,7 @@ from qemu_blkmig.virt.connection import Connection
 from qemu_blkmig.virt.domain import Domain
 
 UUID = "c0ffee00-1111-2222-3333-444455556666"
+OTHER = "c0ffee11-1111-2222-3333-444455556666"
 DEFINED = """<domain type='test'><name>{name}</name><uuid>{uuid}</uuid><memory>4096</memory><os><type>hvm</type></os>
 <devices><disk type='file'><source file='/vm/a.qcow2'/><target dev='vda'/></disk></devices></domain>"""
 USES = """<domain><devices>
@@ -47,10 +48,10 @@ async def test_a_definition_of_that_uuid_may_stay_under_the_same_name_only(daemo
 
 
 async def test_an_image_of_another_domain_is_in_use_though_that_does_not_run(daemonless: Connection) -> None:
-    await _define(daemonless, "other", UUID)
+    await _define(daemonless, "other", OTHER)
     (found,) = await used_by_others(daemonless, "another", {"vdb": "/vm/a.qcow2", "vdc": "/vm/b"})
     assert found == "disk vdb: /vm/a.qcow2 is used by domain other at the destination"
-    assert await used_by_others(daemonless, UUID, {"vdb": "/vm/a.qcow2"}) == [], "its own definition hinders nothing"
+    assert await used_by_others(daemonless, OTHER, {"vdb": "/vm/a.qcow2"}) == [], "its own definition hinders nothing"
 
 
 async def test_networks_and_pools_that_are_not_there_or_do_not_run_are_told(daemonless: Connection) -> None:

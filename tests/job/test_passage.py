@@ -1,0 +1,35 @@
+"""What libvirt's migration under way says of itself, when it ends while its QEMU is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from typing import Any, cast
+
+import pytest
+
+from qemu_blkmig.errors import LibvirtFailed
+from qemu_blkmig.job.passage import Passage
+from qemu_blkmig.virt.connection import LibvirtGone
+
+
+class _Gone:
+    """A QEMU's events, and a migration, over which the libvirt has gone."""
+
+    async def get(self) -> None:
+        raise LibvirtGone("the source's libvirt is gone")
+
+    async def failed(self) -> LibvirtGone:
+        return LibvirtGone("the source's libvirt is gone")
+
+
+async def test_a_libvirt_that_is_gone_is_told_once() -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
+    gone = cast(Any, _Gone())
+    with pytest.raises(LibvirtFailed, match="could not migrate the guest: the source's libvirt is gone"):
+        await Passage(gone, gone, gone, contextlib.AsyncExitStack()).status()
+    await asyncio.sleep(0.01)
+    gc.collect()
+    assert complaints == []
