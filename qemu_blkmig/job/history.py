@@ -9,18 +9,23 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qemu_blkmig.job.journal import FILE
+from qemu_blkmig.job.journal import FILE, SCHEMA
 
 log = logging.getLogger(__name__)
 
 FOLDER = "history"
 OWNER = "owner"
 """The fact in which a journal that is over tells whose the guest is (`record.Owner`)."""
+SETTLED = "settled"
+"""The fact in which a journal that is over tells that its job was settled after its coordinator's death."""
 MOST = 100
 
 
 def archive(directory: Path) -> None:
-    """Keep the journal of the job in `directory`, if disks were ever agreed in it. Failing is only logged."""
+    """Keep the journal of the job in `directory`. Failing is only logged.
+
+    It is kept if disks were ever agreed in it, or if the job was settled: somebody was told of it, and may ask.
+    """
     journal = directory / FILE
     if not journal.exists():
         return
@@ -29,10 +34,11 @@ def archive(directory: Path) -> None:
         try:
             # One file, without a log beside it, that can be moved.
             database.execute("PRAGMA journal_mode = DELETE")
-            worthy = database.execute("SELECT count(*) FROM disk").fetchone()[0]
+            disks = database.execute("SELECT count(*) FROM disk").fetchone()[0]
+            settled = database.execute("SELECT count(*) FROM fact WHERE name = ?", (SETTLED,)).fetchone()[0]
         finally:
             database.close()
-        if worthy:
+        if disks or settled:
             folder = directory.parent / FOLDER
             folder.mkdir(mode=0o700, exist_ok=True)
             journal.replace(folder / f"{directory.name}.sqlite")
@@ -42,17 +48,20 @@ def archive(directory: Path) -> None:
 
 
 def note_end(directory: Path, text: str, facts: Sequence[str], owner: str) -> None:
-    """Note in a dead job's journal how it was brought to an end, and who has the guest. Failing is only logged."""
-    journal = directory / FILE
-    if not journal.exists():
-        return
+    """Note in a dead job's journal how it was brought to an end, and who has the guest. Failing is only logged.
+
+    A job may have died before it had a journal: it has one now.
+    """
     try:
-        with contextlib.closing(sqlite3.connect(journal, timeout=1.0)) as database, database:
+        with contextlib.closing(sqlite3.connect(directory / FILE, timeout=1.0)) as database, database:
+            database.executescript(SCHEMA)
             database.execute(
                 "INSERT INTO outcome (time, exit_code, text, guest) VALUES (?, ?, ?, ?)",
                 (time.time(), 1, text, "; ".join(facts)),
             )
-            database.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (OWNER, owner))
+            database.executemany(
+                "INSERT OR REPLACE INTO fact VALUES (?, ?)", [(OWNER, owner), (SETTLED, str(time.time()))]
+            )
     except sqlite3.Error as error:
         log.warning("the end of job %s could not be noted: %s", directory.name, error)
 
