@@ -10,7 +10,7 @@ from typing import Any
 
 from qemu_blkmig import errors
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.nbd.connection import Connection, Entries
+from qemu_blkmig.nbd.connection import STATUS_LIMIT, Connection, Entries
 
 ALLOCATION = "base:allocation"
 DEPTH = "qemu:allocation-depth"
@@ -20,6 +20,8 @@ WIDEST = 1 << 30
 """Bytes: a raw image's every run costs QEMU's main loop two lseeks."""
 LITTLE = 4
 """Pieces."""
+DESERT = 8
+"""After so many lookups in a row that found nothing but one run each, they may grow beyond `WIDEST`."""
 
 _ZERO = 2
 _AHEAD = 64
@@ -80,6 +82,7 @@ class Plan:
         self._disk = disk
         self._unit = unit
         self._window = WINDOW
+        self._uniform = 0
         self._begun: Piece | None = None
         self._known: deque[Piece] = deque()
         self._asked: Extent | None = None
@@ -181,10 +184,17 @@ class Plan:
             what = f"the source gives no block status at offset {covered} (errno {error})"
             raise errors.SourceReadError(what, disk=self._disk, offset=covered)
         self._asked = None
-        little = covered >= asked.end and len(self._known) - known <= LITTLE and DEPTH not in self._connection.contexts
-        self._window = min(2 * self._window, WIDEST) if little else WINDOW
+        self._window = self._next_window(len(self._known) - known if covered >= asked.end else None)
         if covered < asked.end:
             self._unknown.appendleft(Extent(covered, asked.end - covered))
+
+    def _next_window(self, found: int | None) -> int:
+        """Bytes of the next lookup; `found`: the last one's pieces, None if its answer came short."""
+        if found is None or found > LITTLE or DEPTH in self._connection.contexts:
+            self._uniform = 0
+            return WINDOW
+        self._uniform = self._uniform + 1 if found <= 1 else 0
+        return min(2 * self._window, STATUS_LIMIT if self._uniform >= DESERT else WIDEST)
 
     def _learn(self, offset: int, length: int, action: Action, end: int) -> None:
         """Round a run out to units; `end` is where the last unit of its range ends."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd import plan as nbd_plan
-from qemu_blkmig.nbd.connection import Connection, Entries
+from qemu_blkmig.nbd.connection import STATUS_LIMIT, Connection, Entries
 from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Piece, Plan
 
 ZERO = 2
@@ -111,3 +111,36 @@ def test_no_piece_is_given_of_what_is_not_wanted_yet_and_pieces_end_where_what_w
     assert [piece.offset for piece in pieces] == [0, *(piece.end for piece in pieces[:-1])]
     told = {"d": Action.DATA, "z": Action.ZERO, "s": Action.SKIP}
     assert all({told[each] for each in fate[piece.offset : piece.end]} == {piece.action} for piece in pieces)
+
+
+class Desert:
+    """A disk with nothing stored on it but in its last GiB, which is full of holes; keeps what it was asked."""
+
+    contexts = frozenset((ALLOCATION,))
+    size = 64 << 30
+
+    def __init__(self) -> None:
+        self.asked: list[Extent] = []
+
+    def status(self, offset: int, length: int, completed: list[tuple[dict[str, Entries], int]]) -> None:
+        """See `Connection`."""
+        self.asked.append(Extent(offset, length))
+        stored = self.size - (1 << 30)
+        runs = [(stored - offset, ZERO)] if offset < stored else []
+        runs += [(64 << 10, 0), (64 << 10, ZERO)] * 1000 if offset + length > stored else []
+        completed.append(({ALLOCATION: runs}, 0))
+
+
+def test_lookups_grow_where_little_is_found_most_of_all_in_a_desert_and_shrink_where_it_ends() -> None:
+    desert = Desert()
+    plan = Plan(cast("Connection", desert), [Extent(0, desert.size)], classify, look_from=0, disk="d")
+    while not plan.exhausted:
+        plan.look_ahead()
+        while plan.take(lambda piece: piece.length) is not None:
+            pass
+    lengths = [asked.length for asked in desert.asked]
+    assert lengths[:3] == [nbd_plan.WINDOW, 2 * nbd_plan.WINDOW, nbd_plan.WIDEST]
+    assert max(lengths[: nbd_plan.DESERT]) == nbd_plan.WIDEST, "not before it is known to be one"
+    assert max(lengths) == STATUS_LIMIT
+    beyond = next(number for number, asked in enumerate(desert.asked) if asked.end > desert.size - (1 << 30))
+    assert max(lengths[beyond + 1 :]) == nbd_plan.WINDOW
