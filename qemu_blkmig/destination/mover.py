@@ -24,7 +24,8 @@ from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Plan
 from qemu_blkmig.nbd.pump import SMALL_ROOM, Limits, Pump
 from qemu_blkmig.nbd.throttle import Throttle
 
-_TOUCH_UNIT = 4 << 20
+_TOUCH_UNIT, _TOUCHED = 4 << 20, 1 << 17
+"""What was written to is noted by so many bytes, or more of a large disk: so many notes are enough for any."""
 _NEAR = 0.005
 _MOST_TIMES = 4
 _MOST_IN_FLIGHT = 32 << 20
@@ -70,7 +71,8 @@ class DiskMover:
         self._size = size
         self._writer = writer
         self._settings = settings
-        self._untouched = bytearray(b"\1" * -(-size // _TOUCH_UNIT)) if reads_as_zero else bytearray()
+        self._touch_unit = max(_TOUCH_UNIT, -(-size // _TOUCHED))
+        self._untouched = bytearray(b"\1" * -(-size // self._touch_unit)) if reads_as_zero else bytearray()
         self._table = table
         # One for all goes: memory that is given back is faulted in again.
         self._read_back = None if table is None else ReadBack(writer, table)
@@ -186,11 +188,12 @@ class DiskMover:
         """Tells where zeroes need not be written, by what no course before this one began to write."""
         if not (bulk and self._untouched and extents):
             return lambda _offset, _length: False
-        base = extents[0].offset // _TOUCH_UNIT
-        before = bytes(self._untouched[base : (extents[-1].end - 1) // _TOUCH_UNIT + 1])
+        unit = self._touch_unit
+        base = extents[0].offset // unit
+        before = bytes(self._untouched[base : (extents[-1].end - 1) // unit + 1])
 
         def is_zero_already(offset: int, length: int) -> bool:
-            return before.find(0, offset // _TOUCH_UNIT - base, (offset + length - 1) // _TOUCH_UNIT - base + 1) < 0
+            return before.find(0, offset // unit - base, (offset + length - 1) // unit - base + 1) < 0
 
         return is_zero_already
 
@@ -198,7 +201,7 @@ class DiskMover:
         if not self._untouched:
             return
         for extent in extents:
-            first, last = extent.offset // _TOUCH_UNIT, (extent.end - 1) // _TOUCH_UNIT
+            first, last = extent.offset // self._touch_unit, (extent.end - 1) // self._touch_unit
             self._untouched[first : last + 1] = bytes(last + 1 - first)
 
 
