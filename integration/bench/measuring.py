@@ -2,7 +2,8 @@
 
 All run on this machine; which host a process would be on is told by its role, which its children inherit. CPU is read
 from /proc while it runs (in ticks of 10 ms, and a process that ends loses what it used since it was last looked at, at
-most `INTERVAL` of a second), memory is the sum of what each process had resident at most, a QEMU's guest and all.
+most `INTERVAL` of a second), memory is the sum of what each process had resident at most, a QEMU's guest and all; a
+child that has not begun its own program yet shares its parent's.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class Meter:
                 if process.parent is not None:
                     process.side = _side(pid, self._processes[process.parent].side, process.side)
                 process.cpu = max(process.cpu, cpu_seconds(pid))
-                process.memory = max(process.memory, _memory(pid))
+                if process.parent is None or _read(pid, "cmdline") != _read(process.parent, "cmdline"):
+                    process.memory = max(process.memory, _memory(pid))
                 for child in _children(pid):
                     if child not in self._processes:
                         self._processes[child] = _Process(process.side, parent=pid)
