@@ -79,8 +79,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="three cases of 512 MiB, three rounds: some minutes")
     parser.add_argument("--cases", help="only these, separated by commas")
     parser.add_argument("--peers", help="the one that others are compared with, and these")
-    parser.add_argument("--size", type=parse_size, help="data of each case (default: 2G; --quick: 512M)")
-    parser.add_argument("--rounds", type=int, help="that are counted (default: 5; --quick: 3)")
+    parser.add_argument("--size", type=parse_size, help="data of each case (default: 1G; --quick: 512M)")
+    parser.add_argument("--rounds", type=int, help="that are counted (default: 3)", default=3)
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where all files are")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder for bench.json and bench.svg")
     return parser
@@ -95,15 +95,14 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     names = [peer.name for peer in PEERS] if arguments.peers is None else arguments.peers.split(",")
-    size = arguments.size or (512 << 20 if arguments.quick else 2 << 30)
-    rounds = arguments.rounds or (3 if arguments.quick else 5)
+    size = arguments.size or (512 << 20 if arguments.quick else 1 << 30)
     measured: list[Measured] = []
     before = os.getloadavg()[0]
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as name, as_installed(Path(name)):
         for case in cases:
             peers = [peer for peer in PEERS if peer.name in (*names, case.baseline) and peer.applies(case)]
-            for each in measure(case, peers, size, rounds, Path(name)):
+            for each in measure(case, peers, size, arguments.rounds, Path(name)):
                 measured.append(each)
                 print(f"{each.case} {each.row}: {each.usage.seconds:.2f} s", file=sys.stderr, flush=True)
             # What was measured is not lost if a later case fails.
