@@ -49,33 +49,49 @@ class Root:
     read: int
 
 
-async def root_of(chain: Chain, algorithm: Algorithm, control: Control, cache: BaseCache) -> Root:
+def nothing_to_check() -> None:
+    """Whatever the chain is, it may be read."""
+
+
+async def root_of(
+    chain: Chain, algorithm: Algorithm, control: Control, cache: BaseCache, check: Callable[[], None] = nothing_to_check
+) -> Root:
     """One digest of the virtual disk: of its size, and of the digests of its units of `UNIT` bytes, slice by slice.
 
-    Remembered for as long as no file of the chain changes. Raises `Refused`, `Cancelled`.
+    Remembered for as long as no file of the chain changes. `check` is called in a thread before anything is read, when
+    nobody can write to the chain any more. Raises `Refused`, `Cancelled`, and what `check` raises.
     """
     known = identity(chain.files)
     if known is not None and (digest := cache.find(known, algorithm)) is not None:
         return Root(digest, 0)
-    async with _served(chain) as reader:
+    async with _served(chain, check) as reader:
         digest = await _reading(chain, lambda: _root(reader, chain.size, algorithm, control))
     if known is not None and identity(chain.files) == known:
         cache.keep(known, algorithm, digest)
     return Root(digest, control.tally.copied)
 
 
-async def digests_within(chain: Chain, extent: Extent, unit: int, algorithm: Algorithm, control: Control) -> bytes:
-    """`nbd.digests.digests_of` of the image. Raises `Refused`, `Cancelled`."""
+async def digests_within(
+    chain: Chain,
+    extent: Extent,
+    unit: int,
+    algorithm: Algorithm,
+    control: Control,
+    check: Callable[[], None] = nothing_to_check,
+) -> bytes:
+    """`nbd.digests.digests_of` of the image; `check` as of `root_of`. Raises `Refused`, `Cancelled`."""
     if (fault := fault_of(extent, unit, chain.size)) is not None:
         raise Refused(fault)
-    async with _served(chain) as reader:
+    async with _served(chain, check) as reader:
         return await _reading(chain, lambda: digests_of(reader, extent, unit, algorithm, control))
 
 
 class Bases:
-    """The agent's answers about bases. `cancel` reaches those under way."""
+    """The agent's answers about bases. `cancel` reaches those under way. `check`: whether what a base, now that it is
+    open, consists of may be read; raises `Refused`."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[protocol.BaseDigest | protocol.BaseDigests], None]) -> None:
+        self._check = check
         self._cache = BaseCache()
         self._under_way: dict[str, Control] = {}
 
@@ -106,11 +122,12 @@ class Bases:
     ) -> protocol.BaseDigestReply | protocol.DigestsReply:
         chain = await asyncio.to_thread(Chain.at, op.path, op.format)
         if isinstance(op, protocol.BaseDigests):
-            digests = await digests_within(chain, Extent(op.offset, op.length), op.unit, op.algorithm, control)
+            extent = Extent(op.offset, op.length)
+            digests = await digests_within(chain, extent, op.unit, op.algorithm, control, lambda: self._check(op))
             return protocol.DigestsReply(digests, control.tally.copied)
         if op.algorithm is None:
             return protocol.BaseDigestReply(chain.size, b"", 0)
-        root = await root_of(chain, op.algorithm, control, self._cache)
+        root = await root_of(chain, op.algorithm, control, self._cache, lambda: self._check(op))
         return protocol.BaseDigestReply(chain.size, root.digest, root.read)
 
 
@@ -127,12 +144,13 @@ def _root(reader: NbdReader, size: int, algorithm: Algorithm, control: Control) 
 
 
 @contextlib.asynccontextmanager
-async def _served(chain: Chain) -> AsyncIterator[NbdReader]:
+async def _served(chain: Chain, check: Callable[[], None]) -> AsyncIterator[NbdReader]:
     try:
         server = await qemu_nbd.start_reading(chain.opened, chain.format)
     except DestinationFailed as error:
         raise Refused(f"the base {chain.files[0]} cannot be read: {error.what}") from error
     try:
+        await asyncio.to_thread(check)
         yield NbdReader(server.connections)
     finally:
         # It only reads, and that ends a thread that is left reading, too.

@@ -96,7 +96,7 @@ class Confinement:
                     self._check_path(str(path_for(op.process.pid if op.process else None, name)))
             case protocol.BaseDigest() | protocol.BaseDigests():
                 self._check_path(op.path)
-                self._check_header(op.path, op.format)
+                self.check_base(op)
             case protocol.Open():
                 self._check_source(op.source)
             case protocol.Mark():
@@ -120,6 +120,24 @@ class Confinement:
                     raise Refused(f"process {op.process.pid} is none of this job's")
             case _:
                 raise Refused(f"a confined agent does not know {type(op).__name__}")
+
+    def check_held(self, image: protocol.Image, *, created: bool) -> None:
+        """Raise `Refused` if what an image names is out of bounds, now that nobody else can write to it.
+
+        Before it was locked somebody may have: the holder of the same key, by another connection. `created`: it was
+        made by us, and names nothing but its backing file. Call it from a thread.
+        """
+        if self._roots is None:
+            return
+        if image.backing is not None:
+            self._check_header(str(Path(image.path).parent / image.backing.path), image.backing.format)
+        if not created:
+            self._check_header(image.path, image.format)
+
+    def check_base(self, op: protocol.BaseDigest | protocol.BaseDigests) -> None:
+        """The same of a base, once it is open; that happens where links lead, and names in it belong there."""
+        if self._roots is not None:
+            self._check_header(os.path.realpath(op.path), op.format)
 
     def _check_path(self, path: str) -> None:
         if not self._within(path):
@@ -198,7 +216,8 @@ class Confinement:
             data = info.get("format-specific", {}).get("data", {}).get("data-file")
             if data is not None:
                 self._check_plain(data)
-                self._check_path(str(Path(path).parent / data))
+                # Not beside the image, as a backing file: QEMU takes a relative one from its working directory, ours.
+                self._check_path(data)
             backing = info.get("backing-filename")
             if backing is None:
                 return

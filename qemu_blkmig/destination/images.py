@@ -30,6 +30,8 @@ _LAST_LOOK = 10.0
 """The same, where it is only waited for to remove what it leaves; who asks waits for `job.peers.ANSWER` at most."""
 
 _ZEROES = bytes(1 << 20)
+_BEGINNINGS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx", b"QED\0": "qed", b"LUKS\xba\xbe": "luks"}
+"""First bytes of images that are not raw."""
 
 _log = logging.getLogger(__name__)
 
@@ -186,7 +188,8 @@ def chain(path: str, image_format: str, *, alone: bool = False) -> tuple[int, li
     for layer in layers:
         files.append(layer["filename"])
         data = layer.get("format-specific", {}).get("data", {}).get("data-file")
-        files += [] if data is None else [os.path.join(os.path.dirname(layer["filename"]), data)]  # noqa: PTH118, PTH120
+        # QEMU takes a relative one from its working directory, not from beside the image.
+        files += [] if data is None else [str(Path(data).absolute())]
     return int(layers[0]["virtual-size"]), files
 
 
@@ -311,13 +314,16 @@ def _faults_as_it_is(image: Image) -> Iterator[str]:
 
 
 def _told_otherwise(image: Image) -> str:
-    """What a raw file of the wrong size rather is, where qemu-img tells."""
+    """What a raw file of the wrong size rather is, by its first bytes.
+
+    qemu-img must not guess: for a VMDK it opens whatever files that names, and anybody may have written one.
+    """
     if image.format != "raw":
         return ""
-    with contextlib.suppress(errors.Refused):
-        if (own := recognized(image.path)) != "raw":
-            return f": it is an image of format {own}, and raw is wanted"
-    return ""
+    with Path(image.path).open("rb") as file:
+        first = file.read(8)
+    own = next((name for beginning, name in _BEGINNINGS.items() if first.startswith(beginning)), None)
+    return f": it is an image of format {own}, and raw is wanted" if own is not None else ""
 
 
 def _stands_on(image: Image, backing: Backing) -> bool:

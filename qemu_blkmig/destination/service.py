@@ -136,7 +136,7 @@ class Service:
         self._bounds = Confinement(bounds, ours=self._is_ours, processes=lambda: self._launcher.launched())
         self._throttle = Throttle()
         self._disks: dict[str, _Disk] = {}
-        self._bases = Bases()
+        self._bases = Bases(self._bounds.check_base)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = False
         self._kept = False
@@ -282,16 +282,25 @@ class Service:
         if len({image.disk for image in op.images}) < len(op.images):
             raise errors.Refused("a disk was named twice")
         prepared = await asyncio.to_thread(images.prepare, op.images, op.job, _guest(op.domain))
-        twice = [each.image.disk for each in prepared if each.image.disk in self._disks]
-        if self._ended or twice:
+        try:
+            for each in prepared:
+                await asyncio.to_thread(self._bounds.check_held, each.image, created=each.created is not None)
+            self._still_free(prepared)
+        except BaseException:
             for each in prepared:
                 images.give_up(each, untouched=True)
-            raise errors.Refused(
-                "is prepared already" if twice else "the agent is ending", disk=next(iter(twice), None)
-            )
+            raise
         self._disks.update((each.image.disk, _Disk(each)) for each in prepared)
         created = [each.created for each in prepared if each.created is not None]
         return protocol.PrepareReply(created, [each.identity for each in prepared])
+
+    def _still_free(self, prepared: Sequence[images.Prepared]) -> None:
+        """Raise `Refused` if its disks were prepared by another request meanwhile, or the agent is ending."""
+        twice = [each.image.disk for each in prepared if each.image.disk in self._disks]
+        if self._ended or twice:
+            raise errors.Refused(
+                "is prepared already" if twice else "the agent is ending", disk=next(iter(twice), None)
+            )
 
     async def _keep(self) -> protocol.Done:
         self._kept = True
@@ -329,16 +338,22 @@ class Service:
         return protocol.Done()
 
     async def _start_writer(self, disk: _Disk, connections: int) -> Writer:
-        image = disk.prepared.image
+        prepared = disk.prepared
+        image = prepared.image
         if image.format == "raw":
-            return RawWriter(disk.prepared.descriptor, keep_allocated=disk.prepared.keep_allocated)
+            return RawWriter(prepared.descriptor, keep_allocated=prepared.keep_allocated)
         try:
-            disk.server = await qemu_nbd.start(
-                image.path, image.format, connections, keep_allocated=disk.prepared.keep_allocated
-            )
+            server = await qemu_nbd.start(image.path, image.format, connections, keep_allocated=prepared.keep_allocated)
         except errors.DestinationFailed as error:
             raise errors.DestinationWriteError(error.what, disk=disk.name, offset=None, errno=0) from error
-        return NbdWriter(disk.server.connections, disk.prepared.descriptor, disk.server.flusher)
+        try:
+            # Only now its backing files, too, are locked.
+            await asyncio.to_thread(self._bounds.check_held, image, created=prepared.created is not None)
+        except BaseException:
+            await asyncio.to_thread(server.kill)
+            raise
+        disk.server = server
+        return NbdWriter(server.connections, prepared.descriptor, server.flusher)
 
     async def _move(self, op: protocol.Copy) -> protocol.CopyReply:
         disk, mover = self._opened(op.disk)

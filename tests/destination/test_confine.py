@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from qemu_blkmig.destination import protocol
+from qemu_blkmig.destination import images, protocol, qemu_nbd
 from qemu_blkmig.destination.confine import HARMLESS, Bounds
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.service import Service
@@ -107,14 +107,75 @@ async def test_no_backing_file_leads_out(service: Service, root: Path, name: str
     [
         ["-b", "../secret", "-F", "raw"],
         ["-o", "data_file=../outside/data,data_file_raw=on"],
+        ["-o", "data_file=data,data_file_raw=on"],
     ],
 )
 async def test_no_header_of_an_image_leads_out(service: Service, root: Path, options: list[str]) -> None:
+    """A relative data file is one in the agent's working directory, which is out of the root."""
     qemu_img(root, "qcow2", *options)
     await refused(service, protocol.Prepare([image(root / "made", format="qcow2", create=False)]))
     overlay = image(root / "overlay", format="qcow2", backing=protocol.Backing("made", "qcow2"))
     await refused(service, protocol.Inspect([overlay]))
     await refused(service, protocol.BaseDigest("d", str(root / "made"), "qcow2", "sha256"))
+
+
+@pytest.mark.parametrize("when", ["locked", "opened"])
+@pytest.mark.parametrize("layer", ["image", "base"])
+async def test_a_header_that_is_rewritten_after_it_was_checked_leads_out_no_more(
+    service: Service, root: Path, monkeypatch: pytest.MonkeyPatch, when: str, layer: str
+) -> None:
+    """Who has the key may connect twice: as the image's writer, too, until it is locked."""
+    qemu_img(root, "qcow2", "-o", f"data_file={root.parent}/outside/data,data_file_raw=on")
+    evil = (root / "made").read_bytes()
+    (root / "made").unlink()
+    qemu_img(root, "qcow2")
+    overlay = protocol.Backing("made", "qcow2")
+    wanted = image(root / "made", format="qcow2", create=False)
+    if layer == "base":
+        wanted = image(root / "overlay", format="qcow2", backing=overlay)
+    module, name = (images, "prepare") if when == "locked" else (qemu_nbd, "start")
+    work = getattr(module, name)
+
+    def rewritten_before(*arguments: object, **options: object) -> object:
+        (root / "made").write_bytes(evil)
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(module, name, rewritten_before)
+    prepared = await service.perform(protocol.Prepare([wanted]))
+    if when == "opened":
+        assert isinstance(prepared, protocol.PrepareReply)
+        source = UnixAddress(str(root / "nobody"))
+        prepared = await service.perform(protocol.Open("d", source, "export", 1, 1, 4096, 4096))
+    assert isinstance(prepared, protocol.Failure) and "out of bounds" in prepared.what, prepared
+    assert not service._disks or when == "opened"
+
+
+async def test_a_base_that_is_rewritten_after_it_was_checked_is_not_read(
+    service: Service, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu_img(root, "qcow2", "-b", "../secret", "-F", "raw")
+    evil = (root / "made").read_bytes()
+    (root / "made").unlink()
+    qemu_img(root, "qcow2")
+    start = qemu_nbd.start_reading
+
+    async def rewritten_before(*arguments: str) -> qemu_nbd.QemuNbd:
+        (root / "made").write_bytes(evil)
+        return await start(*arguments)
+
+    monkeypatch.setattr(qemu_nbd, "start_reading", rewritten_before)
+    await refused(service, protocol.BaseDigest("d", str(root / "made"), "qcow2", "sha256"))
+
+
+async def test_what_a_raw_image_may_seem_to_be_leads_nowhere(service: Service, root: Path) -> None:
+    """Asked what it is, qemu-img opens the files that a VMDK's descriptor names."""
+    (root.parent / "pipe").touch()
+    descriptor = f'# Disk DescriptorFile\nversion=1\ncreateType="monolithicFlat"\nRW 1 FLAT "{root.parent}/pipe" 0\n'
+    (root / "seems").write_bytes(descriptor.encode().ljust(4096, b"\0"))
+    reply = await service.perform(protocol.Inspect([image(root / "seems", create=False)]))
+    assert isinstance(reply, protocol.InspectReply)
+    (problem,) = reply.problems
+    assert problem.what.endswith("holds 4096 bytes, the disk has 1048576")
 
 
 async def test_formats_whose_headers_we_do_not_know_are_refused(service: Service, root: Path) -> None:
