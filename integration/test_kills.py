@@ -61,11 +61,11 @@ def test_storage_that_stalls_in_the_handover_does_not_keep_the_guest_paused(benc
 
 
 @pytest.mark.parametrize("moment", ["bulk", "paused", *also("converged", "moving RAM")])
-def test_a_migration_whose_watchdog_died_is_given_up(bench: Bench, moment: str) -> None:
+def test_a_migration_whose_watchdog_died_waits_to_be_resumed(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment)
     kill(attempt.watchdog())
     attempt.outcome().failed(1, "watchdog", now="the guest runs at the source")
-    attempt.assert_source_has_it()
+    attempt.assert_suspended()
 
 
 def test_no_guest_is_paused_without_a_watchdog_that_answers(bench: Bench) -> None:
@@ -73,7 +73,7 @@ def test_no_guest_is_paused_without_a_watchdog_that_answers(bench: Bench) -> Non
     os.kill(attempt.watchdog(), signal.SIGSTOP)
     attempt.go_on()
     attempt.outcome().failed(1, "watchdog", "hangs", now="the guest runs at the source")
-    attempt.assert_source_has_it()
+    attempt.assert_suspended()
 
 
 @pytest.mark.parametrize("moment", ["bulk", *PAUSED, *also("prepared", "converged", "moving RAM")])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from integration.devices import loop_device
-from integration.lab import Format, Guest, Hardware, Lab, assert_records_sound, compare_images
+from integration.lab import Disk, Format, Guest, Hardware, Lab, assert_records_sound, compare_images
 from integration.tool import (
     Outcome,
     arguments,
@@ -135,25 +135,45 @@ def test_a_destination_that_is_full_in_the_last_round_gives_the_guest_back(lab: 
     assert_nothing_left(lab, guest)
 
 
-def test_a_sector_that_cannot_be_read_is_named_and_what_was_before_it_is_no_obstacle(lab: Lab) -> None:
-    disk = lab.disk("disk", 4 * MIB)
+def _guest_with_a_bad_sector(lab: Lab, disk: Disk, sector: int, *, once: bool) -> Guest:
+    """It writes to `disk`; a second disk, of which reading the sector fails, is there: it has no driver for that."""
     bad = lab.disk("bad", 8 * MIB, data=[(0, 8 * MIB)])
-    sector = 12345
     fault = f"inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector={sector}"
+    fault += f",inject-error.0.once={'on' if once else 'off'}"
     node = f"driver=blkdebug,node-name=faulty,image.driver=file,image.filename={bad.path},{fault}"
     extra = ("-blockdev", node, "-blockdev", "driver=raw,node-name=bad,file=faulty")
-    hardware = Hardware(extra=(*extra, "-device", "virtio-blk-pci,drive=bad,id=dev-bad"))
-    guest = lab.boot([disk], Orders(rate=200, disks=["vda"]), hardware)
+    hardware = Hardware(extra=(*extra, "-device", "nvme,serial=bad,drive=bad,id=dev-bad"))
+    guest = lab.boot([disk], Orders(rate=200), hardware)
     guest.wait_for_writing(more=20)
+    return guest
+
+
+def test_a_sector_that_cannot_be_read_is_named_and_nothing_that_was_copied_is_thrown_away(lab: Lab) -> None:
+    disk = lab.disk("disk", 4 * MIB)
+    sector = 12345
+    guest = _guest_with_a_bad_sector(lab, disk, sector, once=False)
     outcome = run("migrate", guest, lab.target, "--pause-only")
     assert failed_at(outcome, "dev-bad", "read", "Input/output error") == sector * 512
+    assert (lab.target / "bad").exists()
+    give_up(lab)
     assert not list(lab.target.iterdir())
     assert_runs_on(lab, guest)
     outcome = run("copy", guest, lab.target)
     assert failed_at(outcome, "dev-bad", "read", "Input/output error") == sector * 512
+    give_up(lab)
+    assert not list(lab.target.iterdir())
     assert_runs_on(lab, guest)
     run("migrate", guest, lab.target, "--pause-only", "--migrate-disks", "dev0").succeeded()
     compare_images(disk, replace(disk, path=lab.target / "disk"))
+
+
+def test_a_sector_that_could_not_be_read_once_is_read_again(lab: Lab) -> None:
+    disk = lab.disk("disk", 4 * MIB)
+    guest = _guest_with_a_bad_sector(lab, disk, 12345, once=True)
+    run("migrate", guest, lab.target, "--pause-only").succeeded()
+    compare_images(disk, replace(disk, path=lab.target / "disk"))
+    bad = replace(disk, path=disk.path.with_name("bad"), size=8 * MIB)
+    compare_images(bad, replace(bad, path=lab.target / "bad"))
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])

@@ -12,6 +12,7 @@
      |   +- DestinationWriteError           the destination image cannot be written (offset, errno)
      |   +- DestinationFailed               the destination's QEMU or agent failed
      |   +- RecordFailed                    the job's record, without which nothing may be done, cannot be written
+     |   +- WatchdogGone                    the job's watchdog ended, or hangs; no guest is paused without one
      |   +- LibvirtFailed                   libvirt could not migrate the domain, and gave the guest back
      +- Refused                    exit 3   preflight: nothing that existed before was touched
      +- Undecided                  exit 4   which side owns the guest cannot be known; a person must look
@@ -89,6 +90,8 @@ class Stalled(MigrationError):
 class SourceReadError(MigrationError):
     """The source cannot be read at `offset` (bytes)."""
 
+    mendable = True
+
     def __init__(self, what: str, *, disk: str, offset: int) -> None:
         super().__init__(what, disk=disk)
         self.offset = offset
@@ -117,6 +120,12 @@ class HostSilent(DestinationFailed):
 
 class RecordFailed(MigrationError):
     """What must be on disk before the next step cannot be written there."""
+
+    mendable = True
+
+
+class WatchdogGone(MigrationError):
+    """The job's watchdog ended, or hangs; without one no guest may be paused."""
 
     mendable = True
 

@@ -6,7 +6,14 @@ import asyncio
 import logging
 from typing import NoReturn
 
-from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationFailed, GuestStateError, MigrationError
+from qemu_blkmig.errors import (
+    BlkmigError,
+    ConnectionLost,
+    DestinationFailed,
+    GuestStateError,
+    MigrationError,
+    WatchdogGone,
+)
 from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.job.watchdog_client import Watchdog
@@ -122,7 +129,7 @@ class Guard:
 
     async def _watch_watchdog(self) -> NoReturn:
         status = await self._watchdog.wait_ended()
-        raise MigrationError(f"the watchdog of this job ended unexpectedly (status {status})")
+        raise WatchdogGone(f"the watchdog of this job ended unexpectedly (status {status})")
 
 
 def _as_ours(error: BaseException | None) -> BlkmigError:

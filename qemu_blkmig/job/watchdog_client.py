@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from qemu_blkmig.destination.exits import ended
-from qemu_blkmig.errors import MigrationError, Refused
+from qemu_blkmig.errors import Refused, WatchdogGone
 from qemu_blkmig.job import watchdog
 from qemu_blkmig.time_limit import time_limit
 
@@ -66,7 +66,7 @@ class Watchdog:
     async def arm(self, seconds: float) -> None:
         """From now on be ended, and the job settled, if no sign of life comes for `seconds`.
 
-        Raises `MigrationError` when the watchdog does not say that it will: no guest may be paused without one.
+        Raises `WatchdogGone` when the watchdog does not say that it will: no guest may be paused without one.
         """
         self._tell(f"arm {seconds}")
         try:
@@ -75,7 +75,7 @@ class Watchdog:
         except TimeoutError:
             answer = "nothing"
         if answer != "armed":
-            raise MigrationError(f"the watchdog (pid {self.pid}) is not there any more, or hangs (it said {answer})")
+            raise WatchdogGone(f"the watchdog (pid {self.pid}) is not there any more, or hangs (it said {answer})")
 
     async def wait_ended(self) -> int:
         """Return, with its exit status, when the watchdog has ended."""
