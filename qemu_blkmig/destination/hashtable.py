@@ -30,7 +30,8 @@ _PAGE = 4096
 _BLOCK = 1 << 16
 """States that are looked at in one go."""
 
-_NONE, _DATA, _ZERO, _GOOD_DATA, _GOOD_ZERO, _AMISS_DATA, _AMISS_ZERO = range(7)
+_STATES = range(7)
+_NONE, _DATA, _ZERO, _GOOD_DATA, _GOOD_ZERO, _AMISS_DATA, _AMISS_ZERO = _STATES
 _UNPROVEN = (_DATA, _ZERO, _AMISS_DATA, _AMISS_ZERO)
 _IS_UNREAD = bytes(1 if state in (_DATA, _ZERO) else 0 for state in range(256))
 _IS_UNPROVEN = bytes(1 if state in _UNPROVEN else 0 for state in range(256))
@@ -57,7 +58,7 @@ class HashTable:
         self._lay_out(path, size, unit, algorithm)
         self._descriptor, self._is_kept = _nameless(path)
         try:
-            os.ftruncate(self._descriptor, self._entries + self._count * self.digest_size)
+            os.ftruncate(self._descriptor, self._length)
             os.pwrite(self._descriptor, self._header(), 0)
         except BaseException:
             self.remove()
@@ -76,9 +77,13 @@ class HashTable:
         except OSError as error:
             raise Refused(f"the hashes of what was written, {path}, cannot be read: {error.strerror}") from error
         try:
-            if os.pread(table._descriptor, _HEADER.size, 0) != table._header():
-                raise Refused(f"{path} does not hold the hashes of what was written to this disk")
+            damaged = Refused(f"{path} does not hold the hashes of what was written to this disk")
+            length = os.fstat(table._descriptor).st_size
+            if length != table._length or os.pread(table._descriptor, _HEADER.size, 0) != table._header():
+                raise damaged
             for first, states in table._written():
+                if states.translate(None, bytes(_STATES)):
+                    raise damaged
                 os.pwrite(table._descriptor, states.translate(_UNPROVE), _PAGE + first)
                 table._unproven += len(states) - states.count(_NONE)
         except BaseException:
@@ -95,6 +100,7 @@ class HashTable:
         self._size = size
         self._count = -(-size // unit)
         self._entries = _PAGE + -(-self._count // _PAGE) * _PAGE
+        self._length = self._entries + self._count * self.digest_size
         self._unproven = 0
         self._next = 0
 

@@ -158,11 +158,12 @@ def mark(images: Sequence[str], job: str, state: str, guest: ownership.Guest | N
     """Bring ownership records of `job` to `state` (see `protocol.Mark`). Raises `Refused`."""
     for path in images:
         try:
+            # First, so that the record finds room where a disk is full.
+            hashtable.forget(path)
             if state == "complete":
                 ownership.complete(path, job, guest)
             else:
                 ownership.withdraw(path, job)
-            hashtable.forget(path)
         except (OSError, ownership.Damaged) as error:
             raise errors.Refused(f"the ownership record of {path} cannot be written: {error}") from error
 

@@ -558,8 +558,11 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
         name = job.record.job
         failure.suspended = name
         failure.state = "; ".join(settlement.facts)
-        go_on = f"qemu-blkmig resume {name} goes on where it was; qemu-blkmig cleanup {name} removes what is left"
-        failure.advice = f"{failure.advice}: {go_on}" if failure.advice else go_on
+        go_on, give_up = f"qemu-blkmig resume {name}", f"qemu-blkmig cleanup {name} removes what is left"
+        if failure.advice is None or go_on not in failure.advice:
+            mend = f"{failure.advice}: " if failure.advice else ""
+            failure.advice = f"{mend}{go_on} goes on where it was"
+        failure.advice = f"{failure.advice}; {give_up}"
         return failure
     if settlement.decided:
         failure.state = "; ".join(settlement.facts)

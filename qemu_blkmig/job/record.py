@@ -220,11 +220,13 @@ class Job:
             raise
 
     async def wake(self) -> None:
-        """Go on with a suspended job. Raises `Refused`."""
+        """Go on with a suspended job. Raises `Refused`, and has let go of it then."""
         self.record.suspended = False
         try:
             await self.save()
         except RecordFailed as error:
+            self.record.suspended = True
+            self.release()
             raise Refused(f"job {self.record.job} cannot be resumed: {error}", advice=error.advice) from error
 
     async def rest(self, *, target_ended: bool = True) -> None:

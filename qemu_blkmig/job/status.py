@@ -127,6 +127,8 @@ def at_rest(record: Record, directory: Path, *, busy: bool) -> Status:
         advice = f"qemu-blkmig resume {job} goes on where it was, qemu-blkmig cleanup {job} gives it up"
     else:
         state, advice = LEFT, f"qemu-blkmig cleanup {job} brings it to rest and removes what it made"
+        if record.recording and record.owner is Owner.SOURCE:
+            advice = f"qemu-blkmig resume {job} brings it to rest and goes on where it was; {advice}"
     steered = record.steered
     status = Status(
         job=job,

@@ -112,6 +112,25 @@ def test_a_kept_table_is_taken_up_again_and_trusts_nothing_that_was_read_back(tm
         HashTable.reopen(path, size, UNIT, "xxh3-128")
 
 
+@pytest.mark.parametrize("damage", ["cut off", "states"])
+def test_a_kept_table_that_is_damaged_is_not_relied_upon(tmp_path: Path, damage: str) -> None:
+    """Units of a state that nobody knows would never be read back, nor those whose states are gone."""
+    size = 16 * UNIT + 512
+    table = made(tmp_path, size)
+    table.keep()
+    table.wrote(0, memoryview(os.urandom(2 * UNIT)))
+    table.close()
+    path = tmp_path / ".image.blkmig-hashes"
+    if damage == "cut off":
+        os.truncate(path, 4096)
+    else:
+        with path.open("r+b") as file:
+            file.seek(4096)
+            file.write(b"x")
+    with pytest.raises(Refused, match="does not hold the hashes"):
+        HashTable.reopen(path, size, UNIT, "xxh3-128")
+
+
 def test_what_was_amiss_when_the_work_was_left_is_read_back_again(tmp_path: Path) -> None:
     table = made(tmp_path)
     table.keep()

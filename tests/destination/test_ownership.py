@@ -130,6 +130,17 @@ def test_hashes_that_were_kept_go_when_the_job_is_over(tmp_path: Path, end: str)
     assert not table_path(prepared.image.path).exists()
 
 
+def test_hashes_go_before_the_record_is_written_which_may_need_their_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [prepared] = images.prepare([new(tmp_path / "a")], "1")
+    os.close(prepared.descriptor)
+    table = table_path(prepared.image.path)
+    table.touch()
+    monkeypatch.setattr(ownership, "complete", lambda *_: pytest.fail("too early") if table.exists() else True)
+    images.mark([prepared.image.path], "1", "complete")
+
+
 @pytest.mark.parametrize(("untouched", "then"), [(True, ("complete", "0")), (False, ("incoming", "1"))])
 def test_an_image_that_was_there_keeps_its_history_until_it_is_written_to(
     tmp_path: Path, untouched: bool, then: tuple[str, str]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from qemu_blkmig.errors import Undecided
+from qemu_blkmig.errors import DestinationFailed, Undecided
 from qemu_blkmig.job import lifecycle
+from qemu_blkmig.job.connected import compare_instead
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.result import Result
@@ -73,3 +74,16 @@ async def test_a_host_that_cannot_be_tidied_up_after_the_handover_is_no_failure_
     assert f"qemu-blkmig cleanup {life.job.record.job}" in result.warnings[1]
     assert life.job.directory.exists()
     assert life._at_rest and not life._unsettled
+
+
+def test_who_is_to_compare_is_not_told_to_go_on_without(life: Any) -> None:
+    name = life.job.record.job
+    settlement = Settlement(Owner.SOURCE, suspended=True)
+    plain = f"qemu-blkmig resume {name} goes on where it was; qemu-blkmig cleanup {name} removes what is left"
+    assert lifecycle._told(DestinationFailed("gone"), settlement, life.job).advice == plain
+    assert lifecycle._told(DestinationFailed("full", advice="make room"), settlement, life.job).advice == (
+        f"make room: {plain}"
+    )
+    compare = compare_instead(name)
+    told = lifecycle._told(DestinationFailed("lost", advice=compare), settlement, life.job).advice
+    assert told == f"{compare}; qemu-blkmig cleanup {name} removes what is left"

@@ -181,3 +181,22 @@ async def test_a_full_disk_is_told_and_the_record_stays_as_it_was(state: Path, m
             await job.save()
     assert not read_record(job.directory).filling
     job.remove()
+
+
+async def test_a_job_that_cannot_be_woken_leaves_no_sockets_directory(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That was made anew to bring it to rest."""
+    job = Job.create()
+    await job.rest()
+    made = job.runtime
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(Refused, match="No space left on device"):
+            await job.wake()
+    assert not made.exists()
+    Job.load(job.record.job).remove()

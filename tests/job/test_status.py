@@ -39,6 +39,15 @@ def test_a_domains_job_names_the_domain_and_tells_who_has_it(job: Job) -> None:
     assert at_rest(job.record, job.directory, busy=True).guest == "the guest is the destination's"
 
 
+def test_a_job_that_was_left_behind_while_it_recorded_can_be_gone_on_with(job: Job) -> None:
+    advice = f"qemu-blkmig resume {job.record.job}"
+    assert advice not in str(at_rest(job.record, job.directory, busy=False).next)
+    job.record.recording = True
+    assert advice in str(at_rest(job.record, job.directory, busy=False).next)
+    job.record.owner = Owner.UNDECIDED
+    assert advice not in str(at_rest(job.record, job.directory, busy=False).next)
+
+
 def test_a_domains_job_that_is_over_still_names_it(job: Job, tmp_path: Path) -> None:
     journal = Journal.create(tmp_path, lambda text: pytest.fail(text))
     for name, value in noted(job.record).items():
