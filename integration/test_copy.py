@@ -115,15 +115,19 @@ def test_an_image_file_is_copied_flattened_or_with_its_base_shared_but_not_under
     raw = lab.disk("raw", 4 * MIB + SECTOR, data=[(MIB, MIB)])
     base = lab.disk("base", 8 * MIB, data=[(0, 4 * MIB)])
     overlay = lab.disk("overlay", 8 * MIB, "qcow2", backing=base, data=[(MIB, 65536)])
+    looks_like_it = run("copy", overlay.path, lab.target)
+    looks_like_it.failed(3, f"goes on in {base.path}", "--source-format qcow2", now="nothing was touched")
     for disk in (raw, overlay):
-        result = run("copy", disk.path, lab.target, "--output", "json", "--verify", "full").succeeded().result
+        options = ("--source-format", disk.format, "--output", "json", "--verify", "full")
+        result = run("copy", disk.path, lab.target, *options).succeeded().result
         assert result["outcome"] == "copied" and result["downtime"] is None and result["consistency"] is None
         assert_figures_add_up(result)
         compare_images(disk, copied(lab, disk))
     assert "backing-filename" not in _info(copied(lab, overlay))
 
     (lab.target / "overlay").unlink()
-    result = run("copy", overlay.path, lab.target, "--output", "json", "--shared-base").succeeded().result
+    told = run("copy", overlay.path, lab.target, "--source-format", "qcow2", "--shared-base", "--output", "json")
+    result = told.succeeded().result
     assert result["disks"][0]["copied"] == 65536
     assert result["disks"][0]["skipped"] == overlay.size - 65536
     compare_images(overlay, copied(lab, overlay))

@@ -53,6 +53,6 @@ def test_such_images_are_copied_while_nobody_has_them_open(lab: Lab) -> None:
     apart = lab.disk("apart", 8 * MIB, "qcow2", data=[(4 * MIB, MIB)], options=[f"data_file={lab.directory}/bytes"])
     for disk in (small, apart):
         there = replace(disk, path=lab.target / disk.path.name)
-        run("copy", disk.path, lab.target, "--verify", "full").succeeded()
+        run("copy", disk.path, lab.target, "--source-format", "qcow2", "--verify", "full").succeeded()
         compare_images(disk, there)
         assert "data-file" not in described(there.path)["format-specific"]["data"]

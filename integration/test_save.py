@@ -83,7 +83,7 @@ def test_of_an_overlay_only_chunks_that_it_allocates_are_sent_and_those_whole(tm
         "write -q -z 7M 64k",
         base=base,
     )
-    succeed("save", f"image:{overlay}", "--to", f"file:{tmp_path}/s", "--shared-base")
+    succeed("save", f"image:{overlay}", "--source-format", "qcow2", "--to", f"file:{tmp_path}/s", "--shared-base")
     events = decode((tmp_path / "s").read_bytes())
     flagged = {event.position // MIB: event.zero for event in events if isinstance(event, Block)}
     assert flagged == {3: False, 5: True, 6: True, 7: False}

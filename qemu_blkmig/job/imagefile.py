@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import stat
@@ -223,7 +222,10 @@ def _locked(path: str) -> int:
 
 
 async def describe(path: str, image_format: str | None) -> Disk:
-    """The disk that an image of `image_format` (None: as it is recognized) holds. Raises `Refused`."""
+    """The disk that an image of `image_format` holds; None: as it is recognized, where it names no other file.
+
+    Raises `Refused`.
+    """
     if lacking := missing(SERVING):
         raise Refused("; ".join(lacking))
     try:
@@ -249,17 +251,24 @@ async def describe(path: str, image_format: str | None) -> Disk:
         raise Refused(f"the image {path} cannot be read: {words}", advice=_IN_USE if "lock" in words else None)
     chain = json.loads(output)
     info = chain[0]
-    with contextlib.suppress(KeyError):
-        image_format = str(info["format"])
+    backing, data_file = named_backing(info), data_file_of(info)
+    if image_format is None and (backing is not None or data_file is not None):
+        named = data_file if backing is None else backing.filename
+        raise Refused(
+            f"the image {path} looks like {info['format']} that goes on in {named}; a guest may have written such a "
+            "header to its raw disk, to have that file copied along",
+            advice=f"if it is {info['format']}: --source-format {info['format']}; if it is a raw disk: "
+            "--source-format raw",
+        )
     return Disk(
         name=Path(path).stem,
         device="",
         qdev="",
         node="",
-        format=image_format or "raw",
+        format=str(info["format"]),
         size=info["virtual-size"],
         filename=path,
-        backing=named_backing(info),
+        backing=backing,
         layers=tuple(
             Layer("", each["format"], each["filename"], filter=False, backing=named_backing(each)) for each in chain
         ),
@@ -267,5 +276,5 @@ async def describe(path: str, image_format: str | None) -> Disk:
         encrypted=bool(info.get("encrypted")) or info["format"] == "luks",
         allocated=info.get("actual-size"),
         snapshots=snapshots_in(info),
-        data_file=data_file_of(info),
+        data_file=data_file,
     )

@@ -276,7 +276,8 @@ class Planner:
         elif base is not None and base.private > 1 and not self._selection.flatten:
             (self._warnings if self._layers_first else self._problems).append(
                 f"disk {disk.name}: {base.private} layers lie above its base {base.file} (--flatten no): all but the "
-                "top one are to be at the destination before it (qemu-blkmig copy image:LAYER --shared-base brings one)"
+                "top one are to be at the destination before it "
+                "(qemu-blkmig copy image:LAYER --source-format FMT --shared-base brings one)"
             )
         elif not bases_of(disk):
             self._problems.append(

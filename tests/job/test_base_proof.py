@@ -90,7 +90,10 @@ async def test_a_destination_without_any_base_and_layers_that_are_to_be_kept_are
 ) -> None:
     qemu = await source(start_qemu, chain)
     [problem] = (await plan(qemu, agent, chain, flatten=False)).problems
-    assert "2 layers lie above its base" in problem and "copy image:LAYER --shared-base brings one" in problem
+    assert (
+        "2 layers lie above its base" in problem
+        and "copy image:LAYER --source-format FMT --shared-base brings one" in problem
+    )
     (chain.parent / "there/base").unlink()
     problems = (await plan(qemu, agent, chain)).problems
     assert any("the destination has none of its bases: " in problem for problem in problems)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.imagefile import ImageFile, ImageSource
+from qemu_blkmig.job.imagefile import ImageFile, ImageSource, describe
 
 
 @pytest.fixture
@@ -56,3 +56,23 @@ async def test_what_is_no_image_is_told_apart(tmp_path: Path, name: str, words: 
     with pytest.raises(Refused, match=words) as caught:
         await ImageSource.serve([ImageFile(str(tmp_path / name))], tmp_path)
     assert caught.value.advice is None
+
+
+def _names_another(path: Path, how: str) -> None:
+    other = path.with_name("secret")
+    other.write_bytes(b"s" * 65536)
+    options = {"backing": ["-b", str(other), "-F", "raw"], "data": ["-o", f"data_file={other},data_file_raw=on"]}[how]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, str(path), "65536"], check=True)
+
+
+@pytest.mark.parametrize("how", ["backing", "data"])
+async def test_a_header_that_a_guest_may_have_written_is_not_believed_about_another_file(
+    tmp_path: Path, how: str
+) -> None:
+    image = tmp_path / "disk"
+    _names_another(image, how)
+    with pytest.raises(Refused, match=f"goes on in {tmp_path / 'secret'}") as caught:
+        await describe(str(image), None)
+    assert caught.value.advice is not None and "--source-format raw" in caught.value.advice
+    assert (await describe(str(image), "qcow2")).format == "qcow2"
+    assert (await describe(str(image), "raw")).backing is None
