@@ -128,6 +128,31 @@ def test_a_domain_that_is_started_meanwhile_cannot_or_is_not_defined_there(virtl
     virtlab.hosts.virsh("destroy", off.name)
 
 
+def test_an_encrypted_image_is_copied_as_it_is_with_its_key_or_not_at_all(virtlab: VirtLab, off: Domain) -> None:
+    plain = virtlab.hosts.virsh("dumpxml", "--inactive", off.name)
+    secret = "c0ffee00-1111-2222-3333-444455556666"
+    key = f"<encryption format='luks'><secret type='passphrase' uuid='{secret}'/></encryption>"
+    qcow2, raw = off.disks
+    for disk, told in ((raw, f"has no secret {secret}"), (qcow2, "disk vda is encrypted within its qcow2 image")):
+        file = virtlab.hosts.near / "encrypted.xml"
+        file.write_text(plain.replace(f"<source file='{disk.path}'/>", f"<source file='{disk.path}'>{key}</source>"))
+        virtlab.hosts.virsh("define", file)
+        checked = virtlab.virsh(off.name, virtlab.target, *ENDS, "--allow-plaintext", "--dry-run", "--output", "json")
+        assert told in "; ".join(checked.result["problems"])
+        for xml in ("xml", "persistent_xml"):
+            assert secret in checked.result[xml]
+
+
+def test_a_saved_state_is_not_left_behind(virtlab: VirtLab, off: Domain) -> None:
+    virtlab.hosts.virsh("start", off.name)
+    virtlab.hosts.virsh("managedsave", off.name)
+    virtlab.virsh(off.name, virtlab.target, *ENDS, "--undefinesource").failed(
+        3, "its state was saved here", now="nothing was touched"
+    )
+    virtlab.hosts.virsh("managedsave-remove", off.name)
+    assert not virtlab.images_there(off)
+
+
 def test_uefi_variables_are_copied_and_a_tpm_with_a_state_is_refused(virtlab: VirtLab, off: Domain) -> None:
     nvram = Path("/var/lib/libvirt/qemu/nvram/off.fd")
     variables = os.urandom(528 << 10)

@@ -72,6 +72,9 @@ def _owner(lab: VirtLab, path: Path) -> str:
 
 def test_an_image_becomes_a_volume_that_qemu_s_user_owns_while_it_runs(lab: VirtLab) -> None:
     domain = _boot(lab, lab.disk("a.qcow2", 64 * MIB, data=[(MIB, 8 * MIB)]))
+    # That its file is gone the pool has not noticed.
+    lab.hosts.virsh("vol-create-as", "vm", "a.qcow2", "1M", far=True)
+    lab.outside(IMAGES / "vm" / "a.qcow2", far=True).unlink()
     lab.migrate(domain, *UNHURRIED, "--target-pool", "vm").succeeded()
     image = IMAGES / "vm" / "a.qcow2"
     assert _volumes(lab) == ["a.qcow2"]

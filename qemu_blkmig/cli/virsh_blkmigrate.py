@@ -143,7 +143,7 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
         auto_converge_increment=arguments.auto_converge_increment,
         tls=arguments.tls,
         tls_destination=arguments.tls_destination,
-        parallel=(arguments.parallel_connections or PARALLEL) if arguments.parallel else None,
+        parallel=_connections(arguments),
         abort_on_error=arguments.abort_on_error,
         dname=arguments.dname,
         graphics_uri=arguments.graphicsuri,
@@ -158,11 +158,18 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
     )
 
 
+def _connections(arguments: argparse.Namespace) -> int | None:
+    if not arguments.parallel:
+        return None
+    given: int | None = arguments.parallel_connections
+    return PARALLEL if given is None else given
+
+
 def _end(arguments: argparse.Namespace, name: str) -> str | None:
     placed, named = getattr(arguments, name), getattr(arguments, f"{name}_option")
     if placed is not None and named is not None:
         raise UsageError(f"{name.upper()} is given twice: {placed}, and --{name} {named}")
-    given: str | None = placed or named
+    given: str | None = named if placed is None else placed
     return given
 
 
@@ -182,7 +189,8 @@ def _check_together(arguments: argparse.Namespace) -> None:
         ("auto_converge_increment", "auto_converge"),
         ("tls_destination", "tls"),
     ):
-        if getattr(arguments, option) and not getattr(arguments, needed):
+        value = getattr(arguments, option)
+        if value is not None and value is not False and not getattr(arguments, needed):
             spelled = [f"--{each.replace('_', '-')}" for each in (option, needed)]
             raise UsageError(f"{spelled[0]} is of no use without {spelled[1]}")
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
+from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.managed_options import ManagedOptions
@@ -87,6 +89,10 @@ class Arrangement:
     warnings: tuple[str, ...] = ()
     owner: tuple[int, int] | None = None
 
+    def notes(self) -> list[str]:
+        """What should be known, and which disks are left alone."""
+        return [*self.warnings, *(f"disk {target} is left alone: {why}" for target, why in self.left_alone)]
+
     def placed(self, domain: Domain) -> dict[str, Placed]:
         """Where the images go, by the ids that the disks' devices have in the QEMU of the running `domain`."""
         aliases = {disk.target: disk.alias for disk in domain.disks}
@@ -109,14 +115,14 @@ async def arrange(
     directory = options.directory if options.pool is None else await pool_directory(target, options.pool)
     paths = image_paths(domain, options.paths, given, directory)
     flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
-    xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths)
+    xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths, as_they_are=options.offline)
     name = options.dname or domain.name
     problems = [
         *await hindrances(source, handle, domain.xml, runs=not options.offline),
         *await conflicts(target, domain.uuid, name),
         *await lacks(target, Domain.parse(xml), None if options.offline else domain),
         *await missing(target, xml),
-        *await used_by_others(target, domain.uuid, paths),
+        *await used_by_others(target, domain.uuid, paths, partial(_identified, agent)),
         *await absent_files(agent, xml, paths),
         *(differing(given, domain, "--xml") if given else ()),
     ]
@@ -171,7 +177,7 @@ def _persistent(
     options: ManagedOptions, domain: Domain, own: str, paths: Mapping[str, str]
 ) -> tuple[str, list[str], list[str]]:
     """The XML that is to be defined, warnings, problems."""
-    parsed = Domain.parse(options.persistent_xml or own)
+    parsed = Domain.parse(own if options.persistent_xml is None else options.persistent_xml)
     has = {disk.target: disk for disk in parsed.disks}
     if options.persistent_xml is not None:
         problems = [*differing(parsed, Domain.parse(own), "--persistent-xml")]
@@ -187,7 +193,8 @@ def _persistent(
         for disk in parsed.disks
         if disk.target not in running and disk.left_alone is None
     ]
-    return rewritten(own, {target: path for target, path in paths.items() if target in has}), warnings, []
+    moved = {target: path for target, path in paths.items() if target in has}
+    return rewritten(own, moved, as_they_are=options.offline), warnings, []
 
 
 async def absent_files(agent: AgentClient, xml: str, paths: Mapping[str, str]) -> list[str]:
@@ -201,6 +208,14 @@ async def absent_files(agent: AgentClient, xml: str, paths: Mapping[str, str]) -
     if template and nvram and not await _is_there(agent, nvram) and not await _is_there(agent, template):
         problems.append(f"the template of its UEFI variables, {template}, is not there at the destination")
     return problems
+
+
+async def _identified(agent: AgentClient, paths: list[str]) -> list[FileId | None]:
+    """Nothing is known of files out of a confined agent's bounds."""
+    try:
+        return (await agent.expect(Files(paths), FilesReply)).ids
+    except Refused:
+        return [None] * len(paths)
 
 
 async def _is_there(agent: AgentClient, path: str) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_blkmig.destination.migration_sockets import socket_path
 from qemu_blkmig.errors import Refused, UsageError
-from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.managed_options import ManagedOptions, migration_address
 from qemu_blkmig.job.place import Local, Ssh
 from qemu_blkmig.transport.host import Host
 
@@ -20,7 +19,6 @@ PORTS = range(49152, 49216)
 """libvirt's own for migration (qemu.conf)."""
 CONNECT = 20.0
 """Seconds in which the destination's QEMU must take a connection."""
-_TCP = re.compile(r"tcp:(?://)?(?P<host>\[[^\]]+\]|[^\[\]:/]+)(?::(?P<port>\d+))?/?")
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,8 @@ async def _unix(place: Ssh, host: Host, path: str) -> Gateway:
 
 
 def _tcp(uri: str) -> Gateway:
-    match = _TCP.fullmatch(uri)
-    if match is None:
-        raise UsageError(f"not a migration URI: {uri!r}", advice="write tcp://HOST:PORT")
-    host = match["host"].strip("[]")
-    wanted = [int(match["port"])] if match["port"] else random.sample(PORTS, len(PORTS))
+    host, given = migration_address(uri)
+    wanted = random.sample(PORTS, len(PORTS)) if given is None else [given]
     for port in wanted:
         listener = socket.socket(socket.AF_INET)
         try:

@@ -141,7 +141,7 @@ class _Run:
         self._plan: Plan = await planner.plan(monitor, None, record.prefix, with_ram=True)
         if problems := [*self._arrangement.problems, *self._plan.problems]:
             raise Refused("; ".join(problems), state="nothing was touched")
-        for warning in (*self._arrangement.warnings, *self._plan.warnings):
+        for warning in (*self._arrangement.notes(), *self._plan.warnings):
             self._reporter.note(warning)
         if options.on_stall is OnStall.THROTTLE:
             await check_can_throttle(monitor)
@@ -175,7 +175,7 @@ class _Run:
             mended=self._connected.verification.mended,
             slowed=self._rounds.brake.slowed(),
             warnings=[
-                *self._arrangement.warnings,
+                *self._arrangement.notes(),
                 *self._plan.warnings,
                 *remarks(downtime, self._life.steering.downtime),
             ],

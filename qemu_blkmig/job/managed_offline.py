@@ -72,7 +72,7 @@ async def _move(
         plans = await plan_offline(options, images, agent, record.identities)
         if problems := [*arrangement.problems, *(problem for plan in plans for problem in plan.problems)]:
             raise Refused("; ".join(problems), state="nothing was touched")
-        for warning in arrangement.warnings:
+        for warning in arrangement.notes():
             life.reporter.note(warning)
         before = _as_it_is(domain)
         source = await ImageSource.serve([image.file for image in images], life.job.runtime)
@@ -94,18 +94,23 @@ async def _move(
         copied,
         outcome="migrated",
         guest=f"domain {record.offline.name_there} is defined at the destination and does not run{gone}",
-        warnings=[*arrangement.warnings, *copied.warnings],
+        warnings=[*arrangement.notes(), *copied.warnings],
     )
 
 
 async def arrange_offline(options: ManagedOptions, ends: Ends, agent: AgentClient) -> Arrangement:
     """What the destination gets, and all that would fail of it; nothing is touched."""
     found = await arrange(options, ends.domain, ends.source, ends.target, agent)
+    problems = [
+        f"disk {disk.target} is encrypted within its {disk.format} image, which only its QEMU can read: start it, and "
+        "with --allow-plaintext it moves while it runs"
+        for disk in ends.domain.disks
+        if disk.target in found.paths and disk.encrypted and disk.format != "raw"
+    ]
     states = TPM_STATES / ends.domain.uuid
     if ends.domain.tpm and states.is_dir() and any(states.iterdir()):
-        problem = f"its TPM has a state ({states}), which only the migration of a running domain carries along"
-        return replace(found, problems=(*found.problems, problem))
-    return found
+        problems.append(f"its TPM has a state ({states}), which only the migration of a running domain carries along")
+    return replace(found, problems=(*found.problems, *problems))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.moment import AT_ONCE, Moment
 from qemu_blkmig.job.options import Afterwards, OnStall, Selection, Transfer, Verify, check_convergence
 from qemu_blkmig.job.place import Place
+
+_TCP = re.compile(r"tcp:(?://)?(?P<host>\[[^\]]+\]|[^\[\]:/]+)(?::(?P<port>\d+))?/?")
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,25 @@ class ManagedOptions:
             raise UsageError("--persistent-xml is of no use without --persistent")
         if self.parallel is not None and self.migrate_uri is None:
             raise UsageError("--parallel needs --migrateuri: ssh carries one stream no faster in parts")
+        if self.listen_address is not None and self.migrate_uri is None:
+            raise UsageError("--listen-address needs --migrateuri: without it QEMU listens on a unix socket")
+        if self.migrate_uri is not None:
+            migration_address(self.migrate_uri)
+        if self.dname is not None and ("/" in self.dname or not self.dname.strip()):
+            raise UsageError(f"--dname {self.dname!r}: libvirt knows no domain by such a name")
+        for name, value, most in (
+            ("--parallel-connections", self.parallel, 255),
+            ("--auto-converge-initial", self.auto_converge_initial, 99),
+            ("--auto-converge-increment", self.auto_converge_increment, 99),
+        ):
+            if value is not None and not 1 <= value <= most:
+                raise UsageError(f"{name} must be between 1 and {most}")
+
+
+def migration_address(uri: str) -> tuple[str, int | None]:
+    """Host and port (None: any that is free) of --migrateuri. Raises `UsageError`."""
+    match = _TCP.fullmatch(uri)
+    port = int(match["port"]) if match and match["port"] else None
+    if match is None or not 1 <= (port or 1) <= 65535:
+        raise UsageError(f"not a migration URI: {uri!r}", advice="write tcp://HOST:PORT")
+    return match["host"].strip("[]"), port

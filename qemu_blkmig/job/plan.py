@@ -292,7 +292,9 @@ class Planner:
                 self._warnings.append(
                     f"disk {disk.name} is not migrated, as asked: the destination must have it already"
                 )
-        self._warnings += [f"{other.name} is not migrated: {other.reason}" for other in skipped]
+        if self._placed is None:
+            # Else whoever placed the disks tells of the others, by the names that they have there.
+            self._warnings += [f"{other.name} is not migrated: {other.reason}" for other in skipped]
 
     async def _directory_images(self, disks: Sequence[Disk]) -> dict[str, Image]:
         self._name_images(disks)

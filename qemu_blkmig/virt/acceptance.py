@@ -8,12 +8,16 @@ persistent; the same name or UUID in another domain, or a running one, is not.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import posixpath
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.domain import Domain, image_files, rooted
+from qemu_blkmig.virt.storage import volume_files, with_bases
+
+Identify = Callable[[list[str]], Awaitable[Sequence[Hashable | None]]]
 
 BROKEN_OFF = 30.0
 """Seconds in which a libvirt notices that a migration to it has broken off, and ends the domain: by its keepalive, 5 s
@@ -50,6 +54,11 @@ async def conflicts(target: Connection, uuid: str, name: str) -> list[str]:
         return [
             f"the destination has another domain called {name} (UUID {by_name.UUIDString()}): --dname gives this one "
             "another name there"
+        ]
+    if by_uuid is not None and await target.call(by_uuid.hasManagedSaveImage):
+        return [
+            "the destination has a saved state of this domain, from which its next start there would go on, with disks "
+            f"that are newer: virsh -c {target.uri} managedsave-remove {by_uuid.name()}"
         ]
     return []
 
@@ -127,10 +136,12 @@ async def missing(target: Connection, xml: str) -> list[str]:
     return lost
 
 
-async def used_by_others(target: Connection, uuid: str, paths: Mapping[str, str]) -> list[str]:
-    """Images that domains there, running or not, use: what would be overwritten is another guest's."""
-    wanted = {path: disk for disk, path in paths.items()}
-    used = []
+async def used_by_others(target: Connection, uuid: str, paths: Mapping[str, str], identify: Identify) -> list[str]:
+    """Images that domains there, running or not, use: what would be overwritten is another guest's.
+
+    `identify`: what tells the files at these paths there from all others, None where there is none.
+    """
+    theirs: list[tuple[str, str]] = []
     for other in await target.call(target.handle.listAllDomains, 0):
         try:
             if other.UUIDString() == uuid:
@@ -140,9 +151,18 @@ async def used_by_others(target: Connection, uuid: str, paths: Mapping[str, str]
             if error.code == libvirt().VIR_ERR_NO_DOMAIN:
                 continue
             raise
-        for path in sorted(image_files(xml) & wanted.keys()):
-            used.append(f"disk {wanted[path]}: {path} is used by domain {other.name()} at the destination")
-    return used
+        files = await with_bases(target, image_files(xml) | await volume_files(target, xml))
+        theirs += [(path, other.name()) for path in sorted(files)]
+    named = {posixpath.normpath(path): disk for disk, path in paths.items()}
+    ids = await identify([*paths.values(), *(path for path, _ in theirs)])
+    there = {each: disk for disk, each in zip(paths, ids, strict=False) if each is not None}
+    used = {}
+    for (path, name), each in zip(theirs, ids[len(paths) :], strict=True):
+        disk = named.get(posixpath.normpath(path)) or there.get(each)
+        if disk is not None:
+            known_as = "" if path == paths[disk] else f" (there: {path})"
+            used[disk, name] = f"disk {disk}: {paths[disk]} is used by domain {name} at the destination{known_as}"
+    return [*used.values()]
 
 
 async def _found(target: Connection, lookup: Any, name: str, *codes: int) -> Any:
@@ -164,3 +184,10 @@ def differing(given: Domain, own: Domain, option: str) -> Iterable[str]:
     theirs, ours = {disk.target for disk in given.disks}, {disk.target for disk in own.disks}
     if theirs != ours:
         yield f"{option}: its disks are {', '.join(sorted(theirs))}, the domain's are {', '.join(sorted(ours))}"
+    formats = {disk.target: disk.format for disk in own.disks if disk.left_alone is None}
+    for disk in given.disks:
+        if disk.format != formats.get(disk.target, disk.format):
+            yield (
+                f"disk {disk.target}: {option} says that its image is {disk.format}, but it will be "
+                f"{formats[disk.target]}, as it is here"
+            )

@@ -13,8 +13,15 @@ _LEFT_BEHIND = "passed through from this host, which libvirt does not migrate"
 
 
 async def hindrances(source: Connection, domain: Any, xml: str, *, runs: bool = True) -> list[str]:
-    """Jobs of libvirt's that are under way, snapshots, checkpoints, and, where it `runs`, devices of the host's."""
+    """Jobs of libvirt's that are under way, snapshots, checkpoints, where it `runs` devices of the host's, else a saved
+    state.
+    """
     found = [*_bound(rooted(xml))] if runs else []
+    if not runs and await source.call(domain.hasManagedSaveImage):
+        found.append(
+            "its state was saved here (virsh managedsave), and would be left behind, to go on with disks that are old: "
+            "start it, and it moves while it runs; or virsh managedsave-remove gives up what it was doing"
+        )
     if (job := await _job(source, domain)) is not None:
         found.append(f"{job} of this domain is under way (virsh domjobinfo)")
     if snapshots := await source.call(domain.snapshotNum):

@@ -5,7 +5,7 @@ Read: libvirt's "Domain XML format", sections "Hard drives, floppy disks, CDROMs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -13,6 +13,9 @@ from qemu_blkmig.errors import Refused
 
 _SOURCE = {"file": "file", "block": "dev"}
 """Attribute of <source> that names the image, by the disk's type."""
+_OF_THE_PLACE = ("seclabel", "reservations")
+_OF_THE_CONTENTS = ("encryption", "slices")
+"""Children of <source>."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class DomainDisk:
     """A <disk>. `target`: its name for users (vda). `alias`: the id of its device in QEMU, where the domain runs.
 
     `path`: of the image, where it is a file or a block device of the host; `volume`: pool and volume, where the XML
-    names those instead. `left_alone`: why it is not migrated; None: it is.
+    names those instead. `left_alone`: why it is not migrated; None: it is. `encrypted`: by a key of libvirt's.
     """
 
     target: str
@@ -29,6 +32,7 @@ class DomainDisk:
     format: str
     left_alone: str | None
     volume: tuple[str, str] | None = None
+    encrypted: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,19 @@ class Domain:
         return rewritten(self.xml, paths, name)
 
 
-def rewritten(xml: str, paths: Mapping[str, str], name: str | None = None) -> str:
+def rewritten(xml: str, paths: Mapping[str, str], name: str | None = None, *, as_they_are: bool = False) -> str:
     """A domain's XML with the images of these disks (path by target) in other places, and perhaps another name.
 
-    What libvirt adds for a running domain's chain of backing files goes: the destination finds its own. Raises
-    `Refused` when there is no such disk.
+    What libvirt adds for a running domain's chain of backing files goes: the destination finds its own. So does what
+    tells how its image is read (encryption, slices), for what arrives is what the guest sees of it, unless images are
+    copied `as_they_are`. Raises `Refused` when there is no such disk.
     """
     root = rooted(xml)
     disks = {_target(disk): disk for disk in root.findall("./devices/disk")}
     for target, path in paths.items():
         if target not in disks:
             raise Refused(f"the domain's XML has no disk {target} (it has: {', '.join(disks) or 'none'})", disk=target)
-        _move(disks[target], path)
+        _move(disks[target], path, _OF_THE_PLACE + (_OF_THE_CONTENTS if as_they_are else ()))
     if name is not None:
         element = root.find("name")
         if element is not None:
@@ -147,6 +152,7 @@ def _disk(disk: ElementTree.Element) -> DomainDisk:
         format=driver.get("type", "raw") if driver is not None else "raw",
         left_alone=_why_left_alone(disk, source),
         volume=_volume(disk, source),
+        encrypted=disk.find("source/encryption") is not None,
     )
 
 
@@ -175,14 +181,19 @@ def _why_left_alone(disk: ElementTree.Element, source: ElementTree.Element | Non
     return None
 
 
-def _move(disk: ElementTree.Element, path: str) -> None:
-    block = path.startswith("/dev/")
+def _move(disk: ElementTree.Element, path: str, kept: Container[str]) -> None:
+    block = path.startswith("/dev/") and not path.startswith("/dev/shm/")
     disk.set("type", "block" if block else "file")
     old = disk.find("source")
     place = list(disk).index(old) if old is not None else len(disk)
     if old is not None:
         disk.remove(old)
-    disk.insert(place, ElementTree.Element("source", {"dev" if block else "file": path}))
+    source = ElementTree.Element("source", {"dev" if block else "file": path})
+    source.tail = old.tail if old is not None else None
+    if old is not None:
+        source.attrib |= {name: old.attrib[name] for name in ("startupPolicy",) if name in old.attrib}
+        source.extend(child for child in old if child.tag in kept)
+    disk.insert(place, source)
     backing = disk.find("backingStore")
     if backing is not None:
         disk.remove(backing)

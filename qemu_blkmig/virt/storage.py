@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,14 @@ async def refresh_pools(connection: Connection, paths: Iterable[str]) -> None:
 async def create_volume(connection: Connection, pool: str, spec: VolumeSpec) -> None:
     """Make a volume that is not there. Raises what `Connection.call` does."""
     handle = await _pool(connection, pool)
-    await connection.call(handle.createXML, spec.xml(), 0)
+    try:
+        await connection.call(handle.createXML, spec.xml(), 0)
+    except LibvirtError as error:
+        if error.code != libvirt().VIR_ERR_STORAGE_VOL_EXIST:
+            raise
+        # Of a file that was removed without it libvirt learns only now.
+        await connection.call(handle.refresh, 0)
+        await connection.call(handle.createXML, spec.xml(), 0)
 
 
 async def delete_volume(connection: Connection, pool: str, name: str) -> None:
@@ -106,6 +114,38 @@ async def volume_path(connection: Connection, pool: str, volume: str) -> str:
         return str(await connection.call((await connection.call(handle.storageVolLookupByName, volume)).path))
     except LibvirtError as error:
         raise Refused(f"{connection.who}: pool {pool} has no volume {volume}: {error}") from error
+
+
+async def volume_files(connection: Connection, domain_xml: str) -> set[str]:
+    """Where the disks lie that a domain's XML names by pool and volume, as far as these are known there."""
+    found = set()
+    for source in ElementTree.fromstring(domain_xml).findall("./devices/disk[@type='volume']/source"):
+        with contextlib.suppress(Refused):
+            found.add(await volume_path(connection, source.get("pool", ""), source.get("volume", "")))
+    return found
+
+
+async def with_bases(connection: Connection, images: Iterable[str]) -> set[str]:
+    """These images, and the backing files that pools know of those that are their volumes."""
+    found: set[str] = set()
+    waiting = [*images]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += await _base(connection, path)
+    return found
+
+
+async def _base(connection: Connection, path: str) -> list[str]:
+    try:
+        volume = await connection.call(connection.handle.storageVolLookupByPath, path)
+        base = ElementTree.fromstring(await connection.call(volume.XMLDesc)).findtext("./backingStore/path")
+    except LibvirtError as error:
+        if error.code in (libvirt().VIR_ERR_NO_STORAGE_VOL, libvirt().VIR_ERR_NO_SUPPORT):
+            return []
+        raise
+    return [base] if base else []
 
 
 async def pool_directory(connection: Connection, name: str) -> str:

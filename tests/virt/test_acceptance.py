@@ -9,6 +9,9 @@ import pytest
 from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, missing, used_by_others
 from qemu_blkmig.virt.connection import Connection
 from qemu_blkmig.virt.domain import Domain
+from qemu_blkmig.virt.storage import VolumeSpec, create_volume, volume_path
+
+POOL = "default-pool"
 
 UUID = "c0ffee00-1111-2222-3333-444455556666"
 OTHER = "c0ffee11-1111-2222-3333-444455556666"
@@ -47,11 +50,49 @@ async def test_a_definition_of_that_uuid_may_stay_under_the_same_name_only(daemo
     assert "--dname web1" in found
 
 
+async def test_a_state_that_was_saved_there_would_go_on_with_newer_disks(daemonless: Connection) -> None:
+    await _define(daemonless, "web1", UUID)
+    saved = await daemonless.domain("web1")
+    saved.create()
+    saved.managedSave()
+    (found,) = await conflicts(daemonless, UUID, "web1")
+    saved.managedSaveRemove()
+    assert "a saved state of this domain" in found and "managedsave-remove web1" in found
+
+
+async def _nothing_known(paths: list[str]) -> list[None]:
+    return [None] * len(paths)
+
+
 async def test_an_image_of_another_domain_is_in_use_though_that_does_not_run(daemonless: Connection) -> None:
     await _define(daemonless, "other", OTHER)
-    (found,) = await used_by_others(daemonless, "another", {"vdb": "/vm/a.qcow2", "vdc": "/vm/b"})
-    assert found == "disk vdb: /vm/a.qcow2 is used by domain other at the destination"
-    assert await used_by_others(daemonless, OTHER, {"vdb": "/vm/a.qcow2"}) == [], "its own definition hinders nothing"
+    (found,) = await used_by_others(daemonless, "another", {"vdb": "/vm//a.qcow2", "vdc": "/vm/b"}, _nothing_known)
+    assert found == "disk vdb: /vm//a.qcow2 is used by domain other at the destination (there: /vm/a.qcow2)"
+    assert await used_by_others(daemonless, OTHER, {"vdb": "/vm/a.qcow2"}, _nothing_known) == [], (
+        "its own is no other's"
+    )
+
+
+async def test_an_image_that_another_domain_knows_by_another_name_is_in_use(daemonless: Connection) -> None:
+    async def same(paths: list[str]) -> list[str]:
+        return [path.replace("/vm/", "/link/") for path in paths]
+
+    await _define(daemonless, "other", OTHER)
+    (found,) = await used_by_others(daemonless, "another", {"vda": "/link/a.qcow2"}, same)
+    assert found == "disk vda: /link/a.qcow2 is used by domain other at the destination (there: /vm/a.qcow2)"
+
+
+async def test_a_volume_of_another_domain_is_in_use_and_so_is_its_backing_file(daemonless: Connection) -> None:
+    await create_volume(daemonless, POOL, VolumeSpec("top.qcow2", "qcow2", 1 << 20, backing=("/vm/base.raw", "raw")))
+    disk = f"<disk type='volume'><source pool='{POOL}' volume='top.qcow2'/><target dev='vdb'/></disk>"
+    xml = DEFINED.format(name="other", uuid=OTHER).replace("</devices>", f"{disk}</devices>")
+    await daemonless.call(daemonless.handle.defineXML, xml)
+    top = await volume_path(daemonless, POOL, "top.qcow2")
+    found = await used_by_others(daemonless, "another", {"vda": top, "vdb": "/vm/base.raw"}, _nothing_known)
+    assert found == [
+        f"disk vda: {top} is used by domain other at the destination",
+        "disk vdb: /vm/base.raw is used by domain other at the destination",
+    ]
 
 
 async def test_networks_and_pools_that_are_not_there_or_do_not_run_are_told(daemonless: Connection) -> None:
@@ -84,3 +125,12 @@ def test_xml_with_other_disks_is_told() -> None:
     given = Domain.parse(ElementTree.tostring(root, encoding="unicode").replace("vda", "vdb"))
     (found,) = differing(given, Domain.parse(DEFINED.format(name="web1", uuid=UUID)), "--xml")
     assert found == "--xml: its disks are vdb, the domain's are vda"
+
+
+def test_xml_that_says_another_format_than_the_image_will_have_is_told() -> None:
+    own = DEFINED.format(name="web1", uuid=UUID).replace("<source", "<driver name='qemu' type='qcow2'/><source")
+    given = own.replace("type='qcow2'", "type='raw'")
+    (found,) = differing(Domain.parse(given), Domain.parse(own), "--xml")
+    assert found == "disk vda: --xml says that its image is raw, but it will be qcow2, as it is here"
+    alone = own.replace("<target", "<readonly/><target")
+    assert not [*differing(Domain.parse(alone.replace("qcow2'/>", "raw'/>")), Domain.parse(alone), "--xml")]

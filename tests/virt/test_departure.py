@@ -38,6 +38,17 @@ async def test_snapshots_hinder(daemonless: Connection) -> None:
     assert "no domain with snapshots, and it has 1" in found
 
 
+async def test_a_saved_state_hinders_a_domain_that_does_not_run(daemonless: Connection) -> None:
+    xml = "<domain type='test'><name>saved</name><memory>4096</memory><os><type>hvm</type></os></domain>"
+    domain = daemonless.handle.defineXML(xml)
+    assert await hindrances(daemonless, domain, xml, runs=False) == []
+    domain.create()
+    domain.managedSave()
+    (found,) = await hindrances(daemonless, domain, xml, runs=False)
+    domain.managedSaveRemove()
+    assert "its state was saved here" in found and "managedsave-remove" in found
+
+
 def test_what_is_another_at_the_destination_is_told() -> None:
     (told,) = taken_along(XML.format(more=PCI))
     assert "pci device" in told

@@ -79,6 +79,20 @@ def test_a_file_may_become_a_block_device_and_the_other_way_round() -> None:
     assert kinds == [("block", {"dev": "/dev/vg/new"}), ("file", {"file": "/new/b.raw"})]
 
 
+def test_what_a_source_says_of_the_place_stays_and_of_the_contents_where_they_are_copied_as_they_are() -> None:
+    said = "<seclabel model='dac' relabel='no'/><encryption format='luks'/><slices><slice offset='0'/></slices>"
+    xml = XML.format(more="").replace(
+        "<source file='/vm/web1.qcow2' index='2'/>",
+        f"<source file='/vm/web1.qcow2' startupPolicy='optional' index='2'>{said}</source>",
+    )
+    for as_they_are, stays in ((False, ["seclabel"]), (True, ["seclabel", "encryption", "slices"])):
+        text = rewritten(xml, {"vda": "/new/a"}, as_they_are=as_they_are)
+        source = ElementTree.fromstring(text).find("./devices/disk/source")
+        assert source is not None
+        assert [child.tag for child in source] == stays
+        assert source.attrib == {"file": "/new/a", "startupPolicy": "optional"}
+
+
 @pytest.mark.parametrize("xml", ["<domain", "<network/>"])
 def test_what_is_no_domain_is_refused(xml: str) -> None:
     with pytest.raises(Refused):
