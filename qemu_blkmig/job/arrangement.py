@@ -122,7 +122,7 @@ async def arrange(
         *await conflicts(target, domain.uuid, name),
         *await lacks(target, Domain.parse(xml), None if options.offline else domain),
         *await missing(target, xml),
-        *await used_by_others(target, domain.uuid, paths, partial(_identified, agent)),
+        *await used_by_others(target, domain.uuid, paths, partial(identified, agent)),
         *await absent_files(agent, xml, paths),
         *(differing(given, domain, "--xml") if given else ()),
     ]
@@ -210,12 +210,14 @@ async def absent_files(agent: AgentClient, xml: str, paths: Mapping[str, str]) -
     return problems
 
 
-async def _identified(agent: AgentClient, paths: list[str]) -> list[FileId | None]:
-    """Nothing is known of files out of a confined agent's bounds."""
+async def identified(agent: AgentClient, paths: list[str]) -> list[FileId | None]:
+    """Nothing is known of files out of a confined agent's bounds, which it refuses to tell of along with the others."""
     try:
         return (await agent.expect(Files(paths), FilesReply)).ids
     except Refused:
-        return [None] * len(paths)
+        if len(paths) < 2:
+            return [None] * len(paths)
+        return [each for path in paths for each in await identified(agent, [path])]
 
 
 async def _is_there(agent: AgentClient, path: str) -> bool:

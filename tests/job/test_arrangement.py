@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
+from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.arrangement import image_paths
+from qemu_blkmig.job.arrangement import identified, image_paths
+from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.domain import Domain
 
 
@@ -51,3 +55,18 @@ def test_a_volume_whose_path_the_xml_does_not_say_is_refused() -> None:
     xml = "<domain><devices><disk type='volume'><source pool='p'/><target dev='vda'/></disk></devices></domain>"
     with pytest.raises(Refused, match="names no file or block device"):
         image_paths(Domain.parse(xml), {})
+
+
+class Confined:
+    """An agent that tells of files in /ours, and refuses every request that names another."""
+
+    async def expect(self, op: Files, _: type[FilesReply]) -> FilesReply:
+        """See `AgentClient`."""
+        if not all(name.startswith("/ours/") for name in op.names):
+            raise Refused("out of bounds")
+        return FilesReply([("file", 1, int(name.rpartition("/")[2])) for name in op.names])
+
+
+async def test_a_file_out_of_a_confined_agent_s_bounds_does_not_hide_the_others() -> None:
+    found = await identified(cast("AgentClient", Confined()), ["/ours/1", "/theirs/2", "/ours/3"])
+    assert found == [("file", 1, 1), None, ("file", 1, 3)]
