@@ -62,8 +62,7 @@ class Prepared:
     @property
     def identity(self) -> Created:
         """Which file it is."""
-        status = os.fstat(self.descriptor)
-        return Created(self.image.path, status.st_dev, status.st_ino)
+        return _identity(self.image.path, os.fstat(self.descriptor))
 
 
 def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
@@ -243,8 +242,8 @@ def _faults(image: Image) -> Iterator[str]:
     if not Path(image.path).is_absolute():
         yield f"{image.path} is not an absolute path"
         return
-    if image.size <= 0 or image.size % 512:
-        yield f"a size of {image.size} bytes is not a positive multiple of 512"
+    if not 0 < image.size < 1 << 63 or image.size % 512:
+        yield f"a size of {image.size} bytes is not a positive multiple of 512 below 8 EiB"
     try:
         yield from _faults_to_create(image) if _is_to_be_made(image) else _faults_as_it_is(image)
     except errors.Refused as error:
@@ -287,7 +286,7 @@ def _faults_of_backing(image: Image, directory: Path) -> Iterator[str]:
 
 
 def _faults_as_it_is(image: Image) -> Iterator[str]:
-    if image.identity is not None and not _is_still(image.identity):
+    if image.identity is not None and not _leads_there(image.identity):
         yield f"{image.path} is not the file that was being filled: it was replaced, or removed"
         return
     descriptor = _open_for_writing(image.path)
@@ -494,6 +493,20 @@ def _reason_to_keep(image: Created) -> str | None:
     if locks.in_use_by_job(image.path):
         return "is being written by an agent"
     return None
+
+
+def _identity(path: str, status: os.stat_result) -> Created:
+    """A block device has none but its name, most often a link: its node is another one after each boot of the host."""
+    node = stat.S_ISBLK(status.st_mode)
+    return Created(path, 0 if node else status.st_dev, 0 if node else status.st_ino)
+
+
+def _leads_there(image: Created) -> bool:
+    """Whether the path leads, perhaps by a link, to the image that it led to."""
+    try:
+        return _identity(image.path, Path(image.path).stat()) == image
+    except FileNotFoundError:
+        return False
 
 
 def _is_still(image: Created) -> bool:

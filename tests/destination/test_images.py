@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import threading
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_a_fit_image_has_no_faults_and_the_free_space_is_told(tmp_path: Path) ->
         ({"format": "file"}, "'file' cannot be written"),
         ({"size": 0}, "not a positive multiple of 512"),
         ({"size": 1000}, "not a positive multiple of 512"),
+        ({"size": 1 << 63}, "not a positive multiple of 512"),
         ({"path": "relative"}, "not an absolute path"),
         ({"path": "/nowhere/a"}, "/nowhere is not a directory"),
         ({"path": "/nowhere/a", "create": False}, "No such file"),
@@ -178,9 +180,36 @@ def test_a_block_device_behind_a_symlink_is_fit(tmp_path: Path) -> None:
         [prepared] = images.prepare([new(tmp_path / "link", create=False)])
         assert not prepared.reads_as_zero
         assert images.allocated(prepared.descriptor) == MIB
+        identity = prepared.identity
         images.give_up(prepared)
+        [again] = images.prepare([new(tmp_path / "link", create=False, identity=identity)])
+        images.give_up(again)
+        # After a boot the link leads to another node of it.
+        os.mknod(tmp_path / "node", 0o600 | stat.S_IFBLK, Path(device).stat().st_rdev)
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to("node")
+        [again] = images.prepare([new(tmp_path / "link", create=False, identity=identity)])
+        images.give_up(again)
+        (tmp_path / "link").unlink()
+        assert "was replaced, or removed" in faults(new(tmp_path / "link", identity=identity))
+        (tmp_path / "link").write_bytes(bytes(MIB))
+        assert "was replaced, or removed" in faults(new(tmp_path / "link", identity=identity))
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+def test_an_image_behind_a_symlink_is_taken_up_again_as_long_as_that_leads_to_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(MIB))
+    (tmp_path / "other").write_bytes(bytes(MIB))
+    (tmp_path / "link").symlink_to("file")
+    [prepared] = images.prepare([new(tmp_path / "link", create=False)])
+    identity = prepared.identity
+    images.give_up(prepared)
+    [again] = images.prepare([new(tmp_path / "link", create=False, identity=identity)])
+    images.give_up(again)
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("other")
+    assert "was replaced, or removed" in faults(new(tmp_path / "link", identity=identity))
 
 
 def test_programs_that_an_image_needs_are_missed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
