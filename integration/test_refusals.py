@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -192,6 +193,10 @@ def test_a_launch_command_that_does_not_fit_the_guest_is_refused_with_what_it_sa
     smaller = scene.command(("driver=raw,node-name=disk0", f"driver=raw,node-name=disk0,size={4 * MIB}"))
     scene.refused("disk dev0: ", f"{4 * MIB}", launch=smaller)
     scene.refused("status 3", launch="sh -c 'exit 3'")
+    # As a QEMU does that opens its sockets, and then does not like an image.
+    listens = "from socket import *; s = socket(AF_UNIX); s.bind(sys.argv[-1].split(':')[1].split(',')[0]); s.listen()"
+    ends = f'import sys; {listens}; s.accept(); sys.exit("the image is amiss")'
+    scene.refused("does not answer any more", "the image is amiss", launch=shlex.join(["python3", "-c", ends]))
 
 
 def test_a_target_qemu_that_does_not_wait_is_left_running(scene: Scene) -> None:

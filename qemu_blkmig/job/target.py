@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import (
+    Alive,
+    AliveReply,
     Files,
     FilesReply,
     Go,
@@ -71,17 +73,26 @@ class TargetQemu:
         process = (await agent.expect(Go(), Identified)).process or launched.process
         job.record.target_process = process
         await job.save()
-        return await cls._waiting(await cls._connect(await host.reach(launched.qmp)), process, agent)
+        try:
+            monitor = await cls._connect(await host.reach(launched.qmp), process, agent)
+        except (Refused, ConnectionLost) as error:
+            said = (await agent.expect(Output(), OutputReply)).text
+            raise Refused(
+                f"the QEMU of --launch does not answer any more: {said}",
+                advice="try the command by hand in the destination directory",
+            ) from error
+        return await cls._waiting(monitor, process, agent)
 
     @classmethod
-    async def _connect(cls, path: str) -> Monitor:
-        """To a QEMU that was just seen listening, and may have its hands full."""
+    async def _connect(cls, path: str, process: ProcessId, agent: AgentClient) -> Monitor:
+        """To a QEMU that was just seen listening, and may have its hands full, or end over its other arguments."""
         deadline = asyncio.get_running_loop().time() + CONNECT
         while True:
             try:
                 return await SocketMonitor.connect(path, who=WHO)
             except (Refused, ConnectionLost):
-                if asyncio.get_running_loop().time() > deadline:
+                late = asyncio.get_running_loop().time() > deadline
+                if late or not (await agent.expect(Alive(process), AliveReply)).alive:
                     raise
             await asyncio.sleep(0.02)
 
