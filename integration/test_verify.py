@@ -85,6 +85,28 @@ def test_storage_that_does_not_keep_it_a_second_time_keeps_the_guest_where_it_is
     guest.wait_for_writing(more=20)
 
 
+@pytest.mark.parametrize("command", ["migrate", "copy", "image"])
+def test_full_comparison_mends_once_too(lab: Lab, guest: Guest, command: str) -> None:
+    image, full = lab.target / "quiet", (*SLOWLY, "--verify", "full")
+    with tampering(image, times=1) as done:
+        if command == "migrate":
+            outcome, _ = migrate(lab, guest, *full, "--source-after", "keep", "--on-stall", "pause")
+        else:
+            if command == "image":
+                guest.kill()
+            outcome = run("copy", guest if command == "copy" else guest.disks[1].path, lab.target, *full)
+    assert done == [0x5A] and outcome.succeeded().result["verified"] == "full" and outcome.result["mended"] == UNIT
+    assert f"what does is copied again: {UNIT} bytes from offset {AT // UNIT * UNIT}" in outcome.stderr
+    compare_images(guest.disks[1], replace(guest.disks[1], path=image))
+
+
+def test_full_comparison_keeps_the_guest_from_storage_that_does_not_keep_it_twice(lab: Lab, guest: Guest) -> None:
+    with tampering(lab.target / "quiet", times=10_000):
+        outcome, _ = migrate(lab, guest, *SLOWLY, "--verify", "full", "--on-stall", "pause")
+    outcome.failed(5, f"the two sides differ, first in bytes {AT // 512 * 512} to", now="the guest runs at the source")
+    assert_nothing_left(lab, guest)
+
+
 def test_copies_are_verified_and_mended_too_with_a_guest_and_without(lab: Lab, guest: Guest) -> None:
     with tampering(lab.target / "quiet", times=1) as done:
         outcome = run("copy", guest, lab.target, *SLOWLY).succeeded()

@@ -5,7 +5,7 @@ Shared by `migrate` and `copy`; owns nothing of the guest's run state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.protocol import (
@@ -158,10 +158,19 @@ class Carriage:
     def _on_progress(self, progress: Progress) -> None:
         self._reporter.moving(progress.disk, progress.copied + progress.zeroed + progress.skipped)
 
-    async def compare(self) -> None:
-        """Compare both sides in full; the guest must be paused. Raises `ContentsDiffer`."""
-        for disk in self._plan.disks:
-            await self._comparison.require_equal(disk.name, disk.size)
+    async def compare(self, verification: Verification, complete: Callable[[], Awaitable[None]]) -> None:
+        """Compare both sides in full; the guest must be paused. What differs is copied again by `complete`, once.
+
+        Raises `ContentsDiffer` when it differs still, or is too much, and as `complete` does.
+        """
+        found = {disk.name: await self._comparison.all_differing(disk.name, disk.size) for disk in self._plan.disks}
+        wrong = {disk: extents for disk, extents in found.items() if extents}
+        for disk, extents in wrong.items():
+            verification.differ(disk, extents)
+        if wrong:
+            await complete()
+        for disk, extents in wrong.items():
+            await self._comparison.require_equal(disk, extents)
 
     async def close(self) -> None:
         """End all writers: their images are stable, unlocked and ready to be activated by a QEMU."""

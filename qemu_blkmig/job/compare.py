@@ -59,17 +59,25 @@ class Comparison:
                 found.append(Extent(offset_within, each.end - offset_within))
         return found
 
-    async def require_equal(self, disk: str, size: int) -> None:
-        """Compare the whole disk, of `size` bytes, that nobody writes to. Raises `ContentsDiffer` and as above."""
+    async def all_differing(self, disk: str, size: int) -> list[Extent]:
+        """What differs of the whole disk, of `size` bytes, that nobody writes to. Raises as above."""
         limit = LEAST + size / SPEED
+        found: list[Extent] = []
         try:
             async with time_limit(limit):
                 for offset in range(0, size, SLICE):
                     extent = Extent(offset, min(SLICE, size - offset))
-                    if found := await self._differing(disk, extent, UNIT):
-                        raise await self._difference(disk, found[0])
+                    for coarse in await self._differing(disk, extent, UNIT):
+                        found += await self.differing(disk, coarse)
         except TimeoutError:
             raise DestinationFailed(f"comparing both sides did not end within {limit:.0f} s", disk=disk) from None
+        return found
+
+    async def require_equal(self, disk: str, extents: Sequence[Extent]) -> None:
+        """Compare these extents of a disk that nobody writes to. Raises `ContentsDiffer` and as above."""
+        for extent in extents:
+            if found := await self.differing(disk, extent):
+                raise await self._difference(disk, found[0])
 
     def close(self) -> None:
         """Let go of the source."""

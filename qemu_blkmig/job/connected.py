@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,8 +38,8 @@ class Carrying(Protocol):
     async def keep(self) -> bool:
         """From now on what was brought over stays, whatever becomes of us; False: it cannot."""
 
-    async def compare(self) -> None:
-        """Compare both sides."""
+    async def compare(self, verification: Verification, complete: Callable[[], Awaitable[None]]) -> None:
+        """Compare both sides; what differs is copied again by `complete`, once."""
 
     def verification(self, engine: BlockMigration, clock: Clock) -> Verification:
         """What verifies that what was read lies at the destination, as far as that was asked for."""

@@ -180,18 +180,21 @@ class GuestCopy:
             return await self._verification.rest()
 
     async def _complete(self) -> None:
-        limit = self._options.freeze_limit
         with self._watch.phase("switchover"):
-            try:
-                async with time_limit(limit):
-                    await self._engine.complete()
-            except TimeoutError:
-                raise Stalled(f"the last round did not end within {limit:.0f} s; the guest was given back") from None
+            await self._copy_the_rest()
         self._watch.step("last round")
         if self._options.verify is Verify.FULL:
             with self._watch.phase("verify"):
-                await self._carriage.compare()
+                await self._carriage.compare(self._verification, self._copy_the_rest)
             self._watch.step("both sides compared")
+
+    async def _copy_the_rest(self) -> None:
+        limit = self._options.freeze_limit
+        try:
+            async with time_limit(limit):
+                await self._engine.complete()
+        except TimeoutError:
+            raise Stalled(f"the last round did not end within {limit:.0f} s; the guest was given back") from None
 
     @contextlib.asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:

@@ -72,7 +72,7 @@ async def copy_images(
                 await engine.complete()
     if verify is Verify.FULL:
         with watch.phase("verify"):
-            await carriage.compare()
+            await carriage.compare(verification, engine.complete)
     await carriage.close()
     await engine.finish()
     disks = carriage.results(engine)

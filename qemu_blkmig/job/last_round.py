@@ -154,7 +154,7 @@ class LastRound:
         """Prove what was asked for. Raises `ContentsDiffer`."""
         if self._options.verify is Verify.FULL:
             with self._watch.phase("verify"):
-                await self._carriage.compare()
+                await self._carriage.compare(self._verification, self.complete)
             self._watch.step("both sides compared")
         if self._verification.wanted:
             with self._watch.phase("verify"):

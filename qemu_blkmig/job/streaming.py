@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,7 +112,7 @@ class StreamCarriage:
             self._reporter.figures,
         )  # fmt: skip
 
-    async def compare(self) -> None:
+    async def compare(self, verification: Verification, complete: Callable[[], Awaitable[None]]) -> None:
         """A stream can't be compared with what it was made from."""
         raise UsageError("a stream cannot be compared with its source", advice="load it, and compare the images")
 

@@ -141,6 +141,18 @@ class Verification:
             raise DestinationFailed(f"{length} bytes were not read back, and are not to be copied again", disk=disk)
         return True
 
+    def differ(self, disk: str, extents: Sequence[Extent]) -> None:
+        """After `complete` both sides were compared, and differ there: it is to be copied again.
+
+        Raises `ContentsDiffer` when it is too much for that.
+        """
+        if sum(extent.length for extent in extents) > MOST_MENDED:
+            what = f"the two sides differ, and it is too much to be mended: {_places(extents)}"
+            raise ContentsDiffer(what, disk=disk, offset=extents[0].offset)
+        self._mended[disk] = extents
+        self._note(f"disk {disk}: the two sides differ, and what does is copied again: {_places(extents)}")
+        self._engine.owe(disk, extents)
+
     async def _keep_reading(self) -> None:
         while True:
             await self._may_go_on.wait()
@@ -201,8 +213,18 @@ class Verification:
         if reply.checked:
             self._speed.add(reply.checked, self._clock.now() - began)
         if reply.differ:
-            self._found.append((disk, [Extent(offset, length) for offset, length in reply.differ]))
+            self._found.append((disk, self._sensible(disk, reply.differ)))
         return reply.checked
+
+    def _sensible(self, disk: str, differ: Sequence[tuple[int, int]]) -> list[Extent]:
+        """What the agent tells, ascending: it reads once around."""
+        size = next(each.size for each in self._engine.figures().disks if each.name == disk)
+        differ, end = sorted(differ), 0
+        for offset, length in differ:
+            if offset < end or length <= 0 or offset + length > size:
+                raise DestinationFailed(f"the agent's answer makes no sense: {offset}, {length} differ", disk=disk)
+            end = offset + length
+        return [Extent(offset, length) for offset, length in differ]
 
     def _tell_engine(self) -> None:
         """Not in the midst of a completion: it takes something that is owed by then for a guest that still writes."""

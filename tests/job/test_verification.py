@@ -12,9 +12,11 @@ from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.convergence import Policy
 from qemu_blkmig.engine.device import SECTOR
+from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import Phase, Tuning
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import ContentsDiffer, DestinationFailed, DestinationWriteError
+from qemu_blkmig.job import verification
 from qemu_blkmig.job.verification import Verification
 from tests.engine.world import Disk, World, Write
 
@@ -93,6 +95,39 @@ async def test_what_is_wrong_twice_ends_it_and_is_told_by_disk_and_offset() -> N
         await played.verification.rest()
     assert (failure.value.disk, failure.value.offset, failure.value.exit_code) == ("vda", 2048, 5)
     assert "storage" in str(failure.value.advice)
+
+
+@pytest.mark.parametrize("differ", [(-SECTOR, SECTOR), (0, 0), (0, -SECTOR), ((SIZE - 1) * SECTOR, 2 * SECTOR)])
+async def test_what_cannot_differ_is_no_defect_of_ours(differ: tuple[int, int]) -> None:
+    world = await copied(paused=True)
+    played = Played(world, VerifyReply(SECTOR, SECTOR, [differ]))
+    with pytest.raises(DestinationFailed, match="makes no sense"):
+        await played.verification.rest()
+
+
+async def test_what_differs_at_the_end_and_at_the_beginning_is_copied_again() -> None:
+    world = await copied(paused=True)
+    for sector in (0, 8):
+        world.disks[0].destination[sector] = world.disks[0].flushed[sector] = 99
+        world.disks[0].damaged.add(sector)
+    bad = VerifyReply(SIZE * SECTOR, 4 * SECTOR, [(8 * SECTOR, 2 * SECTOR), (0, 2 * SECTOR)])
+    played = Played(world, bad, VerifyReply(0, 4 * SECTOR, []), VerifyReply(4 * SECTOR, 0, []))
+    assert not await played.verification.rest()
+    assert world.engine.figures().pending == 4 * SECTOR
+    await world.engine.complete()
+    world.check_equal()
+    assert await played.verification.rest()
+
+
+async def test_what_both_sides_differ_in_is_owed_unless_it_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = await copied(paused=True)
+    played = Played(world)
+    played.verification.differ("vda", [Extent(4 * SECTOR, 2 * SECTOR)])
+    assert (world.engine.figures().pending, played.verification.mended) == (2 * SECTOR, 2 * SECTOR)
+    assert "1024 bytes from offset 2048" in played.notes[0]
+    monkeypatch.setattr(verification, "MOST_MENDED", SECTOR)
+    with pytest.raises(ContentsDiffer, match="too much"):
+        played.verification.differ("vda", [Extent(4 * SECTOR, 2 * SECTOR)])
 
 
 async def test_nothing_is_taken_for_verified_that_is_left() -> None:

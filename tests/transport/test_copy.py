@@ -12,6 +12,7 @@ import pytest
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
+from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.job.compare import Comparison
 from qemu_blkmig.nbd.address import Export, UnixAddress
 from qemu_blkmig.transport.client import AgentClient, CopyCancelled
@@ -47,13 +48,15 @@ def guest_does(qmp: Monitor, listening: Path, *commands: str) -> None:
     subprocess.run(["qemu-io", "-f", "raw", *script, uri], check=True, stdout=subprocess.DEVNULL)
 
 
-async def compared(agent: AgentClient, listening: Path, size: int) -> None:
-    """Compare both sides of disk `d`, as `--verify full` does."""
+async def compared(agent: AgentClient, listening: Path, size: int) -> list[Extent]:
+    """What differs between both sides of disk `d`, as `--verify full` finds it; nothing of it is mended."""
     comparison = Comparison(agent, {"d": Export(UnixAddress(str(listening)), "disk")}, "xxh3-128")
     try:
-        await comparison.require_equal("d", size)
+        found = await comparison.all_differing("d", size)
+        await comparison.require_equal("d", found)
     finally:
         comparison.close()
+    return found
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
