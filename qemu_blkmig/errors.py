@@ -169,10 +169,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BlkmigError):
-    """A signal asked us to stop; the exit code is 128 + its number."""
+    """A signal, or another `what`, asked us to stop; the exit code is 128 + the signal's number."""
 
-    def __init__(self, signum: int, *, state: str | None = None, advice: str | None = None) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}", state=state, advice=advice)
+    def __init__(
+        self, signum: int, what: str | None = None, *, state: str | None = None, advice: str | None = None
+    ) -> None:
+        super().__init__(what or f"interrupted by {signal.Signals(signum).name}", state=state, advice=advice)
         self.signum = signum
         self.exit_code = 128 + signum
         self.mendable = signum == signal.SIGHUP

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qemu_blkmig.cli import options, show
 from qemu_blkmig.cli.form import Commands, argument, command
-from qemu_blkmig.errors import Interrupted, UsageError
+from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
@@ -93,9 +93,9 @@ def carry(
                     return await do(wanted, reporter, interrupts, clock, beginning=beginning)
                 except asyncio.CancelledError:
                     # It came before there was a job that would tell.
-                    if interrupts.received is None:
+                    if (interrupt := interrupts.error("nothing was touched")) is None:
                         raise
-                    raise Interrupted(interrupts.received, state="nothing was touched") from None
+                    raise interrupt from None
 
     return run(work, arguments, source or arguments.source, destination, beginning=beginning)
 

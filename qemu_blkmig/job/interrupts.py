@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-from qemu_blkmig.errors import SIGNALS, Refused
+from qemu_blkmig.errors import SIGNALS, Interrupted, Refused
 
 
 class Interrupts:
@@ -25,6 +25,7 @@ class Interrupts:
         self._task: asyncio.Task[object] | None = None
         self.on_insisted: Callable[[], None] | None = None
         self.received: signal.Signals | None = None
+        self._what: str | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -61,7 +62,12 @@ class Interrupts:
             raise Refused("the job is ending already")
         self._tell("cancelling, as asked from another terminal")
         self.received = signal.SIGINT
+        self._what = "cancelled from another terminal"
         self._task.cancel()
+
+    def error(self, state: str | None = None) -> Interrupted | None:
+        """What ended the work, if that was an interrupt."""
+        return None if self.received is None else Interrupted(self.received, self._what, state=state)
 
     def _on_signal(self, signum: signal.Signals) -> None:
         if self._deferring:

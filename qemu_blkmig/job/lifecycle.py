@@ -138,8 +138,9 @@ class Lifecycle:
                 raise
         except BaseException as error:
             self._signals.close()
-            if isinstance(error, asyncio.CancelledError) and self._interrupts.received is not None:
-                raise Interrupted(self._interrupts.received, state="nothing was touched") from error
+            interrupt = self._interrupts.error("nothing was touched")
+            if isinstance(error, asyncio.CancelledError) and interrupt is not None:
+                raise interrupt from error
             if isinstance(error, OSError):
                 raise Refused(f"cannot start the watchdog: {error}", state="nothing was touched") from error
             raise
@@ -525,8 +526,8 @@ class Lifecycle:
         if isinstance(error, BlkmigError):
             reason = await self._guard.explain(error) if self._guard is not None else error
             return await self._explain_by_host(reason)
-        if self._interrupts.received is not None:
-            return Interrupted(self._interrupts.received)
+        if (interrupt := self._interrupts.error()) is not None:
+            return interrupt
         if self._guard is not None and self._guard.error is not None:
             return self._guard.error
         log.error("defect", exc_info=error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qemu_blkmig.destination.protocol import Image
-from qemu_blkmig.errors import BlkmigError, Interrupted, Refused, UsageError
+from qemu_blkmig.errors import BlkmigError, Refused, UsageError
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.load_images import LoadImage, land, plan, prepare
 from qemu_blkmig.job.load_options import LoadOptions
@@ -46,8 +46,8 @@ async def load(options: LoadOptions, reporter: Reporter, interrupts: Interrupts)
 def _explained(error: BaseException, interrupts: Interrupts) -> BlkmigError:
     if isinstance(error, BlkmigError):
         return error
-    if interrupts.received is not None:
-        return Interrupted(interrupts.received)
+    if (interrupt := interrupts.error()) is not None:
+        return interrupt
     raise error
 
 
