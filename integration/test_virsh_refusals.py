@@ -148,6 +148,18 @@ def test_the_image_of_another_domain_there_is_never_overwritten_though_that_does
     assert idle.problems("--disk", "vda=/var/lib/libvirt/images/free.qcow2") == ""
 
 
+def test_the_uefi_variables_of_another_domain_there_are_never_overwritten(idle: Idle) -> None:
+    nvram = "/var/lib/libvirt/qemu/nvram/idle_VARS.fd"
+    loader = "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
+    firmware = f"{loader}<nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>{nvram}</nvram>"
+    idle.define_far(name="other", uuid=UUID.format(digit=8), image="/free.qcow2", firmware=firmware)
+    try:
+        told = idle.problems("--xml", idle.file(firmware=firmware))
+        assert f"disk UEFI variables: {nvram} is used by domain other" in told
+    finally:
+        idle.lab.hosts.virsh("undefine", "other", "--nvram", far=True)
+
+
 def test_a_machine_type_an_emulator_a_network_and_files_that_are_not_there_are_all_told(lab: VirtLab) -> None:
     private = Path("/var/lib/libvirt/qemu-of-hosta")
     lab.outside(private, far=False).symlink_to(QEMU)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from integration.hosts import PORT
+from integration.lab import Disk
 from integration.virtlab import IMAGES, Domain, VirtLab
+from qemu_blkmig.demo.guest import Orders
 
 MIB = 1 << 20
 
@@ -33,6 +35,30 @@ def test_a_domain_is_known_by_its_id_too_and_ram_goes_where_virsh_has_it(virtlab
 def test_disks_go_past_ssh_where_that_is_asked_for(virtlab: VirtLab, domain: Domain) -> None:
     virtlab.migrate(domain, "--data", "tls://").succeeded()
     virtlab.assert_arrived(domain)
+
+
+def test_an_io_error_that_stops_the_guest_ends_it_where_that_is_asked_for(virtlab: VirtLab) -> None:
+    tight = IMAGES / "tight"
+    virtlab.hosts.run("mkdir", tight)
+    virtlab.hosts.run("mount", "-t", "tmpfs", "-o", "size=16m", "none", tight)
+    try:
+        virtlab.hosts.run("qemu-img", "create", "-q", "-f", "raw", tight / "t.raw", 32 * MIB)
+        disks = (
+            virtlab.disk("ways-large.raw", 64 * MIB, "raw", data=[(0, 48 * MIB)]),
+            Disk(tight / "t.raw", "raw", 32 * MIB),
+        )
+        stopping = "type='raw' error_policy='stop'/>"
+        domain = virtlab.boot(*disks, orders=Orders(rate=50), alter=lambda xml: xml.replace("type='raw'/>", stopping))
+        elsewhere = "--disk", f"vdb={IMAGES / 'ways-t.raw'}"
+        running = virtlab.attempt(domain, "--abort-on-error", "--bandwidth", "1", *elsewhere)
+        running.wait_copying()
+        virtlab.hosts.run("sh", "-c", f"cat /dev/zero > {tight}/fill || true")
+        running.outcome().failed(1, "stopped by an I/O error", now="the guest is at the source, paused")
+        assert not virtlab.images_there(domain)
+        domain.destroy()
+        virtlab.assert_nothing_left()
+    finally:
+        virtlab.hosts.run("umount", "-l", tight)
 
 
 def test_disks_that_are_not_to_be_copied_are_left_alone_and_listed(virtlab: VirtLab) -> None:

@@ -25,6 +25,9 @@ from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, nvram_of, 
 from qemu_blkmig.virt.sharedfs import shared_file_system
 from qemu_blkmig.virt.storage import pool_directory, qemu_owner, volume_path
 
+VARIABLES = "UEFI variables"
+"""What the image of a UEFI's variables is called, among the disks."""
+
 
 def image_paths(
     domain: Domain, named: Mapping[str, str], given: Domain | None = None, directory: str | None = None
@@ -117,12 +120,15 @@ async def arrange(
     flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
     xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths, as_they_are=options.offline)
     name = options.dname or domain.name
+    # Named after a domain, perhaps another one of that name there.
+    nvram = nvram_of(xml)[1]
+    written = paths if nvram is None else {**paths, VARIABLES: nvram}
     problems = [
         *await hindrances(source, handle, domain.xml, runs=not options.offline),
         *await conflicts(target, domain.uuid, name),
         *await lacks(target, Domain.parse(xml), None if options.offline else domain),
         *await missing(target, xml),
-        *await used_by_others(target, domain.uuid, paths, partial(identified, agent)),
+        *await used_by_others(target, domain.uuid, written, partial(identified, agent)),
         *await absent_files(agent, xml, paths),
         *(differing(given, domain, "--xml") if given else ()),
     ]

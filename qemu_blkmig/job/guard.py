@@ -43,12 +43,18 @@ class Guard:
         self._watchdog = watchdog
         self._work: asyncio.Task[object] | None = work
         self._pauses_are_ours = False
+        self._ends_on_io_error = False
         self.error: BlkmigError | None = None
         self._task = asyncio.create_task(self._watch())
 
     def ignore_pauses(self) -> None:
         """From now on a pause is ours."""
         self._pauses_are_ours = True
+
+    async def end_on_io_error(self) -> None:
+        """From now on an I/O error that stops the guest ends the work, too. Raises `GuestStateError` where one has."""
+        self._ends_on_io_error = True
+        self._judge(await run_state(self._source))
 
     async def stand_down(self) -> None:
         """Watch no longer: from the handover on, the end of a QEMU is for `settle` to judge."""
@@ -115,8 +121,13 @@ class Guard:
         state = await run_state(self._source)
         if state in MIGRATED and not self._job.record.migrating:
             raise GuestStateError(f"somebody else migrates the guest away (run state {state})")
+        self._judge(state)
         if state in STOPPED_BY_OTHERS:
             await self._note(running=False)
+
+    def _judge(self, state: str) -> None:
+        if self._ends_on_io_error and state == "io-error":
+            raise GuestStateError("the guest was stopped by an I/O error, which ends it (--abort-on-error)")
 
     async def _note(self, *, running: bool) -> None:
         if self._job.record.was_running is not running:

@@ -157,6 +157,8 @@ class _Run:
         for name, end in (("Source libvirt", ends.source), ("Destination libvirt", ends.target)):
             life.environment[name] = libvirt_version(await end.call(end.handle.getLibVersion))
         self._connected: Connected = await connect(life, self._plan, self._carriage, guest, options, self._clock)
+        if options.abort_on_error:
+            await self._connected.guard.end_on_io_error()
         self._rounds = Rounds(life, options, self._watch, self._connected, self._plan.disks)
 
     def _result(self, downtime: Downtime | None) -> Result:

@@ -12,7 +12,7 @@ import msgspec
 from qemu_blkmig.destination.protocol import Created, Mark
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, MigrationError, Refused
-from qemu_blkmig.job.arrangement import Arrangement, arrange
+from qemu_blkmig.job.arrangement import VARIABLES, Arrangement, arrange
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.copy_images import copy_images
@@ -29,11 +29,9 @@ from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.connection import libvirt
-from qemu_blkmig.virt.domain import Domain
+from qemu_blkmig.virt.domain import Domain, nvram_of
 from qemu_blkmig.virt.storage import refresh_pools
 
-VARIABLES = "UEFI variables"
-"""What the image of a UEFI's variables is called, among the disks."""
 TPM_STATES = Path("/var/lib/libvirt/swtpm")
 """Where libvirt keeps the state of emulated TPMs, by the domain's UUID (seen on libvirt 9.0)."""
 
@@ -123,7 +121,7 @@ class OfflineImage:
 
 
 def offline_images(domain: Domain, arrangement: Arrangement) -> list[OfflineImage]:
-    """The domain's images, and its UEFI variables, which lie there where they lie here."""
+    """The domain's images, and its UEFI variables, which lie where the definition for the destination has them."""
     found = []
     for disk in domain.disks:
         path = arrangement.paths.get(disk.target)
@@ -131,7 +129,8 @@ def offline_images(domain: Domain, arrangement: Arrangement) -> list[OfflineImag
             placed = Placed(disk.target, path, arrangement.owner)
             found.append(OfflineImage(ImageFile(disk.path, disk.format, disk.target), placed))
     if domain.nvram is not None and Path(domain.nvram).exists():
-        placed = Placed(VARIABLES, domain.nvram, arrangement.owner)
+        there = nvram_of(arrangement.persistent_xml or arrangement.xml)[1]
+        placed = Placed(VARIABLES, there or domain.nvram, arrangement.owner)
         found.append(OfflineImage(ImageFile(domain.nvram, "raw", VARIABLES), placed, variables=True))
     return found
 

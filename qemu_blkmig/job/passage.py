@@ -20,6 +20,7 @@ from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import EventStream
 from qemu_blkmig.time_limit import time_limit
+from qemu_blkmig.virt.connection import LibvirtError
 from qemu_blkmig.virt.gate import Gate
 from qemu_blkmig.virt.migration import DomainMigration, Wish
 
@@ -96,6 +97,8 @@ class Passage:
 
 def not_migrated(why: BlkmigError | None) -> LibvirtFailed:
     """The error that tells that libvirt did not migrate the guest."""
+    if isinstance(why, LibvirtError):
+        return LibvirtFailed(f"libvirt, here or at the destination, could not migrate the guest: {why.what.strip()}")
     return LibvirtFailed(f"libvirt could not migrate the guest: {why or 'it says that it has, too early'}")
 
 

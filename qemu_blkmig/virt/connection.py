@@ -29,6 +29,7 @@ class LibvirtError(RequestError):
 
     def __init__(self, who: str, what: str, code: int) -> None:
         super().__init__(f"{who}: {what}")
+        self.what = what
         self.code = code
 
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from qemu_blkmig.errors import LibvirtFailed
-from qemu_blkmig.job.passage import Passage
-from qemu_blkmig.virt.connection import LibvirtGone
+from qemu_blkmig.job.passage import Passage, not_migrated
+from qemu_blkmig.virt.connection import LibvirtError, LibvirtGone
 
 
 class _Gone:
@@ -33,3 +33,8 @@ async def test_a_libvirt_that_is_gone_is_told_once() -> None:
     await asyncio.sleep(0.01)
     gc.collect()
     assert complaints == []
+
+
+def test_which_libvirt_could_not_is_not_told_where_it_is_not_known() -> None:
+    told = str(not_migrated(LibvirtError("the source's libvirt", "Hook script execution failed\n", 42)))
+    assert told == "libvirt, here or at the destination, could not migrate the guest: Hook script execution failed"
