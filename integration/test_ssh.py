@@ -221,6 +221,8 @@ def test_a_server_that_forwards_no_sockets_is_told_of(far: Bench, option: str) -
         ("no-such-command", "there is no no-such-command on hostb"),
         ("/etc/passwd", "/etc/passwd cannot be run on hostb"),
         ("true", "the agent on hostb ended with status 0"),
+        # That is ended by us, which is no status of the agent's.
+        ("yes", "the agent at the destination is gone"),
     ],
 )
 def test_an_agent_that_is_not_there_is_told_of(far: Bench, remote: str, words: str) -> None:

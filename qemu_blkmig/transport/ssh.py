@@ -74,8 +74,10 @@ class SshHost:
             if isinstance(error, TimeoutError):
                 client.kill()
             await client.abandon()
-            if isinstance(error, errors.DestinationFailed) and process.returncode not in (None, 255):
-                raise self._failure(client.last_words, process.returncode) from error
+            status = process.returncode
+            # By a signal it was ended by us, who have said why.
+            if isinstance(error, errors.DestinationFailed) and status is not None and 0 <= status < 255:
+                raise self._failure(client.last_words, status) from error
             if isinstance(error, TimeoutError):
                 raise errors.DestinationFailed(
                     f"the agent on {self.name} did not answer within {HELLO:.0f} s",
