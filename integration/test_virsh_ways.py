@@ -78,7 +78,8 @@ def test_disks_that_are_not_to_be_copied_are_left_alone_and_listed(virtlab: Virt
         )
     )
     domain = virtlab.boot(root, spare, alter=lambda xml: xml.replace("<serial", f"{more}<serial", 1))
-    words = (domain.name, virtlab.target, "--migrate-disks", "vda", "--output", "json")
+    words = (domain.name, virtlab.target, "--migrate-disks", "vda", "--unsafe", "--output", "json")
+    virtlab.migrate(domain, "--migrate-disks", "vda").failed(3, "disk vdb is left out", now="nothing was touched")
     checked = virtlab.virsh(*words, "--dry-run").succeeded()
     assert {each["target"]: each["why"] for each in checked.result["left_alone"]} == {
         "sda": "it is a cdrom",
@@ -90,7 +91,7 @@ def test_disks_that_are_not_to_be_copied_are_left_alone_and_listed(virtlab: Virt
         3, "cannot be migrated", "read-only"
     )
     before = virtlab.outside(spare.path, far=True).read_bytes()
-    told = virtlab.migrate(domain, "--migrate-disks", "vda", "--output", "json").succeeded()
+    told = virtlab.migrate(domain, "--migrate-disks", "vda", "--unsafe", "--output", "json").succeeded()
     assert [disk["name"] for disk in told.result["disks"]] == ["vda"]
     assert domain.runs() == ["hostb"]
     assert virtlab.outside(names["fixed"], far=True).read_bytes() == bytes(MIB)

@@ -145,6 +145,7 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
         tls_destination=arguments.tls_destination,
         parallel=_connections(arguments),
         abort_on_error=arguments.abort_on_error,
+        unsafe=arguments.unsafe,
         dname=arguments.dname,
         graphics_uri=arguments.graphicsuri,
         xml=_contents("--xml", arguments.xml),

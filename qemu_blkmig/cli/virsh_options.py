@@ -125,7 +125,8 @@ def _add_domain(parser: argparse.ArgumentParser) -> None:
             "--suspend": "the guest is paused there",
             "--abort-on-error": "an I/O error of the guest while it is migrated ends the migration",
             "--change-protection": "not needed: the domain is protected from changes anyway",
-            "--unsafe": "not needed: the disks are copied, whatever their cache mode is",
+            "--unsafe": "a disk that --migrate-disks leaves out may lie in a file that is not shared; else not needed: "
+            "the disks are copied, whatever their cache mode is",
         },
     )
     _add_values(

@@ -8,9 +8,10 @@ destination (seen on libvirt 9.0 with QEMU 7.2 and swtpm 0.7: files equal, also 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Files, FilesReply
@@ -27,6 +28,7 @@ from qemu_blkmig.virt.storage import pool_directory, qemu_owner, volume_path
 
 VARIABLES = "UEFI variables"
 """What the image of a UEFI's variables is called, among the disks."""
+_NOT_CHOSEN = "it is not chosen by --migrate-disks"
 
 
 def image_paths(
@@ -131,6 +133,7 @@ async def arrange(
         *await used_by_others(target, domain.uuid, written, partial(identified, agent)),
         *await absent_files(agent, xml, paths),
         *(differing(given, domain, "--xml") if given else ()),
+        *(() if options.unsafe or options.offline else left_to_chance(domain)),
     ]
     warnings = [*taken_along(domain.xml)]
     persistent = None
@@ -170,13 +173,29 @@ async def _as_chosen(
 ) -> DomainDisk:
     if disk.left_alone is not None:
         return disk
-    if wanted is not None and disk.target not in wanted:
-        return replace(disk, left_alone="it is not chosen by --migrate-disks")
     if disk.volume is not None:
         disk = replace(disk, path=await volume_path(source, *disk.volume))
+    if wanted is not None and disk.target not in wanted:
+        return replace(disk, left_alone=_NOT_CHOSEN)
     if disk.path is not None and disk.target not in named and (kind := shared_file_system(disk.path)) is not None:
         return replace(disk, left_alone=f"it is on shared storage ({kind}); --migrate-disks or --disk has it copied")
     return disk
+
+
+def left_to_chance(domain: Domain) -> Iterator[str]:
+    """Disks of a running domain that are not chosen, and lie on no shared storage: of what the guest writes to them the
+    destination can know nothing.
+    """
+    for disk in domain.disks:
+        if (
+            disk.left_alone == _NOT_CHOSEN
+            and Path(disk.path or "").is_file()
+            and not shared_file_system(disk.path or "")
+        ):
+            yield (
+                f"disk {disk.target} is left out of --migrate-disks, but {disk.path} is not on shared storage: at the "
+                "destination the guest would go on with another one (--unsafe permits it)"
+            )
 
 
 def _persistent(

@@ -18,6 +18,8 @@ _TCP = re.compile(r"tcp:(?://)?(?P<host>\[[^\]]+\]|[^\[\]:/]+)(?::(?P<port>\d+))
 class ManagedOptions:
     """A domain's migration with its disks. `downtime` and `timeout` in seconds, `max_rounds` None: no bound.
 
+    `unsafe`: a disk that is not chosen may lie on storage that is not shared.
+
     `domain`: name or UUID. `source_uri`: this host's libvirt (None: its default); `target_uri`: the destination's, as
     this host reaches it. `place`: where the agent runs. `live` False: the guest is paused while it moves, and runs
     there. `offline`: the domain does not run, and is to be defined there. `xml`, `persistent_xml`: contents for the
@@ -53,6 +55,7 @@ class ManagedOptions:
     tls_destination: str | None = None
     parallel: int | None = None
     abort_on_error: bool = False
+    unsafe: bool = False
     dname: str | None = None
     graphics_uri: str | None = None
     xml: str | None = None

@@ -64,7 +64,7 @@ def test_virsh_s_options_have_virsh_s_meaning(tmp_path: Path) -> None:
         peer_to_peer=True, persistent=True, undefine_source=True, timeout=60, auto_converge=True,
         auto_converge_initial=30, auto_converge_increment=5, dname="web2", xml="<domain/>",
         persistent_xml="<domain><name/></domain>", listen_address="0.0.0.0", tls=True, tls_destination="b.example",
-        migrate_uri="tcp://hostb", parallel=4, abort_on_error=True, graphics_uri="spice://hostb:5900",
+        migrate_uri="tcp://hostb", parallel=4, abort_on_error=True, unsafe=True, graphics_uri="spice://hostb:5900",
         selection=wanted.selection, transfer=wanted.transfer,
     )  # fmt: skip
     assert wanted.selection.disks == ("vda", "vdb") and wanted.selection.shared_base

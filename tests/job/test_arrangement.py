@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import pytest
 
 from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.arrangement import identified, image_paths
+from qemu_blkmig.job.arrangement import identified, image_paths, left_to_chance
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.domain import Domain
 
@@ -70,3 +72,14 @@ class Confined:
 async def test_a_file_out_of_a_confined_agent_s_bounds_does_not_hide_the_others() -> None:
     found = await identified(cast("AgentClient", Confined()), ["/ours/1", "/theirs/2", "/ours/3"])
     assert found == [("file", 1, 1), None, ("file", 1, 3)]
+
+
+def test_a_disk_that_is_left_out_and_not_shared_is_told_and_one_left_alone_for_another_reason_is_not(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.raw").touch()
+    domain = _domain(vda=str(tmp_path / "a.raw"), vdb="/none")
+    assert [*left_to_chance(domain)] == []
+    left_out = tuple(replace(disk, left_alone="it is not chosen by --migrate-disks") for disk in domain.disks)
+    (told,) = left_to_chance(replace(domain, disks=left_out))
+    assert told.startswith("disk vda is left out of --migrate-disks") and "--unsafe" in told
