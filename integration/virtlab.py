@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from integration.virthosts import VirtHosts, domain_xml, two_virt_hosts
 from qemu_blkmig.demo.guest import Kernel, Orders
 
 IMAGES = Path("/var/lib/libvirt/images")
+POOL = "vm"
+"""The pool of `pooled_laboratory`; its directory lies in IMAGES under the same name."""
 VIRSH = [sys.executable, "-m", "qemu_blkmig.cli.virsh_blkmigrate"]
 BOOT = 120.0
 """Seconds that a guest may take to write, on a busy machine too."""
@@ -167,6 +170,20 @@ class VirtLab:
             for left in self.outside(Path("/var/lib/libvirt/qemu"), far=far).glob("*blkmig*"):
                 left.unlink()
 
+    def boot_owned(self, *disks: Disk, orders: Orders | None = None) -> Domain:
+        """`boot` one whose images are QEMU's user's, as they must be where libvirt does not see to that."""
+        for disk in disks:
+            self.hosts.run("chown", "libvirt-qemu:kvm", disk.path)
+        return self.boot(*disks, orders=orders)
+
+    def volumes(self) -> list[str]:
+        """What hostb's pool POOL knows."""
+        return [line.split()[0] for line in self.hosts.virsh("vol-list", POOL, far=True).splitlines() if line.strip()]
+
+    def owner(self, path: Path) -> str:
+        """Whose a file of hostb's is, and its mode."""
+        return self.hosts.run("stat", "-c", "%U:%G %a", path, far=True).strip()
+
     def images_there(self, domain: Domain) -> list[Path]:
         """Images of the domain that are on hostb."""
         paths = [self.outside(disk.path, far=True) for disk in domain.disks]
@@ -228,3 +245,34 @@ def virt_laboratory(kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterat
     """A `VirtLab` with hosts of its own."""
     with two_virt_hosts() as hosts:
         yield VirtLab(hosts, kernel, initramfs)
+
+
+@contextlib.contextmanager
+def pooled_laboratory(qemu_conf: str, kernel: Kernel, initramfs: Callable[[bool], Path]) -> Iterator[VirtLab]:
+    """A `VirtLab` with hosts of its own, whose QEMUs run as a user of theirs, and each of which has a pool POOL.
+
+    What they boot is copied to where that user may read it, and libvirt own it. Each host has copies of its own: that
+    user's group has another number on another system.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="blkmig-boot-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    try:
+        with two_virt_hosts(qemu_conf=qemu_conf) as hosts:
+            theirs = hosts.far / "boot"
+            theirs.mkdir(mode=0o755)
+            hosts.run("mount", "--bind", theirs, folder, far=True)
+
+            def readable(path: Path) -> Path:
+                for place in (folder, theirs):
+                    shutil.copyfile(path, place / path.name)
+                return folder / path.name
+
+            boot = replace(kernel, image=readable(kernel.image))
+            made = VirtLab(hosts, boot, lambda agent: readable(initramfs(agent)))
+            for far in (False, True):
+                pool = "pool-define-as", POOL, "dir", "--target", IMAGES / POOL
+                for command in (pool, ("pool-build", POOL), ("pool-start", POOL)):
+                    hosts.virsh(*command, far=far)
+            yield made
+    finally:
+        shutil.rmtree(folder)
