@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qemu_blkmig.cli import options, show
@@ -76,28 +77,40 @@ def carry(
     destination: object,
     source: str | None = None,
 ) -> int:
-    """Do what is wanted; the way to the destination is begun before all of that is loaded.
+    """Do what is wanted, or, with --flatten no, what is left of that once the layers are there.
 
     `source` (as given on the command line, unless it is named), `destination`: as metrics are to name them.
     """
-    place = wanted.place if isinstance(wanted, ManagedOptions) else wanted.target.place
-    beginning = Beginning(place)
+    source = source or arguments.source
+    if wanted.selection.flatten:
+        return _carry_at_once(wanted, arguments, source, destination)
+
+    async def layers_first(reporter: Reporter, persist: Persist) -> Work:
+        from qemu_blkmig.job.layers import bring_layers
+
+        return partial(work_of(wanted), await bring_layers(wanted, reporter, persist))
+
+    return run(partial(work_of(wanted), wanted), arguments, source, destination, layers_first)
+
+
+def _carry_at_once(
+    wanted: MigrateOptions | CopyOptions | ManagedOptions,
+    arguments: argparse.Namespace,
+    source: str,
+    destination: object,
+) -> int:
+    """The way to the destination is begun before all that does it is loaded."""
+    beginning = Beginning(wanted.place)
 
     async def work(reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
         import asyncio
 
         async with beginning.reaching(None if isinstance(wanted, ManagedOptions) else wanted.source):
-            with interrupts.watching():
-                try:
-                    do = await asyncio.to_thread(work_of, wanted)
-                    return await do(wanted, reporter, interrupts, clock, beginning=beginning)
-                except asyncio.CancelledError:
-                    # It came before there was a job that would tell.
-                    if (interrupt := interrupts.error("nothing was touched")) is None:
-                        raise
-                    raise interrupt from None
+            with interrupts.before_there_is_a_job():
+                do = await asyncio.to_thread(work_of, wanted)
+                return await do(wanted, reporter, interrupts, clock, beginning=beginning)
 
-    return run(work, arguments, source or arguments.source, destination, beginning=beginning)
+    return run(work, arguments, source, destination, beginning=beginning)
 
 
 def run(

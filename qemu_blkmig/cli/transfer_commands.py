@@ -7,20 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from qemu_blkmig.cli import domain_source, options, resume_command, show
 from qemu_blkmig.cli.form import Commands, command
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.options import Afterwards, CopyOptions, MigrateOptions, OnStall, Target
-from qemu_blkmig.job.work import work_of
-
-if TYPE_CHECKING:
-    from qemu_blkmig.job.layers import Work
-
-
-_Wanted = TypeVar("_Wanted", MigrateOptions, CopyOptions)
 
 
 def add_all(commands: Commands) -> None:
@@ -86,7 +77,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         source_images=Afterwards(arguments.source_images),
         **options.common(arguments),
     )
-    return _carry(wanted, arguments)
+    return resume_command.carry(wanted, arguments, wanted.target.place)
 
 
 def _add_copy(commands: Commands) -> None:
@@ -137,22 +128,7 @@ def _copy(arguments: argparse.Namespace) -> int:
         freeze_limit=arguments.freeze_limit,
         **options.common(arguments),
     )
-    return _carry(wanted, arguments)
-
-
-def _carry(wanted: _Wanted, arguments: argparse.Namespace) -> int:
-    """Do what is `wanted`, or, with --flatten no, what that becomes once the layers are there."""
-    if wanted.selection.flatten:
-        return resume_command.carry(wanted, arguments, wanted.target.place)
-
-    async def layers_first(*told: Any) -> Work:
-        from qemu_blkmig.job.layers import bring_layers
-
-        return partial(work_of(wanted), await bring_layers(wanted, *told))
-
-    return resume_command.run(
-        partial(work_of(wanted), wanted), arguments, arguments.source, wanted.target.place, layers_first
-    )
+    return resume_command.carry(wanted, arguments, wanted.target.place)
 
 
 def _add_check(commands: Commands) -> None:

@@ -178,6 +178,9 @@ def _check_together(arguments: argparse.Namespace) -> None:
     """Options that contradict each other, and those that are of no use without another one."""
     if arguments.copy_storage_all and arguments.shared_base:
         raise UsageError("--copy-storage-all and --copy-storage-inc contradict each other")
+    for option, given in (("--base", arguments.base is not None), ("--flatten no", arguments.flatten == "no")):
+        if given and not arguments.shared_base:
+            raise UsageError(f"{option} is of no use without --copy-storage-inc")
     for option in _RUNNING if arguments.offline else ():
         if getattr(arguments, option) not in (None, False, 0, AT_ONCE):
             raise UsageError(f"--{option.removesuffix('_option').replace('_', '-')} is for a domain that runs")

@@ -14,7 +14,7 @@ from typing import Any
 from qemu_blkmig.destination import images
 from qemu_blkmig.destination.basecache import BaseCache
 from qemu_blkmig.destination.bases import Chain, Root, digests_within, root_of
-from qemu_blkmig.destination.protocol import BaseDigest, BaseDigestReply, BaseDigests, DigestsReply, Image
+from qemu_blkmig.destination.protocol import BaseDigest, BaseDigestReply, BaseDigests, DigestsReply
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.hashing import Algorithm
@@ -42,18 +42,15 @@ class Proof:
     algorithm: Algorithm
     tell: Callable[[str], None]
 
-    async def compare(self, disk: Disk, base: Base, image: Image, process: int | None) -> str | None:
-        """Compare the source's base of `disk` with the one that `image` stands, or will stand, upon.
+    async def compare(self, disk: Disk, base: Base, there: str, image_format: str, process: int | None) -> str | None:
+        """Compare the source's base of `disk` with the image `there`, of `image_format`, at the destination.
 
         `process`: the source QEMU's. Returns a warning where not all is proven. Raises `Refused`: they differ, or one
         of them cannot be read.
         """
         if self.check is BaseCheck.NONE:
             return f"disk {disk.name}: the base {base.file} was not compared (--base-check none): it is taken on trust"
-        if image.backing is None:
-            raise Refused("its image at the destination has no base", disk=disk.name)
-        there = str(Path(image.path).parent / image.backing.path)
-        compared = _Compared(self, disk.name, there, image.backing.format)
+        compared = _Compared(self, disk.name, there, image_format)
         try:
             chain = await asyncio.to_thread(chain_of, disk, base, process)
             await compared.sizes(chain)

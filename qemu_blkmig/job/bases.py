@@ -56,9 +56,17 @@ def bases_of(disk: Disk) -> list[Base]:
     ]
 
 
-def path_there(base: Base, directory: Path) -> str:
-    """Where the destination has it, if it has it."""
-    return str(directory / base.named.filename)
+def paths_there(bases: Sequence[Base], image: Path, *, flatten: bool) -> list[str]:
+    """Where the destination has all the `bases` of the disk whose own image is `image` there, if it has them.
+
+    `flatten`: that image names whichever of them it stands upon. Else each is named by the layer above it.
+    """
+    paths, above = [], image
+    for base in bases:
+        path = above.parent / base.named.filename
+        paths.append(str(path))
+        above = image if flatten else path
+    return paths
 
 
 def like(bases: Sequence[Base], other: Base) -> Base | None:

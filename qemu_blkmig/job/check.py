@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import msgspec
 
 from qemu_blkmig.destination.protocol import FindProgram, FindProgramReply
 from qemu_blkmig.errors import BlkmigError
-from qemu_blkmig.job.host import host_of
+from qemu_blkmig.job.host import looking_at
 from qemu_blkmig.job.options import Selection, Target
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.target import TargetQemu
@@ -77,16 +76,12 @@ async def _plan(source: str, target: Target, selection: Selection) -> tuple[Plan
     async with contextlib.AsyncExitStack() as stack:
         monitor = await SocketMonitor.connect(source, who="source QEMU")
         stack.push_async_callback(monitor.close)
-        runtime = stack.enter_context(tempfile.TemporaryDirectory(prefix="blkmig-check-"))
-        host = host_of(target.place, Path(runtime))
-        stack.push_async_callback(host.close)
-        agent = await host.start_agent()
-        stack.push_async_callback(agent.close)
+        host, agent = await looking_at(target.place, stack)
         qemu = None
         if target.qmp is not None:
             qemu = await TargetQemu.attach(host, agent, target.qmp)
             stack.push_async_callback(qemu.close)
-        planner = Planner(agent, selection, Path(target.place.directory), layers_first=True)
+        planner = Planner(agent, selection, Path(target.place.directory), layers_first=qemu is None)
         plan = await planner.plan(monitor, qemu, "blkmig-(none)", with_ram=True)
         return plan, await _program_missing(agent, target)
 

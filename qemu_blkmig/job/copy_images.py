@@ -102,4 +102,4 @@ async def _keep_in_mind(job: Job, source: ImageSource) -> None:
 def _placed(disk: str, options: CopyOptions | SaveOptions) -> Placed | None:
     if isinstance(options, SaveOptions) or options.image_there is None:
         return None
-    return Placed(disk, options.image_there)
+    return Placed(disk, options.image_there, options.owner_there)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.place import Local, Place, Ssh
+from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.host import Host
 from qemu_blkmig.transport.local import LocalHost
 from qemu_blkmig.transport.route import Route
@@ -23,3 +26,15 @@ def host_of(place: Place, runtime: Path, job: str | None = None, beginning: Begi
         case Ssh():
             route = Route(place.host, place.user, place.port, place.remote_command)
             return SshHost(route, runtime, job, beginning.take_connection() if beginning is not None else None)
+
+
+async def looking_at(place: Place, stack: contextlib.AsyncExitStack) -> tuple[Host, AgentClient]:
+    """The host of `place`, and an agent there that only looks; both are let go of with `stack`.
+
+    Raises `Refused`, `DestinationFailed`.
+    """
+    host = host_of(place, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blkmig-look-"))))
+    stack.push_async_callback(host.close)
+    agent = await host.start_agent()
+    stack.push_async_callback(agent.close)
+    return host, agent

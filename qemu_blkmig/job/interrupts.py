@@ -41,6 +41,17 @@ class Interrupts:
                 loop.remove_signal_handler(signum)
 
     @contextlib.contextmanager
+    def before_there_is_a_job(self) -> Iterator[None]:
+        """Watch as well; what comes before there is a job that would tell of it raises `Interrupted`."""
+        with self.watching():
+            try:
+                yield
+            except asyncio.CancelledError:
+                if (interrupt := self.error("nothing was touched")) is None:
+                    raise
+                raise interrupt from None
+
+    @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """The handover: put signals off until it is over."""
         self._deferring = True

@@ -2,67 +2,63 @@
 
 Nobody writes to them, so each is copied as an image file is, by a job of its own, the lowest one first, upon what lies
 beneath it there. For the guest's own job only the top layer is private then, and all below it is proven like any base.
+Before the first one all is looked at that would fail of that job.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
-from qemu_blkmig.destination.protocol import Files, FilesReply, Image, Inspect, InspectReply
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import BlkmigError, Interrupted, Refused
+from qemu_blkmig.errors import BlkmigError, Refused
+from qemu_blkmig.job.base_choice import LayerThere
 from qemu_blkmig.job.base_proof import path_here
-from qemu_blkmig.job.bases import Base, bases_of, path_there
 from qemu_blkmig.job.copy import copy
-from qemu_blkmig.job.host import host_of
+from qemu_blkmig.job.host import looking_at
 from qemu_blkmig.job.imagefile import describe
 from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, Target
+from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
-from qemu_blkmig.qmp.disks import Disk, inventory, plain_filename, select
+from qemu_blkmig.qmp.disks import plain_filename
 from qemu_blkmig.qmp.socket import SocketMonitor
-from qemu_blkmig.transport.client import AgentClient
 
-_Options = TypeVar("_Options", MigrateOptions, CopyOptions)
+_Options = MigrateOptions | CopyOptions | ManagedOptions
 
+Tell = Callable[[str], None]
 Work = Callable[[Reporter, Interrupts, Clock], Awaitable[Result]]
 Persist = Callable[[Work], Awaitable[Result]]
 """Does the work, and goes on with it as often as was asked for."""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """An image of the source's that is to be at the destination: `path` there, `disk` for which."""
-
-    disk: str
-    file: str
-    format: str
-    path: str
-
-
 async def bring_layers(options: _Options, reporter: Reporter, persist: Persist) -> _Options:
     """Copy the layers that are to be there and are not; what is left to be done then.
 
-    Raises as `copy` does, and `Refused` where a layer is there that a job has left incomplete.
+    Raises as `copy` does, and `Refused`, before anything is copied, with all that would fail of what is left.
     """
-    if options.target.qmp is not None:
+    if not isinstance(options, ManagedOptions) and options.target.qmp is not None:
         # It waits upon layers that it has open.
         return options
-    for layer in await _missing(options):
+    with Interrupts(reporter.note).before_there_is_a_job():
+        problems, plans = await _looked_at(options, reporter.note)
+    if problems:
+        raise Refused("; ".join(problems), state="nothing was touched")
+    for layer, work in _work(options, plans):
         reporter.note(f"disk {layer.disk}: {layer.file} is copied first, as a layer of its own (--flatten no)")
         try:
-            await persist(_Copying(_copied(layer, options)))
+            await persist(work)
         except BlkmigError as error:
+            error.state = f"{f'{error.state}; ' if error.state else ''}what stands upon this layer was not begun yet"
             if error.suspended is not None:
                 error.advice = f"{error.advice}; once resumed, this layer is there: then run the same command again"
             raise
+    if isinstance(options, ManagedOptions):
+        await _let_pools_know(options, [layer.path for plan in plans for layer in plan.layers], reporter.note)
     return replace(options, selection=replace(options.selection, base=None))
 
 
@@ -74,73 +70,71 @@ class _Copying:
 
     async def __call__(self, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
         result = await copy(self.options, reporter, interrupts, clock)
-        if interrupts.received is not None:
-            raise Interrupted(interrupts.received)
+        if (interrupt := interrupts.error()) is not None:
+            raise interrupt
         return result
 
 
-def _copied(layer: _Layer, options: MigrateOptions | CopyOptions) -> CopyOptions:
+def _work(options: _Options, plans: Sequence[Plan]) -> list[tuple[LayerThere, _Copying]]:
+    """What is to be copied; a layer of several disks just once. Raises `Refused` where one cannot be read."""
+    found = {
+        layer.path: (layer, _Copying(_copied(layer, path_here(plain_filename(layer.file), plan.process), options)))
+        for plan in plans
+        for layer in plan.layers
+        if not layer.there
+    }
+    return list(found.values())
+
+
+def _copied(layer: LayerThere, file: str, options: _Options) -> CopyOptions:
     return CopyOptions(
-        target=Target(options.target.place),
-        image=layer.file,
+        target=Target(options.place),
+        image=file,
         image_format=layer.format,
         image_there=layer.path,
+        owner_there=layer.owner,
         selection=replace(options.selection, disks=None, base=None, compare=False, target_is_zero=False),
         transfer=replace(options.transfer, data=None),
         verify=options.verify,
     )
 
 
-async def _missing(options: MigrateOptions | CopyOptions) -> list[_Layer]:
-    disks, process = await _disks(options)
-    found: dict[str, _Layer] = {}
-    with tempfile.TemporaryDirectory(prefix="blkmig-layers-") as runtime:
-        async with contextlib.AsyncExitStack() as stack:
-            host = host_of(options.target.place, Path(runtime))
-            stack.push_async_callback(host.close)
-            agent = await host.start_agent()
-            stack.push_async_callback(agent.close)
-            for disk in disks:
-                bases = bases_of(disk)
-                paths = [path_there(base, Path(options.target.place.directory)) for base in bases]
-                ids = (await agent.expect(Files(paths), FilesReply)).ids
-                there = [identity is not None for identity in ids]
-                await _require_complete(agent, disk, list(itertools.compress(paths, there)))
-                for number in _to_be_brought(bases, there, options.selection.base):
-                    base, path = bases[number], paths[number]
-                    file = path_here(plain_filename(base.layer.filename), process)
-                    found.setdefault(path, _Layer(disk.name, file, base.layer.driver, path))
-    return list(found.values())
+async def _looked_at(options: _Options, tell: Tell) -> tuple[list[str], list[Plan]]:
+    """All that would fail of what is asked for, and its plans."""
+    async with contextlib.AsyncExitStack() as stack:
+        arranged: Sequence[str] = ()
+        if isinstance(options, ManagedOptions):
+            from qemu_blkmig.job.managed_look import look_at_domain
+
+            arrangement, plans = await look_at_domain(options, stack, tell)
+            arranged = arrangement.problems
+        else:
+            plans = [await _plan(options, stack, tell)]
+        return [*arranged, *(problem for plan in plans for problem in plan.problems)], plans
 
 
-async def _require_complete(agent: AgentClient, disk: Disk, paths: Sequence[str]) -> None:
-    """Raise `Refused` where a job has left one of these layers incomplete."""
-    layers = [Image(disk.name, path, disk.format, disk.size, create=True) for path in paths]
-    if incomplete := (await agent.expect(Inspect(layers), InspectReply)).incomplete:
-        raise Refused(
-            f"disk {disk.name}: a layer that is there is incomplete: {'; '.join(incomplete)}",
-            state="nothing was touched",
-            advice="qemu-blkmig resume JOB, of that job, goes on with it: then run the same command again (cleanup JOB "
-            "removes it)",
-        )
-
-
-def _to_be_brought(bases: Sequence[Base], there: Sequence[bool], base: str | None) -> list[int]:
-    """Which of the layers below the top one are missing above the shared one, the lowest first.
-
-    None where the destination has no base at all: the plan of the guest's own job tells that.
-    """
-    named = [number for number, each in enumerate(bases) if base is not None and each.answers_to(base)]
-    shared = named[0] if named else next((number for number, is_there in enumerate(there) if is_there), 0)
-    return [number for number in reversed(range(shared)) if not there[number]]
-
-
-async def _disks(options: MigrateOptions | CopyOptions) -> tuple[Sequence[Disk], int | None]:
-    """The disks that take part, and the source QEMU's process."""
+async def _plan(options: MigrateOptions | CopyOptions, stack: contextlib.AsyncExitStack, tell: Tell) -> Plan:
+    _, agent = await looking_at(options.place, stack)
+    planner = Planner(agent, options.selection, Path(options.place.directory), tell, layers_first=True)
     if isinstance(options, CopyOptions) and options.image is not None:
-        return [await describe(options.image, options.image_format)], None
+        return await planner.plan_image(await describe(options.image, options.image_format))
     monitor = await SocketMonitor.connect(str(options.source), who="source QEMU")
+    stack.push_async_callback(monitor.close)
+    with_ram = isinstance(options, MigrateOptions) and not options.pause_only
+    return await planner.plan(monitor, None, "blkmig-(none)", with_ram=with_ram)
+
+
+async def _let_pools_know(options: ManagedOptions, paths: Sequence[str], tell: Tell) -> None:
+    """libvirt's pools at the destination list the layers; also those of a job that was resumed by itself."""
+    from qemu_blkmig.job.ends import TARGET
+    from qemu_blkmig.virt.connection import Connection
+    from qemu_blkmig.virt.storage import refresh_pools
+
     try:
-        return select(await inventory(monitor), options.selection.disks), monitor.peer_pid
-    finally:
-        await monitor.close()
+        target = await Connection.open(options.target_uri, TARGET)
+        try:
+            await refresh_pools(target, paths)
+        finally:
+            await target.close()
+    except BlkmigError as error:
+        tell(f"pools may not list the layers yet (virsh pool-refresh): {error}")

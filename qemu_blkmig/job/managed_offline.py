@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,11 +136,17 @@ def offline_images(domain: Domain, arrangement: Arrangement) -> list[OfflineImag
 
 
 async def plan_offline(
-    options: ManagedOptions, images: Sequence[OfflineImage], agent: AgentClient, begun: Sequence[Created] = ()
+    options: ManagedOptions,
+    images: Sequence[OfflineImage],
+    agent: AgentClient,
+    begun: Sequence[Created] = (),
+    tell: Callable[[str], None] = lambda _: None,
+    *,
+    layers_first: bool = False,
 ) -> list[Plan]:
     """A plan for each image: what would fail of it; nothing is touched. Raises `Refused` where one cannot be read.
 
-    `begun`: the images of a job that is resumed.
+    `begun`: the images of a job that is resumed. `tell`, `layers_first`: see `Planner`.
     """
     plans = []
     for image in images:
@@ -148,7 +154,8 @@ async def plan_offline(
         if image.variables:
             wanted = Selection(ignore_ownership=wanted.ignore_ownership, compare=wanted.compare)
         source = replace(await describe(image.file.path, image.file.format), name=image.placed.target)
-        plans.append(await Planner(agent, wanted, Path("/"), begun=begun).plan_image(source, image.placed))
+        planner = Planner(agent, wanted, Path("/"), tell, begun, layers_first=layers_first)
+        plans.append(await planner.plan_image(source, image.placed))
     return plans
 
 

@@ -202,6 +202,11 @@ class MigrateOptions:
             )
         check_convergence(self.downtime, self.max_rounds)
 
+    @property
+    def place(self) -> Place:
+        """Where the images go."""
+        return self.target.place
+
 
 def check_convergence(downtime: float, max_rounds: int | None) -> None:
     """Raise `UsageError` unless rounds can aim at `downtime` (seconds), at most `max_rounds` of them."""
@@ -214,7 +219,8 @@ def check_convergence(downtime: float, max_rounds: int | None) -> None:
 class CopyOptions:
     """`qemu-blkmig copy`: from a running guest (`source`: QMP socket) or an image file (`image`).
 
-    `image_there`: where an image file goes, if not into the directory under its own name.
+    `image_there`: where an image file goes, if not into the directory under its own name. `owner_there`: uid and gid
+    that it is to have there (None: the agent's own).
     `freeze_limit`: seconds that the guest's file systems may stay frozen, or the guest paused, at most.
     """
 
@@ -230,9 +236,15 @@ class CopyOptions:
     max_rounds: int | None = 30
     freeze_limit: float = 10.0
     verify: Verify = Verify.WRITTEN
+    owner_there: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _check_copy(self)
+
+    @property
+    def place(self) -> Place:
+        """Where the images go."""
+        return self.target.place
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,16 +11,13 @@ from typing import NamedTuple
 import msgspec
 
 from qemu_blkmig.destination.files import FileId, boot_id, file_id, file_id_for, opened_by
-from qemu_blkmig.destination.protocol import Backing as SharedBase
 from qemu_blkmig.destination.protocol import Created, Files, FilesReply, Image, Inspect, InspectReply
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.base_proof import Proof
-from qemu_blkmig.job.bases import Base, bases_of, like, path_there
+from qemu_blkmig.job.base_choice import BaseChoice, LayerThere
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.source_images import SourceImage, absolute, origin, troubles
 from qemu_blkmig.job.target import TargetQemu, counterpart
 from qemu_blkmig.qmp.disks import (
-    Backing,
     Disk,
     Inventory,
     Skipped,
@@ -48,7 +44,8 @@ class Plan:
     """`images`: by disk name. `problems`: why it cannot be done; `warnings`: what the user should know.
 
     `process`: the source QEMU's process id, where it has one and it is known. `private`: by disk, how many layers of
-    its chain lie above its shared base, filters included (see `Disk.layers`), where it has one.
+    its chain lie above its shared base, filters included (see `Disk.layers`), where it has one. `layers`: those that
+    are to be at the destination below the images, the lowest first.
     """
 
     disks: tuple[Disk, ...]
@@ -58,6 +55,7 @@ class Plan:
     warnings: tuple[str, ...]
     process: int | None = None
     private: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[LayerThere, ...] = ()
 
     def source_images(self, host: str) -> list[SourceImage]:
         """The source's own image files and devices, with where they go to on `host`."""
@@ -102,7 +100,6 @@ class Planner:
         `placed`: by the device's id, the disks that take part, and no others; without it images go to `directory`.
         """
         self._placed = placed
-        self._layers_first = layers_first
         self._begun = {created.path: created for created in begun}
         self._agent = agent
         self._selection = selection
@@ -111,7 +108,7 @@ class Planner:
         self._warnings: list[str] = []
         self._process: int | None = None
         self._tell = tell
-        self._bases: dict[str, Base] = {}
+        self._bases = BaseChoice(agent, selection, self._problems, self._warnings, layers_first=layers_first)
         self._paths: dict[str, Path] = {}
         self._owners: dict[str, tuple[int, int] | None] = {}
 
@@ -156,9 +153,12 @@ class Planner:
             self._check_disk(disk)
         if images:
             await self._check_destination(disks, images)
-            await self._prove_bases(disks, images)
-        private = {name: base.above for name, base in self._bases.items()}
-        return Plan(disks, skipped, images, tuple(self._problems), tuple(self._warnings), self._process, private)
+            self._bases.check_apart(images)
+            await self._bases.prove(disks, images, self._process, self._tell)
+        return Plan(
+            disks, skipped, images, tuple(self._problems), tuple(self._warnings), self._process, self._bases.private,
+            tuple(self._bases.layers),
+        )  # fmt: skip
 
     def _as_placed(self, found: Inventory) -> Inventory:
         """The disks by the names that they have in libvirt's domain."""
@@ -260,30 +260,7 @@ class Planner:
             )
         if not self._selection.ignore_ownership:
             self._problems += troubles(disk, self._process)
-        if self._selection.shared_base and disk.backing is None:
-            self._warnings.append(f"disk {disk.name} has no backing file: it is copied whole")
-        if self._selection.shared_base and disk.backing is not None:
-            self._check_backing(disk, disk.backing)
-
-    def _check_backing(self, disk: Disk, backing: Backing) -> None:
-        """An overlay may be used upon another file than its image names: QEMU's options and `backing: null` do that."""
-        base = self._bases.get(disk.name)
-        if base is not None and not base.is_as_named:
-            self._problems.append(
-                f"disk {disk.name}: its image names {base.named.filename} as its backing file, but the source QEMU "
-                f"uses {base.layer.filename}: that base cannot be shared"
-            )
-        elif base is not None and base.private > 1 and not self._selection.flatten:
-            (self._warnings if self._layers_first else self._problems).append(
-                f"disk {disk.name}: {base.private} layers lie above its base {base.file} (--flatten no): all but the "
-                "top one are to be at the destination before it "
-                "(qemu-blkmig copy image:LAYER --source-format FMT --shared-base brings one)"
-            )
-        elif not bases_of(disk):
-            self._problems.append(
-                f"disk {disk.name}: its image names {backing.filename} as its backing file, but the source QEMU uses "
-                "no backing file: that base cannot be shared"
-            )
+        self._bases.check(disk)
 
     def _tell_left_out(self, known: Sequence[Disk], chosen: Sequence[Disk], skipped: Sequence[Skipped]) -> None:
         names = {disk.name for disk in chosen}
@@ -299,7 +276,7 @@ class Planner:
     async def _directory_images(self, disks: Sequence[Disk]) -> dict[str, Image]:
         self._name_images(disks)
         for disk in disks if self._selection.shared_base else ():
-            await self._choose_base(disk)
+            await self._bases.choose(disk, self._paths.get(disk.name), self._owners.get(disk.name))
         return {disk.name: self._image(disk, self._paths[disk.name]) for disk in disks if disk.name in self._paths}
 
     def _name_images(self, disks: Sequence[Disk]) -> None:
@@ -322,83 +299,13 @@ class Planner:
             size=disk.size,
             create=True,
             known_zero=self._selection.target_is_zero,
-            backing=self._base(disk),
+            backing=self._bases.upon(disk),
             cluster_size=disk.cluster_size,
             preallocation=self._selection.preallocation,
             origin=origin(disk, self._process),
             compared=self._selection.compare,
             owner=self._owners.get(disk.name),
         )
-
-    def _base(self, disk: Disk) -> SharedBase | None:
-        base = self._bases.get(disk.name)
-        return None if base is None else base.shared
-
-    async def _choose_base(self, disk: Disk) -> None:
-        """As the user says; else the topmost one that the destination has; if it has none, the topmost one."""
-        if not (bases := self._wanted_bases(disk)):
-            return
-        base: Base | None = bases[0]
-        image = self._paths.get(disk.name)
-        if len(bases) > 1 and self._agent is not None and image is not None:
-            paths = [path_there(each, image.parent) for each in bases]
-            there = [each for each, path in zip(bases, paths, strict=True) if await self._is_there(self._agent, path)]
-            base = there[0] if there else None
-            if base is None:
-                self._problems.append(f"disk {disk.name}: the destination has none of its bases: {', '.join(paths)}")
-        if base is not None:
-            self._bases[disk.name] = base
-
-    async def _is_there(self, agent: AgentClient, path: str) -> bool:
-        """What is out of a confined agent's bounds is not there."""
-        with contextlib.suppress(Refused):
-            return (await agent.expect(Files([path]), FilesReply)).ids[0] is not None
-        return False
-
-    def _wanted_bases(self, disk: Disk) -> list[Base]:
-        bases = bases_of(disk)
-        path = self._selection.base
-        if path is None or not bases:
-            return bases
-        if wanted := [base for base in bases if base.answers_to(path)]:
-            return wanted[:1]
-        self._problems.append(
-            f"disk {disk.name}: {path} is none of its bases, which are: {', '.join(base.file for base in bases)}"
-        )
-        return []
-
-    def _take_base_of(self, other: Disk, disk: Disk) -> SharedBase | None:
-        """The base that a waiting QEMU's disk stands upon; the source's layer that it stands for is the disk's base."""
-        theirs = bases_of(other)
-        if not (self._selection.shared_base and theirs and (bases := self._wanted_bases(disk))):
-            return None
-        base = like(bases, theirs[0])
-        if base is None:
-            self._problems.append(
-                f"disk {disk.name}: the destination's image stands upon {theirs[0].file}, which by its name is none of "
-                f"the source's bases: {', '.join(each.file for each in bases)}; name the one that is meant by --base"
-            )
-            return None
-        self._bases[disk.name] = base
-        return theirs[0].shared
-
-    async def _prove_bases(self, disks: Sequence[Disk], images: Mapping[str, Image]) -> None:
-        """Only where all else is well: it may have to read all of the bases."""
-        if self._agent is None or not self._bases:
-            return
-        if self._problems:
-            self._warnings.append("the shared bases were not compared, because of these problems")
-            return
-        selection = self._selection
-        proof = Proof(self._agent, selection.base_check, selection.base_hash, self._tell)
-        for disk in disks:
-            if (base := self._bases.get(disk.name)) is None or disk.name not in images:
-                continue
-            try:
-                warning = await proof.compare(disk, base, images[disk.name], self._process)
-                self._warnings += [] if warning is None else [warning]
-            except Refused as error:
-                self._problems.append(f"{error}{f': {error.advice}' if error.advice else ''}")
 
     async def _target_images(self, disks: Sequence[Disk], target: TargetQemu) -> dict[str, Image]:
         candidates = (await target.inventory()).disks
@@ -421,7 +328,7 @@ class Planner:
             else:
                 images[disk.name] = Image(
                     disk=disk.name,
-                    backing=self._take_base_of(other, disk),
+                    backing=self._bases.take(other, disk),
                     path=other.filename,
                     format=other.format,
                     size=other.size,
@@ -462,6 +369,7 @@ def together(plans: Sequence[Plan]) -> Plan:
         problems=tuple(problem for plan in plans for problem in plan.problems),
         warnings=tuple(warning for plan in plans for warning in plan.warnings),
         private={name: layers for plan in plans for name, layers in plan.private.items()},
+        layers=tuple(layer for plan in plans for layer in plan.layers),
     )
 
 

@@ -113,6 +113,8 @@ def test_the_agent_is_reached_as_libvirt_is_unless_it_is_named(uri: str, agent: 
         (["web1", URI, "--disk", "vda=a"], "write TARGET=PATH"),
         (["web1", URI, "--disk", "vda=/a", "--disk", "vda=/b"], "two paths for vda"),
         (["web1", URI, "--copy-storage-all", "--copy-storage-inc"], "contradict each other"),
+        (["web1", URI, "--flatten", "no"], "--flatten no is of no use without --copy-storage-inc"),
+        (["web1", URI, "--base", "/b"], "--base is of no use without --copy-storage-inc"),
         (["web1", URI, "--offline"], "--offline needs --persistent"),
         (["web1", URI, "--offline", "--persistent", "--suspend"], "--suspend is for a domain that runs"),
         (
