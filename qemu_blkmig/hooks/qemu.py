@@ -118,9 +118,8 @@ class Domain:
             at = self._parser.CurrentByteIndex
             begin, _ = self.disks[-1].backing or (at, at)
             # Of an empty element (<a/>) expat tells the end, of others the begin of the end tag.
-            end = (
-                self._xml.index(b">", at) + 1 if self._xml.startswith(b"</", at) else _start_tag(self._xml, begin).end()
-            )
+            tag = _start_tag(self._xml, begin)
+            end = tag.end() if tag[0].endswith(b"/>") else self._xml.index(b">", at) + 1
             self.disks[-1].backing = (begin, end)
         if self._path:
             self._path.pop()

@@ -136,7 +136,10 @@ def test_the_expected_domain_gets_its_job_s_sources_and_nothing_else_changes(hos
 def test_the_end_of_a_chain_goes_and_takes_nothing_along(host: Host, chain: bytes) -> None:
     held = expected(host, vda="/new/a")
     xml = host.xml("/old/a")
-    assert host.call("migrate", xml.replace(b"<target", chain + b"<target")).stdout == xml.replace(b"/old/a", b"/new/a")
+    for follows in (b"<target", b"</disk>"):
+        assert follows in xml
+        told = host.call("migrate", xml.replace(follows, chain + follows)).stdout
+        assert told == xml.replace(b"/old/a", b"/new/a")
     held.close()
 
 
