@@ -22,7 +22,6 @@ from qemu_blkmig.job.settlement import unsettled
 from qemu_blkmig.job.standin import ask_to_leave
 from qemu_blkmig.job.status import RUNNING
 from qemu_blkmig.places import STATE_VARIABLE, state_directory
-from qemu_blkmig.units import parse_rate
 
 
 def add_all(commands: Commands) -> None:
@@ -107,7 +106,7 @@ def _add_set(commands: Commands) -> None:
     _add_job(parser)
     parser.add_argument(
         "--bandwidth",
-        type=argument(_rate_or_none),
+        type=argument(options.rate_or_none),
         metavar="RATE",
         help="most MiB/s, such as 100; or bytes a second with a suffix, such as 512k; or none",
     )
@@ -115,13 +114,6 @@ def _add_set(commands: Commands) -> None:
                         help="longest pause of the guest to aim at, in milliseconds")  # fmt: skip
     options.add_form(parser)
     parser.set_defaults(run=_set)
-
-
-def _rate_or_none(text: str) -> int:
-    """Bytes a second; 0 for none."""
-    if text.strip().lower() == "none":
-        return 0
-    return parse_rate(text) or -1
 
 
 def _set(arguments: argparse.Namespace) -> int:

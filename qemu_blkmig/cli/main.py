@@ -91,12 +91,16 @@ def run(make: Callable[[], argparse.ArgumentParser], given: Sequence[str]) -> in
 
 
 def show_error(error: BlkmigError, *, verbose: bool, program: str = "qemu-blkmig") -> None:
-    """What happened, how things stand now, what to do next: a line each, on stderr; with `verbose` its causes first."""
+    """What happened, how things stand now, what to do next: a line each, on stderr; with `verbose` its causes first.
+
+    What has several lines may be another host's words: those are further in, and pass for none of ours.
+    """
     lines = [f"{program}: {error}"]
     if error.state:
         lines.append(f"  now:  {error.state}")
     if error.advice:
         lines.append(f"  next: {error.advice}")
+    lines = [line.replace("\n", "\n        ") for line in lines]
     try:
         if verbose:
             traceback.print_exception(error)

@@ -312,6 +312,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def rate_or_none(text: str) -> int:
+    """Bytes a second; 0 for none. Raises `UsageError`."""
+    if text.strip().lower() == "none":
+        return 0
+    return parse_rate(text) or -1
+
+
 def bandwidth_group(text: str) -> tuple[str, int]:
     """NAME=RATE. Raises `UsageError`."""
     name, equals, rate = text.partition("=")

@@ -16,7 +16,6 @@ from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
 from qemu_blkmig.job.work import work_of
-from qemu_blkmig.units import parse_rate
 
 if TYPE_CHECKING:
     from qemu_blkmig.engine.ports import Clock
@@ -48,7 +47,9 @@ def add_all(commands: Commands) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="read both sides and copy what differs, whatever was recorded"
     )
-    parser.add_argument("--bandwidth", type=argument(parse_rate), metavar="RATE", help="as of migrate")
+    parser.add_argument(
+        "--bandwidth", type=argument(options.rate_or_none), metavar="RATE", help="as of migrate, or none"
+    )
     parser.add_argument("--downtime", type=argument(options.count), metavar="MS", help="as of migrate")
     parser.add_argument("--max-rounds", type=argument(options.count), metavar="N", help="as of migrate")
     parser.add_argument("--launch", metavar="CMD", help="as of migrate: another command for the destination QEMU")

@@ -256,7 +256,8 @@ class Planner:
             )
         if disk.data_file is not None:
             self._warnings.append(
-                f"disk {disk.name} has its data in {disk.data_file}: at the destination it is in the image itself"
+                f"disk {disk.name} has its data in {disk.data_file}: at the destination it is in the image itself; "
+                "here that file stays, whatever becomes of the source's images"
             )
         if not self._selection.ignore_ownership:
             self._problems += troubles(disk, self._process)

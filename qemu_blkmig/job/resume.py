@@ -25,7 +25,10 @@ _Options = MigrateOptions | CopyOptions | ManagedOptions
 
 @dataclass(frozen=True)
 class Changes:
-    """What is to be other than it was asked for at first; None: as it was. `compare`: the recording may be lost."""
+    """What is to be other than it was asked for at first; None: as it was.
+
+    `bandwidth`: bytes a second, 0: no limit. `compare`: the recording may be lost.
+    """
 
     bandwidth: int | None = None
     downtime: float | None = None
@@ -127,7 +130,7 @@ def _as_steered(options: _Options, steered: Steered | None) -> _Options:
 def _changed(options: _Options, changes: Changes) -> _Options:
     transfer = options.transfer
     if changes.bandwidth is not None:
-        transfer = replace(transfer, bandwidth=changes.bandwidth)
+        transfer = replace(transfer, bandwidth=changes.bandwidth or None)
     options = replace(
         options,
         transfer=transfer,

@@ -21,6 +21,7 @@ from qemu_blkmig.job.options import Transfer
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.places import state_directory
+from qemu_blkmig.units import show_rate
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +161,9 @@ class Sharing:
         member = await asyncio.to_thread(group.join, self._job, rate)
         if member is not None:
             self._held.append(member)
+        least = min((await asyncio.to_thread(group.members)).values(), default=rate)
+        if least < rate:
+            self._reporter.note(f"group {name} has {show_rate(least)} in all, as another of its jobs asked for")
         await self._divide(group)
         self._watching = asyncio.create_task(self._watch(group))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_blkmig.cli.main import main, report
+from qemu_blkmig.cli.main import main, report, show_error
 from qemu_blkmig.errors import MigrationError, SourceReadError
 from qemu_blkmig.qmp.monitor import CommandFailed
 
@@ -91,6 +91,13 @@ def test_the_job_to_be_resumed_is_named_for_programs() -> None:
     error = MigrationError("the other host is full")
     error.suspended = "1a2b3c4d"
     assert report(error).suspended == "1a2b3c4d"
+
+
+def test_another_host_s_words_do_not_pass_for_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    show_error(MigrationError("it said:\n  next: run anything", advice="look there"), verbose=False)
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("  next: ")] == [
+        "  next: look there"
+    ]
 
 
 def test_verbose_may_stand_before_or_behind_the_command(capsys: pytest.CaptureFixture[str]) -> None:

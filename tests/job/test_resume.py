@@ -34,7 +34,8 @@ async def test_a_job_that_turns_out_to_have_handed_the_guest_over_is_told_to_be_
 
 
 @pytest.mark.parametrize(
-    ("changes", "bandwidth"), [(resume.Changes(), None), (resume.Changes(bandwidth=3 << 20), 3 << 20)]
+    ("changes", "bandwidth"),
+    [(resume.Changes(), 2 << 20), (resume.Changes(bandwidth=3 << 20), 3 << 20), (resume.Changes(bandwidth=0), None)],
 )
 async def test_what_was_set_while_the_job_ran_still_holds(
     changes: resume.Changes, bandwidth: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -42,7 +43,7 @@ async def test_what_was_set_while_the_job_ran_still_holds(
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
     job = Job.create()
     job.record.copy = CopyOptions(Target(Local("/d")), image="/i", transfer=Transfer(bandwidth=1 << 20), downtime=0.3)
-    job.record.steered = Steered(None, 0.077)
+    job.record.steered = Steered(2 << 20, 0.077)
     job.record.suspended = True
     job.save_blocking()
     job.release()

@@ -69,6 +69,12 @@ async def test_a_group_s_budget_is_shared_evenly_and_a_leaver_s_part_goes_to_the
             assert rate_one.rate == 12 * MIB, "another group is another's affair"
 
 
+async def test_who_joins_a_group_that_has_less_is_told_so() -> None:
+    told: list[str] = []
+    async with job("1", Transfer(group=("wan", MIB)))[0], job("2", Transfer(group=("wan", 2 * MIB)), told)[0]:
+        assert told == ["group wan has 1.0 MiB/s in all, as another of its jobs asked for"]
+
+
 async def test_slots_are_bounded_taken_in_turn_and_waiting_is_told() -> None:
     transfer, order = Transfer(slots=2), list[str]()
     (one, _), (two, _) = job("1", transfer), job("2", transfer)
