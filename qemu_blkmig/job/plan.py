@@ -59,8 +59,14 @@ class Plan:
 
     def source_images(self, host: str) -> list[SourceImage]:
         """The source's own image files and devices, with where they go to on `host`."""
-        paths = {disk.name: absolute(disk.filename, self.process) for disk in self.disks}
-        return [SourceImage(name, path, f"{host}:{self.images[name].path}") for name, path in paths.items() if path]
+        found = []
+        for disk in self.disks:
+            if path := absolute(disk.filename, self.process):
+                data = absolute(disk.data_file, self.process) if disk.data_file else ""
+                found.append(
+                    SourceImage(disk.name, path, f"{host}:{self.images[disk.name].path}", data_file=data or None)
+                )
+        return found
 
     def require(self) -> None:
         """Raise `Refused` with all the problems, if there are any."""

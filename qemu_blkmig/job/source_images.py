@@ -20,7 +20,8 @@ OVERRIDE = "--ignore-ownership overrides"
 class SourceImage(msgspec.Struct, frozen=True):
     """The image of `disk` at the source, by absolute path, and `to`: where it goes, in words.
 
-    `domain`, `uuid`: libvirt's name and UUID of the guest, for the ownership record.
+    `domain`, `uuid`: libvirt's name and UUID of the guest, for the ownership record. `data_file`: where a qcow2 image
+    has its data, by absolute path, if not in itself.
     """
 
     disk: str
@@ -28,6 +29,7 @@ class SourceImage(msgspec.Struct, frozen=True):
     to: str
     domain: str | None = None
     uuid: str | None = None
+    data_file: str | None = None
 
     @property
     def guest(self) -> ownership.Guest | None:
@@ -83,7 +85,8 @@ def leave_behind(images: Sequence[SourceImage], job: str, afterwards: Afterwards
         try:
             if afterwards is not Afterwards.KEEP:
                 told += _put_away(image, job, afterwards)
-            if os.path.lexists(image.path) or afterwards is Afterwards.KEEP:
+            # A link to what was put away would be told to be an image that has moved, and so would the next one there.
+            if os.path.exists(image.path) or afterwards is Afterwards.KEEP:  # noqa: PTH110 - a string like the rest
                 ownership.move(image.path, job, image.disk, image.to, image.guest)
         except OSError as error:
             told.append(
@@ -109,6 +112,19 @@ def _put_away(image: SourceImage, job: str, afterwards: Afterwards) -> list[str]
                 ownership.move(new, job, image.disk, image.to, image.guest)
                 os.rename(path, new)  # noqa: PTH104 - a string like the rest
         ownership.remove(path)
+    except OSError as error:
+        return [f"{path} was kept: {error.strerror}"]
+    return _delete_data(image.data_file) if image.data_file and afterwards is Afterwards.DELETE else []
+
+
+def _delete_data(name: str) -> list[str]:
+    """Its image, which is gone, had its data in this file. A renamed image still has."""
+    path = os.path.realpath(name)
+    try:
+        if os.path.lexists(path):
+            if (why := _why_kept(path)) is not None:
+                return [f"{path} was kept: {why}"]
+            os.unlink(path)  # noqa: PTH108 - a string like the rest
     except OSError as error:
         return [f"{path} was kept: {error.strerror}"]
     return []

@@ -139,6 +139,28 @@ def test_the_source_s_images_are_put_away_and_repeating_that_is_safe(tmp_path: P
         assert records(image, moved) == ["moved" if path == there else None for path in (image, moved)]
 
 
+@pytest.mark.parametrize("choice", [Afterwards.RENAME, Afterwards.DELETE])
+def test_an_image_that_was_put_away_is_not_told_of_where_a_link_to_it_stays(tmp_path: Path, choice: Afterwards) -> None:
+    image, link = tmp_path / "image", tmp_path / "link"
+    image.write_bytes(b"old")
+    link.symlink_to(image)
+    for _ in range(2):
+        assert leave_behind([SourceImage("vda", str(link), "hostb:/there")], "1a2b", choice) == []
+        assert not image.exists() and records(image) == [None]
+
+
+@pytest.mark.parametrize("choice", Afterwards)
+def test_the_file_that_an_image_has_its_data_in_goes_with_it_where_it_is_deleted(
+    tmp_path: Path, choice: Afterwards
+) -> None:
+    image, data = tmp_path / "image", tmp_path / "data"
+    image.write_bytes(b"header")
+    data.write_bytes(b"old")
+    for _ in range(2):
+        assert leave_behind([SourceImage("vda", str(image), "hostb:/there", data_file=str(data))], "1a2b", choice) == []
+        assert data.exists() == (choice is not Afterwards.DELETE)
+
+
 @pytest.mark.parametrize("alive", [True, False])
 async def test_images_are_put_away_only_when_the_source_qemu_is_known_to_be_gone(
     job: Job, tmp_path: Path, alive: bool
