@@ -80,6 +80,39 @@ def test_the_source_s_libvirtd_restarted_in_bulk_and_the_job_resumed(virtlab: Vi
     virtlab.assert_nothing_left()
 
 
+def test_xml_that_a_device_plugged_in_meanwhile_makes_useless_is_replaced_and_nothing_copied_again(
+    virtlab: VirtLab, domain: Domain
+) -> None:
+    given, mouse = virtlab.hosts.near / "given.xml", virtlab.hosts.near / "mouse.xml"
+
+    def dump() -> None:
+        given.write_text(virtlab.hosts.virsh("dumpxml", domain.name, "--migratable"))
+
+    dump()
+    mouse.write_text("<input type='mouse' bus='usb'/>")
+    attempt = virtlab.attempt(domain, "--xml", given, hold="copied")
+    attempt.wait_held()
+    virtlab.hosts.virsh("attach-device", domain.name, mouse)
+    attempt.go_on()
+    job = virtlab.job()
+    outcome = attempt.outcome()
+    outcome.failed(1, "does not match source", f"virsh-blkmigrate --resume {job} --xml FILE", now=HERE)
+    outcome = virtlab.virsh("--resume", job)
+    outcome.failed(3, "does not match source", f"virsh-blkmigrate --resume {job} --xml FILE", now=HERE)
+    dump()
+    path, fitting = str(domain.disks[0].path), given.read_text()
+    given.write_text(fitting.replace(path, "/elsewhere"))
+    virtlab.virsh("--resume", job, "--xml", given).failed(
+        3, f"the XML says /elsewhere, but what was copied lies in {path}"
+    )
+    given.write_text(fitting)
+    resumed = virtlab.virsh("--resume", job, "--xml", given, "--output", "json").succeeded().result
+    (disk,) = resumed["disks"]
+    assert disk["resumed"] == disk["virtual_size"]
+    virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
 def test_the_source_s_libvirtd_killed_while_the_gate_is_closed(virtlab: VirtLab, domain: Domain) -> None:
     attempt = virtlab.attempt(domain, hold="last round over")
     attempt.wait_held()

@@ -186,6 +186,32 @@ def test_a_machine_type_an_emulator_a_network_and_files_that_are_not_there_are_a
         lab.hosts.virsh("destroy", idle.name)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("32768</memory>", "65536</memory>", "max memory 65536 does not match source 32768"),
+        ("placement='static'>1<", "placement='static'>2<", "vCPU max 2 does not match source 1"),
+        ("<target dev='vda' bus='virtio'/>", "<target dev='vda' bus='virtio'/><readonly/>", "disk access mode"),
+        ("<target dev='vda' bus='virtio'/>", "<target dev='vda' bus='virtio'/><serial>x</serial>", "disk serial x"),
+        ("pc-q35-7.2", "pc-q35-7.1", "machine type pc-q35-7.1 does not match"),
+        ("qemu64", "qemu32", "CPU model qemu32 does not match"),
+        ("<acpi/>", "<acpi/><apic/>", "feature 'apic' differs"),
+        ("32768</currentMemory>", "16384</currentMemory>", None),
+        ("<target dev='vda' bus='virtio'/>", "<target dev='vda' bus='virtio'/><shareable/>", None),
+        ("<name>", "<title>another</title><name>", None),
+    ],
+)
+def test_xml_that_libvirt_would_refuse_is_told_and_no_other(idle: Idle, old: str, new: str, why: str | None) -> None:
+    xml = idle.lab.hosts.virsh("dumpxml", idle.name, "--migratable")
+    assert old in xml
+    given = idle.lab.hosts.near / "altered.xml"
+    given.write_text(xml.replace(old, new, 1))
+    told = idle.problems("--xml", given)
+    assert (why in told and "begin with what virsh dumpxml --migratable" in told) if why else not told, told
+    assert idle.lab.hosts.domains()[idle.name] == "running"
+    assert "None" in idle.lab.hosts.virsh("domjobinfo", idle.name)
+
+
 ASK = """
 import asyncio, json, sys
 from qemu_blkmig.virt.acceptance import lacks

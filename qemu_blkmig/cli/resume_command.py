@@ -173,7 +173,13 @@ def _resume(arguments: argparse.Namespace) -> int:
     return resume_job(arguments.job, arguments, launch=arguments.launch)
 
 
-def resume_job(job: str, arguments: argparse.Namespace, launch: str | None = None) -> int:
+def resume_job(
+    job: str,
+    arguments: argparse.Namespace,
+    launch: str | None = None,
+    xml: str | None = None,
+    persistent_xml: str | None = None,
+) -> int:
     """Go on with `job`, with what was given anew of bandwidth, downtime, max_rounds, on_stall and compare."""
     import asyncio
 
@@ -186,6 +192,8 @@ def resume_job(job: str, arguments: argparse.Namespace, launch: str | None = Non
         max_rounds=arguments.max_rounds,
         on_stall=None if arguments.on_stall is None else OnStall(arguments.on_stall),
         launch=launch,
+        xml=xml,
+        persistent_xml=persistent_xml,
         compare=arguments.compare,
     )
     others.not_over(job)

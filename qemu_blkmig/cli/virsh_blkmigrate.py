@@ -24,7 +24,7 @@ from qemu_blkmig.job.options import Afterwards, OnStall
 
 PARALLEL = 2
 """Connections of --parallel, as QEMU has it."""
-_CHANGED = ("bandwidth", "downtime", "max_rounds", "on_stall")
+_CHANGED = ("bandwidth", "downtime", "max_rounds", "on_stall", "xml", "persistent_xml")
 """What may be other than it was when a job is resumed; None: as it was."""
 _RUNNING = (
     "suspend", "timeout", "auto_converge", "tls", "parallel", "migrateuri", "migrateuri_option", "listen_address",
@@ -92,7 +92,12 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.progress = "none"
     if arguments.resume is not None:
         _check_resumed(arguments)
-        return resume_command.resume_job(arguments.resume, arguments)
+        return resume_command.resume_job(
+            arguments.resume,
+            arguments,
+            xml=_contents("--xml", arguments.xml),
+            persistent_xml=_contents("--persistent-xml", arguments.persistent_xml),
+        )
     wanted = wish(arguments)
     if arguments.dry_run:
         return _look(wanted, arguments)

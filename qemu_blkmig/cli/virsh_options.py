@@ -185,7 +185,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
                        "with the domain's XML for the destination; nothing is touched")  # fmt: skip
     group.add_argument("--resume", metavar="JOB",
                        help="go on with a migration that was suspended, as it was asked for at first but for "
-                       "--bandwidth, --downtime, --max-rounds, --on-stall and --compare")  # fmt: skip
+                       "--bandwidth, --downtime, --max-rounds, --on-stall, --compare, --xml and --persistent-xml "
+                       "(images stay where they are)")  # fmt: skip
     group.add_argument("--verbose", action="store_true", help="show progress also where stderr is no terminal")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Files, FilesReply
@@ -23,6 +24,7 @@ from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, lacks,
 from qemu_blkmig.virt.connection import Connection, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
 from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, nvram_of, rewritten
+from qemu_blkmig.virt.rehearsal import would_refuse
 from qemu_blkmig.virt.sharedfs import shared_file_system
 from qemu_blkmig.virt.storage import pool_directory, qemu_owner, volume_path
 
@@ -142,12 +144,27 @@ async def arrange(
         persistent, told, trouble = _persistent(options, domain, own, paths)
         warnings += told
         problems += trouble
+    if not problems and not options.offline:
+        problems += await _rehearsed(options, source, handle, target, xml)
     if await is_defined(target, domain.uuid):
         fate = "that definition is replaced" if options.persistent else "that definition stays as it is"
         warnings.append(f"the domain is defined at the destination already: {fate}")
     owner = await qemu_owner(target, xml)
     left = tuple((disk.target, disk.left_alone) for disk in domain.disks if disk.left_alone is not None)
     return Arrangement(paths, xml, persistent, left, tuple(problems), tuple(warnings), owner)
+
+
+async def _rehearsed(
+    options: ManagedOptions, source: Connection, handle: Any, target: Connection, xml: str
+) -> list[str]:
+    """What no look of ours finds, libvirt finds itself."""
+    why = await would_refuse(source, handle, target, xml, options.dname)
+    if why is None:
+        return []
+    if options.xml is None:
+        return [f"libvirt would not migrate it: {why}"]
+    hint = f"begin with what virsh dumpxml --migratable {options.domain} prints"
+    return [f"libvirt would not migrate it with the XML of --xml: {why} ({hint})"]
 
 
 async def chosen(domain: Domain, options: ManagedOptions, source: Connection) -> Domain:

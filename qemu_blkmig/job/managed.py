@@ -19,7 +19,7 @@ from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.environment import libvirt_version
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
-from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.managed_options import ManagedOptions, with_other_xml
 from qemu_blkmig.job.managed_switchover import ManagedSwitchover
 from qemu_blkmig.job.options import OnStall
 from qemu_blkmig.job.plan import Plan, Planner
@@ -140,7 +140,9 @@ class _Run:
         planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)
         self._plan: Plan = await planner.plan(monitor, None, record.prefix, with_ram=True)
         if problems := [*self._arrangement.problems, *self._plan.problems]:
-            raise Refused("; ".join(problems), state="nothing was touched")
+            resumed = options.xml is not None and record.identities
+            advice = with_other_xml(record.job) if resumed else None
+            raise Refused("; ".join(problems), state="nothing was touched", advice=advice)
         for warning in (*self._arrangement.notes(), *self._plan.warnings):
             self._reporter.note(warning)
         if options.on_stall is OnStall.THROTTLE:

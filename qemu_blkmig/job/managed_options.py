@@ -92,6 +92,13 @@ class ManagedOptions:
                 raise UsageError(f"{name} must be between 1 and {most}")
 
 
+def with_other_xml(job: str) -> str:
+    """What to do where libvirt refuses the XML that was given for the destination."""
+    return (
+        f"virsh-blkmigrate --resume {job} --xml FILE goes on with other XML, qemu-blkmig resume {job} with what it has"
+    )
+
+
 def migration_address(uri: str) -> tuple[str, int | None]:
     """Host and port (None: any that is free) of --migrateuri. Raises `UsageError`."""
     match = _TCP.fullmatch(uri)

@@ -138,7 +138,7 @@ class ManagedSwitchover:
         if passage.gate.failure is not None:
             return LibvirtFailed(f"the way of the guest's RAM to the destination broke: {passage.gate.failure}")
         if passage.migration.ended and self._job.record.owner is Owner.SOURCE:
-            return not_migrated(await passage.migration.failed())
+            return not_migrated(await passage.migration.failed(), passage.other_xml)
         return error
 
     async def _come_to(self, passage: Passage, statuses: Sequence[str]) -> None:

@@ -16,11 +16,11 @@ from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.gateway import Gateway, gateway
 from qemu_blkmig.job.lifecycle import Lifecycle
-from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.managed_options import ManagedOptions, with_other_xml
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import EventStream
 from qemu_blkmig.time_limit import time_limit
-from qemu_blkmig.virt.connection import LibvirtError
+from qemu_blkmig.virt.connection import LibvirtError, libvirt
 from qemu_blkmig.virt.gate import Gate
 from qemu_blkmig.virt.migration import DomainMigration, Wish
 
@@ -32,9 +32,16 @@ class Passage:
     """libvirt's migration under way. Made by `begin`; must be ended by `end`."""
 
     def __init__(
-        self, migration: DomainMigration, gate: Gate, events: EventStream, ending: contextlib.AsyncExitStack
+        self,
+        migration: DomainMigration,
+        gate: Gate,
+        events: EventStream,
+        ending: contextlib.AsyncExitStack,
+        other_xml: str | None = None,
     ) -> None:
+        """`other_xml`: what to do where libvirt refuses the domain's XML; None: the next attempt has it made anew."""
         self.migration = migration
+        self.other_xml = other_xml
         self.gate = gate
         self._events = events
         self._ending = ending
@@ -65,7 +72,8 @@ class Passage:
             gate = Gate(way.listener, way.connect)
             stack.push_async_callback(asyncio.to_thread, gate.close)
             migration = await DomainMigration.begin(ends.source, ends.handle, ends.target, wish)
-            return cls(migration, gate, events, stack.pop_all())
+            other_xml = None if options.xml is None else with_other_xml(life.job.record.job)
+            return cls(migration, gate, events, stack.pop_all(), other_xml)
 
     async def status(self) -> str:
         """What QEMU says next of its migration. Raises `LibvirtFailed` when libvirt has ended it."""
@@ -74,7 +82,7 @@ class Passage:
         try:
             await asyncio.wait({event, ended}, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
-                raise not_migrated(ended.result())
+                raise not_migrated(ended.result(), self.other_xml)
             return str(event.result().data["status"])
         finally:
             for task in (event, ended):
@@ -95,11 +103,25 @@ class Passage:
         await self._ending.aclose()
 
 
-def not_migrated(why: BlkmigError | None) -> LibvirtFailed:
-    """The error that tells that libvirt did not migrate the guest."""
+def not_migrated(why: BlkmigError | None, other_xml: str | None) -> LibvirtFailed:
+    """The error that tells that libvirt did not migrate the guest, with the advice `other_xml` if it refused that."""
     if isinstance(why, LibvirtError):
-        return LibvirtFailed(f"libvirt, here or at the destination, could not migrate the guest: {why.what.strip()}")
+        return LibvirtFailed(
+            f"libvirt, here or at the destination, could not migrate the guest: {why.what.strip()}",
+            advice=other_xml if _is_of_xml(why) else None,
+        )
     return LibvirtFailed(f"libvirt could not migrate the guest: {why or 'it says that it has, too early'}")
+
+
+def _is_of_xml(error: LibvirtError) -> bool:
+    """With the same XML libvirt will say it again."""
+    module = libvirt()
+    return error.code in (
+        module.VIR_ERR_CONFIG_UNSUPPORTED,
+        module.VIR_ERR_XML_ERROR,
+        module.VIR_ERR_XML_DETAIL,
+        module.VIR_ERR_INVALID_ARG,
+    )
 
 
 async def _wish(life: Lifecycle, options: ManagedOptions, there: Arrangement, way: Gateway, *, live: bool) -> Wish:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import DestinationFailed, Refused
+from qemu_blkmig.job.chronicle import Chronicle
 from qemu_blkmig.job.connected import compare_instead
 from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.journal import FILE
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
 from qemu_blkmig.job.record import Job, Steered
@@ -19,6 +21,7 @@ from qemu_blkmig.job.settlement import unsettled
 from qemu_blkmig.job.work import work_of
 from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.socket import SocketMonitor
+from qemu_blkmig.virt.domain import Domain
 
 _Options = MigrateOptions | CopyOptions | ManagedOptions
 
@@ -27,7 +30,8 @@ _Options = MigrateOptions | CopyOptions | ManagedOptions
 class Changes:
     """What is to be other than it was asked for at first; None: as it was.
 
-    `bandwidth`: bytes a second, 0: no limit. `compare`: the recording may be lost.
+    `bandwidth`: bytes a second, 0: no limit. `compare`: the recording may be lost. `xml`, `persistent_xml`: as of
+    `ManagedOptions`.
     """
 
     bandwidth: int | None = None
@@ -35,6 +39,8 @@ class Changes:
     max_rounds: int | None = None
     on_stall: OnStall | None = None
     launch: str | None = None
+    xml: str | None = None
+    persistent_xml: str | None = None
     compare: bool = False
 
 
@@ -50,6 +56,8 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
             )
         await _come_to_rest(job)
         options = _changed(_as_steered(options, job.record.steered), changes)
+        if changes.xml is not None:
+            _check_same_places(job, changes.xml)
         if changes.compare:
             await _forget_recording(job)
             options = replace(options, selection=replace(options.selection, compare=True, target_is_zero=False))
@@ -139,8 +147,33 @@ def _changed(options: _Options, changes: Changes) -> _Options:
     )
     if changes.on_stall is not None and not isinstance(options, CopyOptions):
         options = replace(options, on_stall=changes.on_stall)
+    if changes.xml is not None or changes.persistent_xml is not None:
+        options = _with_xml(options, changes)
     if changes.launch is not None:
         if isinstance(options, ManagedOptions) or options.target.launch is None:
             raise Refused("--launch is of no use to this job: it starts no destination QEMU")
         options = replace(options, target=replace(options.target, launch=changes.launch))
     return options
+
+
+def _with_xml(options: _Options, changes: Changes) -> _Options:
+    if not isinstance(options, ManagedOptions):
+        raise Refused("--xml is of no use to this job: libvirt does not manage its guest")
+    return replace(
+        options,
+        xml=options.xml if changes.xml is None else changes.xml,
+        persistent_xml=options.persistent_xml if changes.persistent_xml is None else changes.persistent_xml,
+    )
+
+
+def _check_same_places(job: Job, xml: str) -> None:
+    """What was copied lies where it was agreed. Raises `Refused` where the XML has a disk in another place."""
+    given = {disk.target: disk.path for disk in Domain.parse(xml).disks}
+    for disk in Chronicle(job.directory / FILE).story().agreed:
+        path = given.get(disk.name, disk.destination)
+        if path != disk.destination:
+            raise Refused(
+                f"the XML says {path}, but what was copied lies in {disk.destination}",
+                disk=disk.name,
+                advice=f"name that path in the XML; or qemu-blkmig cleanup {job.record.job}, and start anew",
+            )

@@ -142,6 +142,7 @@ def test_the_agent_is_reached_as_libvirt_is_unless_it_is_named(uri: str, agent: 
         (["web1", URI, "--persistent-xml", "/dev/null"], "--persistent"),
         (["--resume", "1a2b", "--persistent"], "--persistent cannot be given with --resume"),
         (["--resume", "1a2b", "web1"], "DOMAIN cannot be given with --resume"),
+        (["--resume", "1a2b", "--xml", "/none"], "--xml /none cannot be read"),
         (["--resume=1a2b", "--verify", "full"], "--verify cannot be given with --resume"),
     ],
 )
@@ -167,7 +168,10 @@ def test_what_cannot_be_honoured_is_an_error_with_its_reason(option: str, capsys
     assert f"{option} cannot be honoured: {(REFUSED | REFUSED_VALUES)[option]}" in told
 
 
-@pytest.mark.parametrize("given", [["--bandwidth", "1"], ["--downtime", "300"], ["--on-stall", "abort"], ["--compare"]])
+@pytest.mark.parametrize(
+    "given",
+    [["--bandwidth", "1"], ["--downtime", "300"], ["--on-stall", "abort"], ["--compare"], ["--xml", "/dev/null"]],
+)
 def test_a_job_that_is_resumed_may_be_told_some_things_anew(
     given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from qemu_blkmig.errors import LibvirtFailed
 from qemu_blkmig.job.passage import Passage, not_migrated
-from qemu_blkmig.virt.connection import LibvirtError, LibvirtGone
+from qemu_blkmig.virt.connection import LibvirtError, LibvirtGone, libvirt
 
 
 class _Gone:
@@ -36,5 +36,11 @@ async def test_a_libvirt_that_is_gone_is_told_once() -> None:
 
 
 def test_which_libvirt_could_not_is_not_told_where_it_is_not_known() -> None:
-    told = str(not_migrated(LibvirtError("the source's libvirt", "Hook script execution failed\n", 42)))
+    told = str(not_migrated(LibvirtError("the source's libvirt", "Hook script execution failed\n", 42), None))
     assert told == "libvirt, here or at the destination, could not migrate the guest: Hook script execution failed"
+
+
+def test_xml_that_was_refused_is_not_to_be_tried_again_as_it_is() -> None:
+    refused = LibvirtError("the source's libvirt", "unsupported configuration", libvirt().VIR_ERR_CONFIG_UNSUPPORTED)
+    assert not_migrated(refused, "give other XML").advice == "give other XML"
+    assert not_migrated(LibvirtError("the source's libvirt", "no", 42), "give other XML").advice is None
