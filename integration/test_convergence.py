@@ -103,6 +103,19 @@ def test_limits_of_the_guests_own_come_back_where_the_migration_fails(lab: Lab) 
     assert_runs_on(lab, guest)
 
 
+def test_limits_that_an_admin_sets_while_the_guest_is_slowed_stay(lab: Lab) -> None:
+    guest = busy(lab)
+    before = limits(guest)
+    process, _ = started(lab, guest, *FASTER, "--on-stall", "throttle")
+    wait_until(lambda: limits(guest) != before, "the throttle", 60)
+    slow(guest, bps_wr=60 * MIB)
+    process.send_signal(signal.SIGINT)
+    assert finish(process).code == 130
+    assert limits(guest)[0]["bps_wr"] == 60 * MIB
+    slow(guest)
+    assert_runs_on(lab, guest)
+
+
 @pytest.mark.parametrize("own", [{}, OWN], ids=["none", "its own"])
 def test_a_killed_coordinator_leaves_no_guest_slowed(lab: Lab, own: dict[str, int | str]) -> None:
     guest = busy(lab)

@@ -83,18 +83,22 @@ class Brake:
         self._tell(figures, target, downtime)
 
     async def _apply(self) -> None:
-        record = self._life.job.record
+        source, record = self._life.source, self._life.job.record
         await self._life.watchdog.arm(PATIENCE)
-        if not record.throttled:
-            record.throttled = await limits(self._life.source, self._disks)
-            await self._life.job.save()
+        known = {disk.name: disk for disk in record.throttled}
+        # What somebody else has given a disk meanwhile is its own from now on.
+        own = [
+            known[now.name] if now.name in known and known[now.name].explains(now) else now
+            for now in await limits(source, self._disks)
+        ]
+        names = {disk.name: disk.group or f"{record.prefix}-throttle{number}" for number, disk in enumerate(own)}
         groups: dict[str, float] = {}
-        for number, disk in enumerate(record.throttled):
-            key = disk.group or f"{record.prefix}-throttle{number}"
-            groups[key] = groups.get(key, 0.0) + self._limits[disk.name]
-        for number, disk in enumerate(record.throttled):
-            key = disk.group or f"{record.prefix}-throttle{number}"
-            await slow_writes(self._life.source, disk, int(groups[key]), key)
+        for name, group in names.items():
+            groups[group] = groups.get(group, 0.0) + self._limits[name]
+        record.throttled = [disk.slower(int(groups[names[disk.name]])) for disk in own]
+        await self._life.job.save()
+        for disk in record.throttled:
+            await slow_writes(source, disk, disk.rates[-1], names[disk.name])
 
     def _tell(self, figures: Figures, target: float, downtime: float) -> None:
         told = ", ".join(

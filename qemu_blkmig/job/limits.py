@@ -13,10 +13,14 @@ log = logging.getLogger(__name__)
 
 
 async def give_back(job: Job, source: Monitor) -> None:
-    """The disks get the limits again that they had before. Raises what `Monitor.execute` raises."""
+    """The disks get the limits again that they had before, but where somebody else has changed them meanwhile.
+
+    Raises what `Monitor.execute` raises.
+    """
     if not job.record.throttled:
         return
-    await restore(source, job.record.throttled)
+    for name in await restore(source, job.record.throttled):
+        log.warning("the limits of disk %s were changed by somebody else meanwhile, and stay as they are", name)
     job.record.throttled = []
     try:
         await job.save()

@@ -26,17 +26,37 @@ _MEMBERS = (*_RATES, *(f"{rate}_{part}" for rate in _RATES for part in ("max", "
 
 
 class Throttled(msgspec.Struct, frozen=True):
-    """A disk and the limits that it has but for us, as block_set_io_throttle takes them. `qdev`: its device."""
+    """A disk and the limits that it has but for us, as block_set_io_throttle takes them. `qdev`: its device.
+
+    `rates`: bytes a second that we have made its writes keep to, or are about to.
+    """
 
     name: str
     qdev: str
     limits: dict[str, int | str]
+    rates: tuple[int, ...] = ()
 
     @property
     def group(self) -> str | None:
         """The throttle group that it is in."""
         group = self.limits.get("group")
         return None if group is None else str(group)
+
+    def slower(self, rate: int) -> Throttled:
+        """The same disk, about to be slowed to `rate`."""
+        return msgspec.structs.replace(self, rates=(*self.rates, rate))
+
+    def explains(self, now: Throttled) -> bool:
+        """Whether what it has `now` is its own, or our doing; else somebody else has changed it meanwhile."""
+        return now.limits == self.limits or self.is_slowed(now)
+
+    def is_slowed(self, now: Throttled) -> bool:
+        """Whether what its writes keep to `now` is our doing: then it must not stay.
+
+        It may be where the job's record, an older one, does not tell.
+        """
+        ours = [slowed(self.limits, rate)["bps_wr"] for rate in self.rates]
+        return not ours or now.limits.get("bps_wr") in ours
 
 
 async def check_can_throttle(monitor: Monitor) -> None:
@@ -48,11 +68,11 @@ async def check_can_throttle(monitor: Monitor) -> None:
 async def limits(monitor: Monitor, disks: Sequence[Disk]) -> list[Throttled]:
     """The limits that the disks have now."""
     drives = {drive.get("qdev"): drive for drive in await monitor.execute("query-block")}
-    found = []
-    for disk in disks:
-        inserted = drives.get(disk.qdev, {}).get("inserted", {})
-        found.append(Throttled(disk.name, disk.qdev, {key: inserted[key] for key in _MEMBERS if key in inserted}))
-    return found
+    return [_throttled(disk.name, disk.qdev, drives.get(disk.qdev, {}).get("inserted", {})) for disk in disks]
+
+
+def _throttled(name: str, qdev: str, inserted: Mapping[str, Any]) -> Throttled:
+    return Throttled(name, qdev, {key: inserted[key] for key in _MEMBERS if key in inserted})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +102,24 @@ async def slow_writes(monitor: Monitor, disk: Throttled, rate: int, group: str) 
     await _set(monitor, disk.qdev, {**slowed(disk.limits, rate), **own})
 
 
-async def restore(monitor: Monitor, disks: Sequence[Throttled]) -> None:
-    """Give the disks those limits again; one that the guest has no more needs none. Raises what `execute` raises."""
-    there = {drive.get("qdev") for drive in await monitor.execute("query-block") if "inserted" in drive}
+async def restore(monitor: Monitor, disks: Sequence[Throttled]) -> list[str]:
+    """Give the disks those limits again; one that the guest has no more needs none. Raises what `execute` raises.
+
+    Returns the names of those that somebody else has given others meanwhile, which stay.
+    """
+    drives = {
+        drive.get("qdev"): drive["inserted"] for drive in await monitor.execute("query-block") if "inserted" in drive
+    }
+    left = []
     for disk in disks:
-        if disk.qdev in there:
+        if disk.qdev not in drives:
+            continue
+        now = _throttled(disk.name, disk.qdev, drives[disk.qdev])
+        if disk.is_slowed(now):
             await _set(monitor, disk.qdev, disk.limits)
+        elif not disk.explains(now):
+            left.append(disk.name)
+    return left
 
 
 def slowed(limits: Mapping[str, int | str], rate: int) -> dict[str, int | str]:

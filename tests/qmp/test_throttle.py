@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from qemu_blkmig.qmp.disks import inventory
 from qemu_blkmig.qmp.features import Schema
-from qemu_blkmig.qmp.throttle import check_can_throttle, limits, restore, slow_writes, slowed, written
+from qemu_blkmig.qmp.throttle import Throttled, check_can_throttle, limits, restore, slow_writes, slowed, written
 from tests.qmp.conftest import MakeImage, Qemu, StartQemu
 
 OWN = "throttling.bps-write=1000000,throttling.bps-write-max=5000000,throttling.bps-write-max-length=3"
@@ -25,6 +26,14 @@ async def told(qemu: Qemu) -> dict[str, dict[str, Any]]:
     }
 
 
+async def slow_all(qemu: Qemu) -> list[Throttled]:
+    """Slow the writes to all disks; what they had, and how far they are slowed."""
+    had = await limits(qemu.monitor, (await inventory(qemu.monitor)).disks)
+    for disk in had:
+        await slow_writes(qemu.monitor, disk, 123456, "ours")
+    return [disk.slower(123456) for disk in had]
+
+
 @pytest.fixture
 async def throttled(start_qemu: StartQemu, make_image: MakeImage) -> Qemu:
     """Three disks: one without limits, two that share a group that has some."""
@@ -39,23 +48,31 @@ async def throttled(start_qemu: StartQemu, make_image: MakeImage) -> Qemu:
 
 async def test_writes_are_slowed_and_nothing_else_and_then_all_is_as_it_was(throttled: Qemu) -> None:
     before = await told(throttled)
-    had = await limits(throttled.monitor, (await inventory(throttled.monitor)).disks)
-    for disk in had:
-        await slow_writes(throttled.monitor, disk, 123456, "ours")
+    had = await slow_all(throttled)
     slow = await told(throttled)
     assert slow["free"] == {"bps_wr": 123456, "group": "ours"}
     assert slow["first"] == slow["second"] == {"bps_wr": 123456, "iops": 77, "iops_size": 4096, "group": "shared"}
-    await restore(throttled.monitor, had)
-    await restore(throttled.monitor, had)
-    assert await told(throttled) == before
+    for disks in (had, had, [replace(disk, rates=()) for disk in had]):
+        assert await restore(throttled.monitor, disks) == []
+        assert await told(throttled) == before
+
+
+async def test_limits_that_somebody_else_has_set_meanwhile_stay(throttled: Qemu) -> None:
+    before = await told(throttled)
+    had = await slow_all(throttled)
+    (free,) = (disk for disk in had if disk.group is None)
+    theirs = {**dict.fromkeys(("bps", "bps_rd", "iops", "iops_rd", "iops_wr"), 0), "bps_wr": 654321}
+    await throttled.user.execute("block_set_io_throttle", {**theirs, "id": free.qdev})
+    assert await restore(throttled.monitor, had) == [free.name]
+    after = await told(throttled)
+    assert after.pop("free")["bps_wr"] == 654321
+    assert after == {name: before[name] for name in after}
 
 
 async def test_a_disk_that_was_unplugged_meanwhile_needs_nothing_back(throttled: Qemu) -> None:
     before = await told(throttled)
-    had = await limits(throttled.monitor, (await inventory(throttled.monitor)).disks)
-    for disk in had:
-        await slow_writes(throttled.monitor, disk, 123456, "ours")
-    gone = [disk if disk.group else type(disk)(disk.name, "/machine/peripheral/gone", disk.limits) for disk in had]
+    had = await slow_all(throttled)
+    gone = [disk if disk.group else replace(disk, qdev="/machine/peripheral/gone") for disk in had]
     await restore(throttled.monitor, gone)
     assert (await told(throttled))["second"] == before["second"]
 
