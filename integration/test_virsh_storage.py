@@ -43,6 +43,22 @@ def test_an_image_becomes_a_volume_that_qemu_s_user_owns_while_it_runs(lab: Virt
     lab.hosts.virsh("vol-delete", "a.qcow2", "vm", far=True)
 
 
+@pytest.mark.parametrize("afterwards", ["rename", "delete"])
+def test_what_became_of_the_source_s_image_its_pool_knows(lab: VirtLab, afterwards: str) -> None:
+    domain = lab.boot_owned(lab.disk(f"vm/{afterwards}.qcow2", 64 * MIB, data=[(MIB, MIB)]))
+    lab.hosts.virsh("pool-refresh", "vm")
+    assert lab.volumes(far=False) == [f"{afterwards}.qcow2"]
+    lab.migrate(domain, *UNHURRIED, "--source-images", afterwards).succeeded()
+    left = lab.volumes(far=False)
+    lab.assert_arrived(domain)
+    domain.destroy()
+    lab.hosts.virsh("vol-delete", f"{afterwards}.qcow2", "vm", far=True)
+    for name in left:
+        lab.hosts.virsh("vol-delete", name, "vm")
+    assert f"{afterwards}.qcow2" not in left
+    assert any(name.startswith(f"{afterwards}.qcow2.moved-") for name in left) == (afterwards == "rename")
+
+
 def test_an_image_outside_of_pools_is_qemu_s_user_s_as_well(lab: VirtLab) -> None:
     domain = lab.boot_owned(lab.disk("b.raw", 64 * MIB, "raw", data=[(MIB, 8 * MIB)]))
     lab.migrate(domain, *UNHURRIED).succeeded()

@@ -176,9 +176,9 @@ class VirtLab:
             self.hosts.run("chown", "libvirt-qemu:kvm", disk.path)
         return self.boot(*disks, orders=orders)
 
-    def volumes(self) -> list[str]:
-        """What hostb's pool POOL knows."""
-        return [line.split()[0] for line in self.hosts.virsh("vol-list", POOL, far=True).splitlines() if line.strip()]
+    def volumes(self, *, far: bool = True) -> list[str]:
+        """What that host's pool POOL knows."""
+        return [line.split()[0] for line in self.hosts.virsh("vol-list", POOL, far=far).splitlines() if line.strip()]
 
     def owner(self, path: Path) -> str:
         """Whose a file of hostb's is, and its mode."""

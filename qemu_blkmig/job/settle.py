@@ -176,6 +176,8 @@ async def _mark(job: Job, sides: Sides, beyond: There, settlement: Settlement) -
     over = settlement.decided and not settlement.ended and await sides.source_is_over()
     afterwards = record.source_images if over else Afterwards.KEEP
     settlement.facts += await asyncio.to_thread(leave_behind, record.moving, record.job, afterwards)
+    if afterwards is not Afterwards.KEEP:
+        await sides.source_images_went(settlement)
     if record.source_images is not afterwards:
         settlement.facts.append("the images at the source were kept where they are")
     if record.marked or not record.images:

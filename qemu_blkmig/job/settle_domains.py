@@ -21,6 +21,7 @@ from qemu_blkmig.job.volumes import forget_volumes
 from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.monitor import PassthroughMonitor
+from qemu_blkmig.virt.storage import refresh_pools
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,13 @@ class Domains:
         """See `Sides`."""
         if self._job.record.volumes:
             settlement.facts += await forget_volumes(await self._far(), self._job)
+
+    async def source_images_went(self, settlement: Settlement) -> None:
+        """See `Sides`."""
+        try:
+            await refresh_pools(await self._near(), [image.path for image in self._job.record.moving])
+        except BlkmigError as error:
+            settlement.facts.append(f"the source's pools may still list the images (virsh pool-refresh): {error}")
 
     async def source_is_over(self) -> bool:
         """See `Sides`."""

@@ -50,6 +50,9 @@ class Qemus:
     async def images_are_gone(self, settlement: Settlement) -> None:
         """See `Sides`: nothing but the agent knew of them."""
 
+    async def source_images_went(self, settlement: Settlement) -> None:
+        """See `Sides`: nobody listed them."""
+
     async def source_is_over(self) -> bool:
         """See `Sides`."""
         source = self._job.record.source_process

@@ -73,6 +73,9 @@ class Sides(Protocol):
     async def images_are_gone(self, settlement: Settlement) -> None:
         """The incomplete images at the destination were removed: nothing there should list them any more."""
 
+    async def source_images_went(self, settlement: Settlement) -> None:
+        """The source's images were removed or renamed: nothing there should list them as they were."""
+
     async def source_is_over(self) -> bool:
         """Whether nothing at the source uses the disks any more."""
 
