@@ -50,7 +50,7 @@ def _add_save(commands: Commands) -> None:
     parser.add_argument(
         "--source-format",
         metavar="FMT",
-        help="format of an image: source (default: as recognized; to be told where it names a backing or data file)",
+        help="format of an image: source (default: as recognized; to be told where it names another file)",
     )
     parser.add_argument(
         "--agent", metavar="SOCK", help="the guest agent's unix socket: file systems are frozen at the end"

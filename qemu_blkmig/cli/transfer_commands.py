@@ -100,7 +100,7 @@ def _add_copy(commands: Commands) -> None:
     parser.add_argument(
         "--source-format",
         metavar="FMT",
-        help="format of an image: source (default: as recognized; to be told where it names a backing or data file)",
+        help="format of an image: source (default: as recognized; to be told where it names another file)",
     )
     options.add_selection(parser)
     convergence = options.add_convergence(parser)

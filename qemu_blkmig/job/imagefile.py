@@ -9,6 +9,7 @@ import stat
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qemu_blkmig.destination import images, locks
 from qemu_blkmig.destination.basecache import Identity, identity, settled
@@ -252,8 +253,9 @@ async def describe(path: str, image_format: str | None) -> Disk:
     chain = json.loads(output)
     info = chain[0]
     backing, data_file = named_backing(info), data_file_of(info)
-    if image_format is None and (backing is not None or data_file is not None):
-        named = data_file if backing is None else backing.filename
+    others = [None if backing is None else backing.filename, data_file, *_extents_elsewhere(info)]
+    named = next((name for name in others if name is not None), None)
+    if image_format is None and named is not None:
         raise Refused(
             f"the image {path} looks like {info['format']} that goes on in {named}; a guest may have written such a "
             "header to its raw disk, to have that file copied along",
@@ -278,3 +280,10 @@ async def describe(path: str, image_format: str | None) -> Disk:
         snapshots=snapshots_in(info),
         data_file=data_file,
     )
+
+
+def _extents_elsewhere(info: Mapping[str, Any]) -> list[str]:
+    """Files that a VMDK's descriptor, which is plain text, has its data in: any whatever."""
+    extents = info.get("format-specific", {}).get("data", {}).get("extents", ())
+    own = os.path.realpath(info["filename"])
+    return [extent["filename"] for extent in extents if os.path.realpath(extent["filename"]) != own]

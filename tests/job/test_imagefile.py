@@ -76,3 +76,28 @@ async def test_a_header_that_a_guest_may_have_written_is_not_believed_about_anot
     assert caught.value.advice is not None and "--source-format raw" in caught.value.advice
     assert (await describe(str(image), "qcow2")).format == "qcow2"
     assert (await describe(str(image), "raw")).backing is None
+
+
+async def test_a_descriptor_that_a_guest_may_have_written_is_not_believed_about_another_file(tmp_path: Path) -> None:
+    """A VMDK may be plain text that names where its data lies."""
+    image, secret = tmp_path / "disk", tmp_path / "secret"
+    secret.write_bytes(b"s" * 65536)
+    descriptor = (
+        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
+        f'createType="monolithicFlat"\nRW 128 FLAT "{secret}" 0\nddb.adapterType = "ide"\n'
+    )
+    image.write_bytes(descriptor.encode().ljust(1 << 20, b"\0"))
+    with pytest.raises(Refused, match=f"looks like vmdk that goes on in {secret}"):
+        await describe(str(image), None)
+    assert (await describe(str(image), "raw")).size == 1 << 20
+
+
+@pytest.fixture
+def vmdk(tmp_path: Path) -> Path:
+    path = tmp_path / "image.vmdk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", str(path), "1M"], check=True)
+    return path
+
+
+async def test_a_vmdk_of_one_file_is_recognized(vmdk: Path) -> None:
+    assert (await describe(str(vmdk), None)).format == "vmdk"
