@@ -124,8 +124,12 @@ async def arrange(
     flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
     xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths, as_they_are=options.offline)
     name = options.dname or domain.name
+    persistent, told, trouble = None, list[str](), list[str]()
+    if options.persistent:
+        own = await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE)
+        persistent, told, trouble = _persistent(options, domain, own, paths)
     # Named after a domain, perhaps another one of that name there.
-    nvram = nvram_of(xml)[1]
+    nvram = variables_there(xml, persistent, runs=not options.offline)
     written = paths if nvram is None else {**paths, VARIABLES: nvram}
     problems = [
         *await hindrances(source, handle, domain.xml, runs=not options.offline),
@@ -136,14 +140,9 @@ async def arrange(
         *await absent_files(agent, xml, paths),
         *(differing(given, domain, "--xml") if given else ()),
         *(() if options.unsafe or options.offline else left_to_chance(domain)),
+        *trouble,
     ]
-    warnings = [*taken_along(domain.xml)]
-    persistent = None
-    if options.persistent:
-        own = await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE)
-        persistent, told, trouble = _persistent(options, domain, own, paths)
-        warnings += told
-        problems += trouble
+    warnings = [*taken_along(domain.xml), *told]
     if not problems and not options.offline:
         problems += await _rehearsed(options, source, handle, target, xml)
     if await is_defined(target, domain.uuid):
@@ -165,6 +164,11 @@ async def _rehearsed(
         return [f"libvirt would not migrate it: {why}"]
     hint = f"begin with what virsh dumpxml --migratable {options.domain} prints"
     return [f"libvirt would not migrate it with the XML of --xml: {why} ({hint})"]
+
+
+def variables_there(xml: str, persistent: str | None, *, runs: bool) -> str | None:
+    """Where its UEFI variables are written to at the destination: by its QEMU, or by us where the definition says."""
+    return nvram_of(xml if runs or persistent is None else persistent)[1]
 
 
 async def chosen(domain: Domain, options: ManagedOptions, source: Connection) -> Domain:

@@ -12,7 +12,7 @@ import msgspec
 from qemu_blkmig.destination.protocol import Created, Mark
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, MigrationError, Refused
-from qemu_blkmig.job.arrangement import VARIABLES, Arrangement, arrange
+from qemu_blkmig.job.arrangement import VARIABLES, Arrangement, arrange, variables_there
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.copy_images import copy_images
@@ -29,7 +29,7 @@ from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.connection import libvirt
-from qemu_blkmig.virt.domain import Domain, nvram_of
+from qemu_blkmig.virt.domain import Domain
 from qemu_blkmig.virt.storage import refresh_pools
 
 TPM_STATES = Path("/var/lib/libvirt/swtpm")
@@ -129,7 +129,7 @@ def offline_images(domain: Domain, arrangement: Arrangement) -> list[OfflineImag
             placed = Placed(disk.target, path, arrangement.owner)
             found.append(OfflineImage(ImageFile(disk.path, disk.format, disk.target), placed))
     if domain.nvram is not None and Path(domain.nvram).exists():
-        there = nvram_of(arrangement.persistent_xml or arrangement.xml)[1]
+        there = variables_there(arrangement.xml, arrangement.persistent_xml, runs=False)
         placed = Placed(VARIABLES, there or domain.nvram, arrangement.owner)
         found.append(OfflineImage(ImageFile(domain.nvram, "raw", VARIABLES), placed, variables=True))
     return found

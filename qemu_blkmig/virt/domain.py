@@ -50,12 +50,11 @@ class Domain:
     def parse(cls, xml: str) -> Domain:
         """Raises `Refused` when it is not a domain's XML."""
         root = rooted(xml)
-        nvram = root.find("./os/nvram")
         return cls(
             name=root.findtext("name", ""),
             uuid=root.findtext("uuid", ""),
             disks=tuple(map(_disk, root.findall("./devices/disk"))),
-            nvram=(nvram.text or None) if nvram is not None else None,
+            nvram=_nvram(root),
             tpm=root.find("./devices/tpm/backend[@type='emulator']") is not None,
             xml=xml,
         )
@@ -95,7 +94,7 @@ def image_files(xml: str) -> set[str]:
     root = rooted(xml)
     sources = [source for disk in root.findall("./devices/disk") for source in disk.iter("source")]
     found = {source.get("file") or source.get("dev") or "" for source in sources}
-    return (found | {root.findtext("./os/nvram", "")}) - {""}
+    return (found | {_nvram(root) or ""}) - {""}
 
 
 _FILES = {
@@ -122,8 +121,16 @@ def files_needed(xml: str) -> dict[str, str]:
 
 def nvram_of(xml: str) -> tuple[str | None, str | None]:
     """Where the template of its UEFI variables lies, and where they do themselves."""
-    nvram = rooted(xml).find("./os/nvram")
-    return (None, None) if nvram is None else (nvram.get("template"), nvram.text or None)
+    root = rooted(xml)
+    nvram = root.find("./os/nvram")
+    return (None, None) if nvram is None else (nvram.get("template"), _nvram(root))
+
+
+def _nvram(root: ElementTree.Element) -> str | None:
+    """Named as text, or by a <source> as a disk's image is (since libvirt 8.5, where it was defined so)."""
+    source = root.find("./os/nvram/source")
+    named = root.findtext("./os/nvram") if source is None else source.get("file") or source.get("dev")
+    return (named or "").strip() or None
 
 
 def rooted(xml: str) -> ElementTree.Element:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.virt.domain import Domain, rewritten
+from qemu_blkmig.virt.domain import Domain, image_files, nvram_of, rewritten
 
 XML = """
 <domain type='kvm' id='3'>
@@ -38,6 +38,18 @@ def test_disks_nvram_and_tpm_are_found() -> None:
         ("vda", "virtio-disk0", "/vm/web1.qcow2", "qcow2", None),
         ("vdb", None, "/dev/vg/web1", "raw", None),
     ]
+
+
+def test_uefi_variables_are_named_as_text_or_as_a_disk_s_image_is() -> None:
+    xml = "<domain><name>web1</name><os><nvram{}</nvram></os><devices/></domain>"
+    for named in (
+        ">/vars.fd",
+        " template='/t.fd' type='file'>\n    <source file='/vars.fd'/>\n  ",
+        " type='block'><source dev='/vars.fd'/>",
+    ):
+        assert Domain.parse(xml.format(named)).nvram == nvram_of(xml.format(named))[1] == "/vars.fd"
+        assert image_files(xml.format(named)) == {"/vars.fd"}
+    assert Domain.parse(xml.format(" template='/t.fd'>")).nvram is None
 
 
 @pytest.mark.parametrize(
