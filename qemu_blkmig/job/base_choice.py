@@ -6,6 +6,7 @@ Chosen by what the user says and what the destination has; then looked at for al
 from __future__ import annotations
 
 import contextlib
+import os
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,30 @@ class _Chosen:
     format: str
     upon: SharedBase | None
     kept: Sequence[Base] = ()
+
+
+def apart(layers: Sequence[LayerThere], images: Mapping[str, Image]) -> list[str]:
+    """What keeps these layers and images from being at one destination: each has a place of its own.
+
+    Whether a layer that is there is what each disk has, is proven by its content.
+    """
+    names = {posixpath.normpath(image.path): name for name, image in images.items()}
+    first: dict[str, LayerThere] = {}
+    problems = []
+    for layer in layers:
+        path = posixpath.normpath(layer.path)
+        if (image := names.get(path)) is not None:
+            problems.append(
+                f"disk {layer.disk}: its layer {layer.file} would come to {layer.path}, where the image of disk "
+                f"{image} goes"
+            )
+        other = first.setdefault(path, layer)
+        if not layer.there and os.path.realpath(other.file) != os.path.realpath(layer.file):
+            problems.append(
+                f"disk {layer.disk}: its layer {layer.file} would come to {layer.path}, and so would {other.file}, a "
+                f"layer of disk {other.disk}"
+            )
+    return problems
 
 
 class BaseChoice:
@@ -115,10 +140,10 @@ class BaseChoice:
         if not flatten:
             kept = bases[: number + 1]
             self._layers[disk.name] = [
-                LayerThere(disk.name, each.file, each.layer.driver, path, owner, is_there)
+                LayerThere(disk.name, each.file, each.layer.format, path, owner, is_there)
                 for each, path, is_there in zip(kept, paths, there, strict=False)
             ]
-            await self._check_complete(self._agent, disk, self._layers[disk.name])
+            await self._check_layers(self._agent, disk, self._layers[disk.name])
         if self._layers_first and not flatten:
             made = there[0] or await self._is_there(self._agent, str(image))
             upon = bases[0].shared if made else None
@@ -155,14 +180,8 @@ class BaseChoice:
             self._check_chosen(disk, chosen)
 
     def check_apart(self, images: Mapping[str, Image]) -> None:
-        """No layer is brought to where an image goes."""
-        names = {posixpath.normpath(image.path): name for name, image in images.items()}
-        for layer in self.layers:
-            if not layer.there and (other := names.get(posixpath.normpath(layer.path))) is not None:
-                self._problems.append(
-                    f"disk {layer.disk}: its layer {layer.file} would come to {layer.path}, where the image of disk "
-                    f"{other} goes"
-                )
+        """See `apart`."""
+        self._problems += apart([layer for layers in self._layers.values() for layer in layers], images)
 
     async def prove(
         self, disks: Sequence[Disk], images: Mapping[str, Image], process: int | None, tell: Callable[[str], None]
@@ -207,10 +226,23 @@ class BaseChoice:
                 f"(--flatten no): {first}"
             )
 
-    async def _check_complete(self, agent: AgentClient, disk: Disk, layers: Sequence[LayerThere]) -> None:
-        """A layer is not taken for there as long as a job of its own has left it incomplete."""
-        images = [Image(disk.name, each.path, each.format, disk.size, create=True) for each in layers if each.there]
-        incomplete = (await agent.expect(Inspect(images), InspectReply)).incomplete if images else []
+    async def _check_layers(self, agent: AgentClient, disk: Disk, layers: Sequence[LayerThere]) -> None:
+        """Those that are missing can be made; one is not there as long as a job of its own has left it incomplete."""
+        missing, there = (
+            [
+                Image(disk.name, each.path, each.format, disk.size, create=True)
+                for each in layers
+                if each.there is is_there
+            ]
+            for is_there in (False, True)
+        )
+        try:
+            faults = (await agent.expect(Inspect(missing), InspectReply)).problems if missing else []
+            incomplete = (await agent.expect(Inspect(there), InspectReply)).incomplete if there else []
+        except Refused as error:
+            self._problems.append(f"disk {disk.name}: a layer: {error}")
+            return
+        self._problems += [f"disk {disk.name}: a layer cannot come there: {each.what}" for each in faults if each.disk]
         if incomplete:
             self._problems.append(
                 f"disk {disk.name}: a layer that is there is incomplete: {'; '.join(incomplete)}: qemu-blkmig resume "

@@ -145,12 +145,11 @@ def chain_of(disk: Disk, base: Base, process: int | None) -> Chain:
     size = 0
     for layer in reversed([layer for layer in disk.layers[base.above :] if not layer.filter]):
         path = path_here(plain_filename(layer.filename), process)
-        image_format = "raw" if layer.driver in ("file", "host_device") else layer.driver
-        size, own = images.chain(path, image_format, alone=True)
+        size, own = images.chain(path, layer.format, alone=True)
         files = own + files
         protocol = "host_device" if Path(path).is_block_device() else "file"
-        above: dict[str, Any] = {"driver": image_format, "file": {"driver": protocol, "filename": path}}
-        if description is not None or image_format in _WITH_BACKING:
+        above: dict[str, Any] = {"driver": layer.format, "file": {"driver": protocol, "filename": path}}
+        if description is not None or layer.format in _WITH_BACKING:
             above["backing"] = description
         description = above
     return Chain(f"json:{json.dumps(description)}", None, tuple(files), size)

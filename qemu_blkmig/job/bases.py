@@ -28,8 +28,7 @@ class Base:
     @property
     def shared(self) -> SharedBase:
         """What the destination's overlay is to stand upon. Where the image does not say the format, QEMU knows it."""
-        recognized = "raw" if self.layer.driver in ("file", "host_device") else self.layer.driver
-        return SharedBase(self.named.filename, self.named.format or recognized)
+        return SharedBase(self.named.filename, self.named.format or self.layer.format)
 
     @property
     def file(self) -> str:

@@ -13,6 +13,7 @@ from qemu_blkmig.destination.protocol import Created, Mark
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, MigrationError, Refused
 from qemu_blkmig.job.arrangement import VARIABLES, Arrangement, arrange, variables_there
+from qemu_blkmig.job.base_choice import apart
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.copy_images import copy_images
@@ -156,6 +157,9 @@ async def plan_offline(
         source = replace(await describe(image.file.path, image.file.format), name=image.placed.target)
         planner = Planner(agent, wanted, Path("/"), tell, begun, layers_first=layers_first)
         plans.append(await planner.plan_image(source, image.placed))
+    whole = together(plans)
+    if plans and (crossed := [each for each in apart(whole.layers, whole.images) if each not in whole.problems]):
+        plans[-1] = replace(plans[-1], problems=(*plans[-1].problems, *crossed))
     return plans
 
 

@@ -50,6 +50,11 @@ class Layer:
     filter: bool
     backing: Backing | None = None
 
+    @property
+    def format(self) -> str:
+        """The image's: raw, too, where no driver lies between it and its file."""
+        return "raw" if self.driver in ("file", "host_device") else self.driver
+
 
 @dataclass(frozen=True, slots=True)
 class Disk:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from qemu_blkmig.destination.protocol import Files, FilesReply, Image, Inspect, InspectReply
+from qemu_blkmig.destination.protocol import Files, FilesReply, Image, Inspect, InspectReply, Problem
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import ConnectionLost, Refused
 from qemu_blkmig.job import layers
@@ -49,12 +49,17 @@ class _Agent:
 
     files: frozenset[str]
     incomplete: frozenset[str] = frozenset()
+    directories: frozenset[str] = frozenset({"/there", "/src"})
 
     async def expect(self, op: Files | Inspect, _reply: type) -> FilesReply | InspectReply:
         if isinstance(op, Files):
             return FilesReply([("file", 1, 1) if path in self.files else None for path in op.names])
         told = [f"{image.path} was not filled" for image in op.images if image.path in self.incomplete]
-        return InspectReply([], None, [], told)
+        folders = {image.path: image.path.rpartition("/")[0] for image in op.images if image.path not in self.files}
+        faults = [
+            Problem("vda", f"{each} is not a directory") for each in folders.values() if each not in self.directories
+        ]
+        return InspectReply(faults, None, [], told)
 
 
 class _Chosen:
@@ -115,6 +120,39 @@ async def test_a_layer_of_two_disks_is_brought_once() -> None:
 async def test_layers_that_are_named_by_their_whole_path_come_to_that_path() -> None:
     chosen = _Chosen({"/src/base"})
     assert await chosen.of(_chain(named=lambda name: f"/src/{name}")) == ["/src/third", "/src/second"]
+
+
+async def test_a_layer_whose_directory_is_not_there_is_told_before_any_is_copied() -> None:
+    chosen = _Chosen({"/src/third/base"})
+    await chosen.of(_chain(named=lambda name: f"/src/{'third/' if name == 'base' else ''}{name}"))
+    assert chosen.problems == []
+    chosen = _Chosen({"/src/base"})
+    await chosen.of(_chain(named=lambda name: f"/src/{'deep/' if name == 'third' else ''}{name}"))
+    assert "disk vda: a layer cannot come there: /src/deep is not a directory" in chosen.problems
+
+
+async def test_a_base_without_a_driver_of_its_own_is_raw() -> None:
+    disk = _chain()
+    lowest = replace(disk.layers[3], driver="file", backing=None)
+    chosen = _Chosen({"/there/base"})
+    await chosen.of(replace(disk, layers=(*disk.layers[:3], lowest)))
+    assert [layer.format for layer in chosen.choice.layers] == ["raw", "qcow2", "qcow2"]
+
+
+@pytest.mark.parametrize("base_is_there", [True, False])
+async def test_two_layers_that_would_come_to_one_path_are_refused_unless_they_are_proven_there(
+    base_is_there: bool,
+) -> None:
+    chosen = _Chosen({"/there/base", *(("/there/third", "/there/second") if base_is_there else ())})
+    other = _chain("vdb", "other")
+    elsewhere = tuple(replace(layer, filename=layer.filename.replace("/src", "/other")) for layer in other.layers)
+    await chosen.of(_chain(), replace(other, layers=elsewhere))
+    before = len(chosen.problems)
+    chosen.choice.check_apart({})
+    told = chosen.problems[before:]
+    assert len(told) == (0 if base_is_there else 2)
+    if told:
+        assert "its layer /other/second would come to /there/second, and so would /src/second" in told[0]
 
 
 async def test_a_layer_that_a_job_left_incomplete_is_not_taken_for_there() -> None:
