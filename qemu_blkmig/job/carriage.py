@@ -31,7 +31,7 @@ from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.job.space import SpaceWatch
-from qemu_blkmig.job.verification import Verification
+from qemu_blkmig.job.verification import MOST_MENDED, Verification
 from qemu_blkmig.nbd.address import Address, Export, UnixAddress
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.time_limit import time_limit
@@ -163,14 +163,15 @@ class Carriage:
 
         Raises `ContentsDiffer` when it differs still, or is too much, and as `complete` does.
         """
-        found = {disk.name: await self._comparison.all_differing(disk.name, disk.size) for disk in self._plan.disks}
-        wrong = {disk: extents for disk, extents in found.items() if extents}
-        for disk, extents in wrong.items():
-            verification.differ(disk, extents)
+        wrong = {}
+        for disk in self._plan.disks:
+            if extents := await self._comparison.all_differing(disk.name, disk.size, MOST_MENDED):
+                verification.differ(disk.name, extents)
+                wrong[disk.name] = extents
         if wrong:
             await complete()
-        for disk, extents in wrong.items():
-            await self._comparison.require_equal(disk, extents)
+        for name, extents in wrong.items():
+            await self._comparison.require_equal(name, extents)
 
     async def close(self) -> None:
         """End all writers: their images are stable, unlocked and ready to be activated by a QEMU."""

@@ -59,8 +59,11 @@ class Comparison:
                 found.append(Extent(offset_within, each.end - offset_within))
         return found
 
-    async def all_differing(self, disk: str, size: int) -> list[Extent]:
-        """What differs of the whole disk, of `size` bytes, that nobody writes to. Raises as above."""
+    async def all_differing(self, disk: str, size: int, enough: int) -> list[Extent]:
+        """What differs of the whole disk, of `size` bytes, that nobody writes to. Raises as above.
+
+        When it is more than `enough` bytes, no more is looked for: the guest waits.
+        """
         limit = LEAST + size / SPEED
         found: list[Extent] = []
         try:
@@ -69,6 +72,8 @@ class Comparison:
                     extent = Extent(offset, min(SLICE, size - offset))
                     for coarse in await self._differing(disk, extent, UNIT):
                         found += await self.differing(disk, coarse)
+                    if sum(each.length for each in found) > enough:
+                        break
         except TimeoutError:
             raise DestinationFailed(f"comparing both sides did not end within {limit:.0f} s", disk=disk) from None
         return found

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -15,6 +16,7 @@ from qemu_blkmig.destination import protocol
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.job.compare import Comparison
 from qemu_blkmig.nbd.address import Export, UnixAddress
+from qemu_blkmig.nbd.digests import SLICE
 from qemu_blkmig.transport.client import AgentClient, CopyCancelled
 from tests.nbd.servers import Monitor, qemu_export
 from tests.transport.conftest import GIB, KIB, MIB, bulk, dirty, image, opened, opening
@@ -52,11 +54,23 @@ async def compared(agent: AgentClient, listening: Path, size: int) -> list[Exten
     """What differs between both sides of disk `d`, as `--verify full` finds it; nothing of it is mended."""
     comparison = Comparison(agent, {"d": Export(UnixAddress(str(listening)), "disk")}, "xxh3-128")
     try:
-        found = await comparison.all_differing("d", size)
+        found = await comparison.all_differing("d", size, size)
         await comparison.require_equal("d", found)
     finally:
         comparison.close()
     return found
+
+
+async def test_when_too_much_differs_to_be_mended_no_more_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Extent] = []
+
+    async def differs(_: Comparison, __: str, extent: Extent, ___: int) -> list[Extent]:
+        asked.append(extent)
+        return [extent]
+
+    monkeypatch.setattr(Comparison, "_differing", differs)
+    found = await Comparison(cast(AgentClient, None), {}, "xxh3-128").all_differing("d", 10 * SLICE, SLICE)
+    assert sum(extent.length for extent in found) == max(extent.end for extent in asked) == 2 * SLICE
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
