@@ -141,10 +141,9 @@ async def _base(connection: Connection, path: str) -> list[str]:
     try:
         volume = await connection.call(connection.handle.storageVolLookupByPath, path)
         base = ElementTree.fromstring(await connection.call(volume.XMLDesc)).findtext("./backingStore/path")
-    except LibvirtError as error:
-        if error.code in (libvirt().VIR_ERR_NO_STORAGE_VOL, libvirt().VIR_ERR_NO_SUPPORT):
-            return []
-        raise
+    except LibvirtError:
+        # No volume, or one that libvirt itself cannot read, which says nothing of any other.
+        return []
     return [base] if base else []
 
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, missing, used_by_others
-from qemu_blkmig.virt.connection import Connection
+from qemu_blkmig.virt.connection import Connection, libvirt
 from qemu_blkmig.virt.domain import Domain
 from qemu_blkmig.virt.storage import VolumeSpec, create_volume, volume_path
 
@@ -93,6 +93,18 @@ async def test_a_volume_of_another_domain_is_in_use_and_so_is_its_backing_file(d
         f"disk vda: {top} is used by domain other at the destination",
         "disk vdb: /vm/base.raw is used by domain other at the destination",
     ]
+
+
+async def test_a_volume_of_another_domain_that_libvirt_cannot_read_hinders_nobody(
+    daemonless: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: str) -> None:
+        raise libvirt().libvirtError(f"cannot open volume '{path}': Stale file handle")
+
+    monkeypatch.setattr(daemonless.handle, "storageVolLookupByPath", fails)
+    await _define(daemonless, "other", OTHER)
+    assert await used_by_others(daemonless, "another", {"vda": "/vm/b"}, _nothing_known) == []
+    assert len(await used_by_others(daemonless, "another", {"vda": "/vm/a.qcow2"}, _nothing_known)) == 1
 
 
 async def test_networks_and_pools_that_are_not_there_or_do_not_run_are_told(daemonless: Connection) -> None:
