@@ -326,7 +326,9 @@ def _moved_to(xml: bytes, at: int, attribute: str, value: str) -> tuple[int, int
     tag = re.sub(_PLACE, b"", found[0])
     name_end = re.match(rb"<[^\s/>]+", tag)
     end = name_end.end() if name_end else 0
-    return found.start(), found.end(), tag[:end] + f" {attribute}='{value}'".encode() + tag[end:]
+    # Numbers for what is not ASCII: they mean the same in whatever encoding the XML is.
+    text = f" {attribute}='{value}'".encode("ascii", "xmlcharrefreplace")
+    return found.start(), found.end(), tag[:end] + text + tag[end:]
 
 
 def _start_tag(xml: bytes, at: int) -> re.Match[bytes]:
@@ -461,8 +463,11 @@ def _run_before(words: list[str], xml: bytes) -> bytes:
 
 def _read_all() -> bytes:
     parts = []
-    while part := os.read(0, 1 << 16):
-        parts.append(part)
+    try:
+        while part := os.read(0, 1 << 16):
+            parts.append(part)
+    except OSError as error:
+        raise Damaged(f"the domain's XML cannot be read from stdin: {error.strerror}") from error
     return b"".join(parts)
 
 
@@ -480,11 +485,12 @@ def main(words: list[str]) -> None:
     """The hook."""
     if len(words) < 3:
         sys.exit("usage: qemu DOMAIN OPERATION SUB [EXTRA], the domain's XML on stdin, as libvirt calls its hooks")
-    xml = _read_all()
-    printed = _run_before(words, xml) if BEFORE else b""
+    printed = b""
     # Only of these libvirt takes what is printed for the domain's XML.
     filters = words[1] in ("migrate", "restore")
     try:
+        xml = _read_all()
+        printed = _run_before(words, xml) if BEFORE else b""
         out = run(words, printed if filters and printed.strip() else xml, STATE)
     except Refusal as refusal:
         _refuse(words[0], str(refusal).split("\n"))

@@ -143,6 +143,27 @@ def test_the_end_of_a_chain_goes_and_takes_nothing_along(host: Host, chain: byte
     held.close()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "iso-8859-1", "us-ascii"])
+def test_a_path_is_written_as_the_xml_s_encoding_has_it(host: Host, encoding: str) -> None:
+    new = "/var/lib/vm/Zürich €.qcow2"
+    held = expected(host, vda=new)
+    done = host.call("migrate", f"<?xml version='1.0' encoding='{encoding}'?>".encode() + host.xml("/old/a"))
+    source = ElementTree.fromstring(done.stdout).find("./devices/disk/source")
+    assert source is not None and source.get("file") == new
+    held.close()
+
+
+def test_a_closed_stdin_starts_no_guest_and_hinders_no_end(host: Host) -> None:
+    def call(operation: str, sub: str) -> subprocess.CompletedProcess[str]:
+        words = [f"{host.hooks}/qemu.d/50-qemu-blkmig", "web1", operation, sub, "-"]
+        return subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *words], capture_output=True, text=True)
+
+    begun, ended = call("start", "begin"), call("release", "end")
+    assert begun.returncode == 1 and "the domain's XML cannot be read from stdin" in begun.stderr
+    assert "next: " in begun.stderr and "Traceback" not in begun.stderr
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 def test_a_volume_becomes_a_file(host: Host) -> None:
     held = expected(host, vda="/new/a")
     xml = host.xml("/old").replace(b"type='file' device", b'type="volume" device')
