@@ -145,6 +145,13 @@ def test_the_image_of_another_domain_there_is_never_overwritten_though_that_does
     idle.define_far(name="other", uuid=UUID.format(digit=8))
     defined.append("other")
     assert f"{idle.disk.path} is used by domain other" in idle.problems()
+    other_path = "name another path there (--disk TARGET=PATH)"
+    idle.lab.virsh(idle.name, idle.lab.target).failed(3, "is used by domain other", "next: mend that", other_path)
+    small = IMAGES / "small.qcow2"
+    idle.lab.hosts.run("qemu-img", "create", "-q", "-f", "qcow2", small, "1M", far=True)
+    outcome = idle.lab.virsh(idle.name, idle.lab.target, "--disk", f"vda={small}")
+    idle.lab.hosts.run("rm", small, far=True)
+    outcome.failed(3, f"{small} holds {MIB} bytes", "next: mend that", other_path)
     assert idle.problems("--disk", "vda=/var/lib/libvirt/images/free.qcow2") == ""
 
 

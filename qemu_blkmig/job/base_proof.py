@@ -30,7 +30,11 @@ from qemu_blkmig.units import show_bytes
 
 _WITH_BACKING = {"qcow2", "qed", "qcow", "vmdk"}
 """Formats that can have a backing file: where QEMU uses none, that has to be said."""
-_MEND = "copy the source's base there, or migrate without --shared-base"
+_MEND = (
+    "copy the source's base there, or go without --shared-base (virsh-blkmigrate: without --copy-storage-inc), so that "
+    "it is copied along"
+)
+"""Either command's user is told the option that he typed."""
 
 
 @dataclass(frozen=True)

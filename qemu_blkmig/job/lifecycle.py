@@ -496,6 +496,7 @@ class Lifecycle:
         if self.job.record.source_qmp is None and not (self.job.record.images or self.job.record.volumes):
             await self._release_images()
             failure.state = failure.state or "nothing was touched"
+            failure.advice = failure.advice or _anew(failure)
             await self._forget(failure.exit_code, str(failure), failure.state)
             return failure
         suspend = failure.mendable or (self._suspended is not None and isinstance(failure, Refused))
@@ -567,11 +568,7 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
         return failure
     if settlement.decided:
         failure.state = "; ".join(settlement.facts)
-        failure.advice = failure.advice or (
-            "run the same command again: it starts from the beginning"
-            if isinstance(failure, Interrupted)
-            else "mend the cause and run the same command again"
-        )
+        failure.advice = failure.advice or _anew(failure)
         return failure
     if settlement.left_there:
         failure.state = "; ".join(settlement.facts)
@@ -580,6 +577,12 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
     undecided = _left_to_watchdog(str(failure), settlement, job.record.job)
     undecided.__cause__ = failure
     return undecided
+
+
+def _anew(failure: BlkmigError) -> str:
+    if isinstance(failure, Interrupted):
+        return "run the same command again: it starts from the beginning"
+    return "mend the cause and run the same command again"
 
 
 def _left_to_watchdog(what: str, settlement: Settlement, job: str) -> Undecided:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from qemu_blkmig.engine.ports import Clock
@@ -140,9 +141,7 @@ class _Run:
         planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)
         self._plan: Plan = await planner.plan(monitor, None, record.prefix, with_ram=True)
         if problems := [*self._arrangement.problems, *self._plan.problems]:
-            resumed = options.xml is not None and record.identities
-            advice = with_other_xml(record.job) if resumed else None
-            raise Refused("; ".join(problems), state="nothing was touched", advice=advice)
+            raise Refused("; ".join(problems), state="nothing was touched", advice=self._mend(problems))
         for warning in (*self._arrangement.notes(), *self._plan.warnings):
             self._reporter.note(warning)
         if options.on_stall is OnStall.THROTTLE:
@@ -162,6 +161,15 @@ class _Run:
         if options.abort_on_error:
             await self._connected.guard.end_on_io_error()
         self._rounds = Rounds(life, options, self._watch, self._connected, self._plan.disks)
+
+    def _mend(self, problems: Sequence[str]) -> str | None:
+        """What to do about them, where that is known."""
+        if self._job.record.identities:
+            return with_other_xml(self._job.record.job) if self._options.xml is not None else None
+        paths = self._arrangement.paths.values()
+        if self._options.xml is None and any(path in problem for path in paths for problem in problems):
+            return "mend that, or name another path there (--disk TARGET=PATH), and run the same command again"
+        return None
 
     def _result(self, downtime: Downtime | None) -> Result:
         disks = self._carriage.results(self._connected.engine)

@@ -122,6 +122,7 @@ async def test_a_base_that_differs_is_refused_and_the_first_bytes_are_named(
     [problem] = (await plan(qemu, agent, chain)).problems
     assert problem.startswith(f"disk d: the base {there} at the destination is not the source's {chain / 'base'}")
     assert f"first in bytes {5 * MIB + 1024} to {5 * MIB + 1535}:" in problem
+    assert "without --shared-base (virsh-blkmigrate: without --copy-storage-inc)" in problem
 
     [warning] = (await plan(qemu, agent, chain, base_check=BaseCheck.SIZE)).warnings
     assert "only the size of the base" in warning and "its content may differ" in warning

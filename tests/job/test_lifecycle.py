@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qemu_blkmig.errors import DestinationFailed, Undecided
+from qemu_blkmig.errors import BlkmigError, DestinationFailed, Interrupted, Refused, Undecided
 from qemu_blkmig.job import lifecycle
 from qemu_blkmig.job.connected import compare_instead
 from qemu_blkmig.job.lifecycle import Lifecycle
@@ -87,3 +87,20 @@ def test_who_is_to_compare_is_not_told_to_go_on_without(life: Any) -> None:
     compare = compare_instead(name)
     told = lifecycle._told(DestinationFailed("lost", advice=compare), settlement, life.job).advice
     assert told == f"{compare}; qemu-blkmig cleanup {name} removes what is left"
+
+
+@pytest.mark.parametrize(
+    ("failure", "advice"),
+    [
+        (DestinationFailed("ssh to hostb was ended by SIGKILL"), "mend the cause and run the same command again"),
+        (Refused("no room", advice="make room"), "make room"),
+        (Interrupted(2), "run the same command again: it starts from the beginning"),
+    ],
+)
+async def test_who_failed_before_anything_was_touched_is_told_what_to_do(
+    life: Any, failure: BlkmigError, advice: str
+) -> None:
+    life.reporter = SimpleNamespace(close=lambda: None)
+    life.journal.outcome, life.journal.close = lambda *_: None, lambda: None
+    told = await life._fail(failure)
+    assert (told.state, told.advice) == ("nothing was touched", advice)
