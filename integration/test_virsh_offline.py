@@ -153,13 +153,14 @@ def test_a_saved_state_is_not_left_behind(virtlab: VirtLab, off: Domain) -> None
     assert not virtlab.images_there(off)
 
 
-def test_uefi_variables_are_copied_and_a_tpm_with_a_state_is_refused(virtlab: VirtLab, off: Domain) -> None:
+@pytest.mark.parametrize("named", [">{}", " type='file'><source file='{}'/>"])
+def test_uefi_variables_are_copied_and_a_tpm_with_a_state_is_refused(virtlab: VirtLab, off: Domain, named: str) -> None:
     nvram = Path("/var/lib/libvirt/qemu/nvram/off.fd")
     variables = os.urandom(528 << 10)
     virtlab.outside(nvram, far=False).write_bytes(variables)
     firmware = (
         "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
-        f"<nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>{nvram}</nvram>"
+        f"<nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'{named.format(nvram)}</nvram>"
     )
     tpm = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
     xml = virtlab.hosts.virsh("dumpxml", off.name).replace("</type>", f"</type>{firmware}", 1)
