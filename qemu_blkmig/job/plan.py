@@ -58,11 +58,16 @@ class Plan:
     layers: tuple[LayerThere, ...] = ()
 
     def source_images(self, host: str) -> list[SourceImage]:
-        """The source's own image files and devices, with where they go to on `host`."""
+        """The source's own image files and devices, with where they go to on `host`.
+
+        A data file is one only if the source QEMU has it open: its options may name another than the image does.
+        """
         found = []
+        in_use = opened_by(self.process)
         for disk in self.disks:
             if path := absolute(disk.filename, self.process):
-                data = absolute(disk.data_file, self.process) if disk.data_file else ""
+                named = disk.data_file or ""
+                data = absolute(named, self.process) if file_id_for(self.process, named) in in_use else ""
                 found.append(
                     SourceImage(disk.name, path, f"{host}:{self.images[disk.name].path}", data_file=data or None)
                 )

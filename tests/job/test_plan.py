@@ -175,6 +175,21 @@ async def test_internal_snapshots_are_not_lost_silently_and_a_data_file_is_told(
     assert any(str(raw) in warning and "disk other" in warning for warning in planned.warnings)
 
 
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_data_file_that_only_the_image_names_is_none_of_the_source_s(
+    start_qemu: StartQemu, tmp_path: Path, named: bool
+) -> None:
+    image, raw = tmp_path / "other", tmp_path / "data.raw"
+    make_images(tmp_path / "disk", image, raw)
+    blockdev = f"driver=qcow2,node-name=d,file.driver=file,file.filename={image}"
+    if not named:
+        shutil.copyfile(raw, tmp_path / "own.raw")
+        blockdev += f",data-file.driver=file,data-file.filename={tmp_path / 'own.raw'}"
+    qemu = await start_qemu("-blockdev", blockdev, "-device", "virtio-blk,drive=d,id=d")
+    [found] = (await plan(qemu, tmp_path / "target")).source_images("hostb")
+    assert found.data_file == (str(raw) if named else None)
+
+
 def make_images(with_snapshot: Path, with_data_file: Path, data: Path) -> None:
     options = f"data_file={data},data_file_raw=on"
     for command in (
