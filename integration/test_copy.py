@@ -87,6 +87,19 @@ def test_file_systems_are_frozen_by_the_guest_agent_and_thawed_and_a_hung_agent_
     assert_nothing_left(lab, guest)
 
 
+def test_file_systems_that_somebody_else_has_frozen_stay_so(lab: Lab) -> None:
+    guest = lab.boot([lab.disk("disk", 64 * MIB)], Orders(agent=True))
+    guest.wait_for_writing()
+    agent_execute(guest.agent, "guest-fsfreeze-freeze")
+    outcome = run("copy", guest, lab.target, "--agent", guest.agent, "--output", "json").succeeded()
+    assert outcome.result["consistency"] == "crash"
+    assert any("somebody else has frozen" in warning for warning in outcome.result["warnings"])
+    assert agent_execute(guest.agent, "guest-fsfreeze-status") == "frozen"
+    agent_execute(guest.agent, "guest-fsfreeze-thaw")
+    guest.wait_for_writing(more=20)
+    assert_nothing_left(lab, guest)
+
+
 @contextlib.contextmanager
 def _silent_agent(path: Path) -> Iterator[Path]:
     """A socket that takes clients and never answers."""

@@ -223,6 +223,9 @@ class GuestCopy:
             yield
             return
         try:
+            if not await self._may_freeze(agent):
+                yield
+                return
             self._job.record.frozen_by = path
             await self._job.save()
             try:
@@ -232,6 +235,17 @@ class GuestCopy:
                 await self._thaw(agent)
         finally:
             await agent.close()
+
+    async def _may_freeze(self, agent: GuestAgent) -> bool:
+        """Whether nobody else, such as a backup tool, has frozen the file systems: our thaw would end that, too."""
+        try:
+            if await agent.status() == "thawed":
+                return True
+            why = "somebody else has frozen the file systems, and may thaw them at any time"
+        except BlkmigError as error:
+            why = str(error)
+        self._warn(f"the guest agent was given up on, the copy is crash-consistent: {why}")
+        return False
 
     async def _freeze(self, agent: GuestAgent) -> None:
         try:
