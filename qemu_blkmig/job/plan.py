@@ -58,16 +58,11 @@ class Plan:
     layers: tuple[LayerThere, ...] = ()
 
     def source_images(self, host: str) -> list[SourceImage]:
-        """The source's own image files and devices, with where they go to on `host`.
-
-        A data file is one only if the source QEMU has it open: its options may name another than the image does.
-        """
+        """The source's own image files and devices, with where they go to on `host`."""
         found = []
-        in_use = opened_by(self.process)
         for disk in self.disks:
             if path := absolute(disk.filename, self.process):
-                named = disk.data_file or ""
-                data = absolute(named, self.process) if file_id_for(self.process, named) in in_use else ""
+                data = absolute(disk.data_file, self.process) if disk.data_file else ""
                 found.append(
                     SourceImage(disk.name, path, f"{host}:{self.images[disk.name].path}", data_file=data or None)
                 )
@@ -268,7 +263,7 @@ class Planner:
         if disk.data_file is not None:
             self._warnings.append(
                 f"disk {disk.name} has its data in {disk.data_file}: at the destination it is in the image itself; "
-                "here that file stays, whatever becomes of the source's images"
+                "here --source-images delete removes that file, too, rename leaves it"
             )
         if not self._selection.ignore_ownership:
             self._problems += troubles(disk, self._process)

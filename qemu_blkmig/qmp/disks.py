@@ -65,7 +65,7 @@ class Disk:
     `format`: the image's ("raw" where there is none). `size`: virtual, bytes. `layers`: the whole chain, topmost
     first, filters too; they count in qemu:allocation-depth, so depth n is layers[n - 1]. `allocated`: what the image
     occupies, bytes, where QEMU knows. `encrypted`: by LUKS or qcow2, in any layer. `snapshots`: names of the internal
-    ones of a qcow2 image. `data_file`: where a qcow2 image has its data, if not in itself.
+    ones of a qcow2 image. `data_file`: where a qcow2 image has its data, if that is the file that it names.
     """
 
     name: str
@@ -301,6 +301,7 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
     layers = tuple(_layer(nodes[node]) for node in chain if node in nodes)
     image_layer = next((layer for layer in layers if not layer.filter), layers[-1])
     image = nodes[image_layer.node]["image"]
+    data_file = data_file_of(image)
     return Disk(
         name=name,
         device=drive["device"],
@@ -315,7 +316,8 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
         encrypted=any(_encrypted(nodes[layer.node]) for layer in layers),
         allocated=image.get("actual-size"),
         snapshots=snapshots_in(image),
-        data_file=data_file_of(image),
+        # Options may name another than the image does.
+        data_file=data_file if data_file in {node["file"] for node in nodes.values()} else None,
     )
 
 
