@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,28 @@ def test_a_guest_moves_through_the_gate(virtlab: VirtLab, domain: Domain, words:
     virtlab.migrate(domain, *words).succeeded()
     virtlab.assert_arrived(domain)
     virtlab.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("server-key.pem", "the destination has no "), ("ca-cert.pem", "this host has no ")],
+)
+def test_a_certificate_that_is_missing_is_told_before_anything_is_copied(
+    virtlab: VirtLab, domain: Domain, name: str, why: str
+) -> None:
+    (configured,) = re.findall(r'^migrate_tls_x509_cert_dir = "(.*)"', _configuration(virtlab), re.MULTILINE)
+    certificate = Path(configured, name)
+    away = certificate.rename(certificate.with_suffix(".away"))
+    try:
+        virtlab.migrate(domain, "--tls").failed(3, f"--tls: {why}{certificate}", now="nothing was touched")
+        virtlab.migrate(domain, "--dry-run").succeeded()
+    finally:
+        away.rename(certificate)
+    virtlab.assert_stayed(domain)
+
+
+def _configuration(virtlab: VirtLab) -> str:
+    return virtlab.hosts.run("cat", "/etc/libvirt/qemu.conf")
 
 
 def test_a_certificate_of_another_host_is_refused_and_the_guest_stays(virtlab: VirtLab, domain: Domain) -> None:

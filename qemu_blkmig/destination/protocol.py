@@ -312,6 +312,10 @@ class Files(Message, frozen=True, tag="files"):
     process: ProcessId | None = None
 
 
+class Certificates(Message, frozen=True, tag="certificates"):
+    """Which files a QEMU of libvirt's lacks here for a migration with TLS (see `certificates`)."""
+
+
 class Created(Message, frozen=True):
     """An image that the agent made: removable only while it still is this very file."""
 
@@ -348,6 +352,7 @@ Operation = (
     | EndProcess
     | Held
     | Files
+    | Certificates
     | Expect
 )
 
@@ -481,6 +486,12 @@ class FilesReply(Message, frozen=True, tag="files"):
     ids: list[FileId | None]
 
 
+class CertificatesReply(Message, frozen=True, tag="certificates"):
+    """Paths of files that are not there."""
+
+    missing: list[str]
+
+
 class BaseDigestReply(Message, frozen=True, tag="base-digest"):
     """`root`: one digest for all of the virtual disk of `size` bytes, empty where none was asked for.
 
@@ -528,6 +539,7 @@ Outcome = (
     | AliveReply
     | HeldReply
     | FilesReply
+    | CertificatesReply
     | BaseDigestReply
     | Done
     | Failure

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import qemu_blkmig
 from qemu_blkmig import errors
-from qemu_blkmig.destination import files, images, launching, locks, migration_sockets, protocol, qemu_nbd
+from qemu_blkmig.destination import certificates, files, images, launching, locks, migration_sockets, protocol, qemu_nbd
 from qemu_blkmig.destination.bases import Bases
 from qemu_blkmig.destination.carrying import Carrying
 from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds, Confinement
@@ -242,6 +242,8 @@ class Service:
             case protocol.Files():
                 pid = op.process.pid if op.process else None
                 return protocol.FilesReply([files.file_id_for(pid, name) for name in op.names])
+            case protocol.Certificates():
+                return await asyncio.to_thread(_certificates)
         raise errors.Refused(f"{type(op).__name__} is not understood")
 
     def _hello(self, op: protocol.Hello) -> protocol.HelloReply:
@@ -566,6 +568,13 @@ def mismatch(host: str, coordinator: tuple[str, int], agent: tuple[str, int]) ->
         f"the coordinator ({coordinator[0]}) speaks protocol {coordinator[1]}, the agent on {host} ({agent[0]}) speaks "
         f"{agent[1]}: install qemu-blkmig {version} on {older}, too"
     )
+
+
+def _certificates() -> protocol.CertificatesReply:
+    try:
+        return protocol.CertificatesReply(certificates.missing(certificates.SERVER))
+    except OSError as error:
+        raise errors.Refused(f"libvirt's configuration cannot be read: {error}") from error
 
 
 def _in_use(path: str) -> bool:

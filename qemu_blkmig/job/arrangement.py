@@ -17,6 +17,7 @@ from typing import Any
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job import migration_tls
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.plan import Placed
 from qemu_blkmig.transport.client import AgentClient
@@ -143,6 +144,11 @@ async def arrange(
         *trouble,
     ]
     warnings = [*taken_along(domain.xml), *told]
+    # Those of a user's own (qemu:///session) have another configuration.
+    if options.tls and not any(each.uri.endswith("/session") for each in (source, target)):
+        lost, unsure = await migration_tls.troubles(agent)
+        problems += lost
+        warnings += unsure
     if not problems and not options.offline:
         problems += await _rehearsed(options, source, handle, target, xml)
     if await is_defined(target, domain.uuid):

@@ -256,7 +256,12 @@ def test_each_operation_is_harmless_or_checked(root: Path) -> None:
         protocol.Open, protocol.Identify, protocol.Launch, protocol.FindProgram, protocol.Alive, protocol.EndProcess,
         protocol.BaseDigest, protocol.BaseDigests, protocol.Expect,
     }  # fmt: skip
-    assert {*HARMLESS} | checked == set(get_args(protocol.Operation))
+    refused = {protocol.Certificates}
+    assert {*HARMLESS} | checked | refused == set(get_args(protocol.Operation))
+
+
+async def test_it_does_not_tell_of_the_host_s_certificates(root: Path) -> None:
+    await refused(Service(tell, Bounds([str(root)])), protocol.Certificates(), "does not know Certificates")
 
 
 async def test_the_name_of_a_job_is_no_path(root: Path) -> None:
