@@ -14,6 +14,7 @@ from qemu_blkmig.cli.form import Commands, argument, command
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.moment import parse_moment
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
 from qemu_blkmig.job.work import work_of
 
@@ -54,6 +55,7 @@ def add_all(commands: Commands) -> None:
     parser.add_argument("--max-rounds", type=argument(options.count), metavar="N", help="as of migrate")
     parser.add_argument("--launch", metavar="CMD", help="as of migrate: another command for the destination QEMU")
     parser.add_argument("--on-stall", choices=[choice.value for choice in OnStall], help="as of migrate")
+    parser.add_argument("--switchover", type=argument(parse_moment), metavar="WHEN", help="as of migrate")
     add_retry(parser)
     options.add_output(parser)
     options.add_metrics(parser)
@@ -180,7 +182,7 @@ def resume_job(
     xml: str | None = None,
     persistent_xml: str | None = None,
 ) -> int:
-    """Go on with `job`, with what was given anew of bandwidth, downtime, max_rounds, on_stall and compare."""
+    """Go on with `job`, with what was given anew of bandwidth, downtime, max_rounds, on_stall, switchover, compare."""
     import asyncio
 
     from qemu_blkmig.job import others
@@ -191,6 +193,7 @@ def resume_job(
         downtime=None if arguments.downtime is None else arguments.downtime / 1000,
         max_rounds=arguments.max_rounds,
         on_stall=None if arguments.on_stall is None else OnStall(arguments.on_stall),
+        switchover=arguments.switchover,
         launch=launch,
         xml=xml,
         persistent_xml=persistent_xml,

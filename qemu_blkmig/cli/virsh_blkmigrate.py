@@ -24,7 +24,7 @@ from qemu_blkmig.job.options import Afterwards, OnStall
 
 PARALLEL = 2
 """Connections of --parallel, as QEMU has it."""
-_CHANGED = ("bandwidth", "downtime", "max_rounds", "on_stall", "xml", "persistent_xml")
+_CHANGED = ("bandwidth", "downtime", "max_rounds", "on_stall", "switchover", "xml", "persistent_xml")
 """What may be other than it was when a job is resumed; None: as it was."""
 _RUNNING = (
     "suspend", "timeout", "auto_converge", "tls", "parallel", "migrateuri", "migrateuri_option", "listen_address",

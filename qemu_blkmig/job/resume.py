@@ -12,6 +12,7 @@ from qemu_blkmig.job.connected import compare_instead
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import FILE
 from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.moment import Moment
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
 from qemu_blkmig.job.record import Job, Steered
 from qemu_blkmig.job.reporting import Reporter
@@ -38,6 +39,7 @@ class Changes:
     downtime: float | None = None
     max_rounds: int | None = None
     on_stall: OnStall | None = None
+    switchover: Moment | None = None
     launch: str | None = None
     xml: str | None = None
     persistent_xml: str | None = None
@@ -147,6 +149,8 @@ def _changed(options: _Options, changes: Changes) -> _Options:
     )
     if changes.on_stall is not None and not isinstance(options, CopyOptions):
         options = replace(options, on_stall=changes.on_stall)
+    if changes.switchover is not None and not isinstance(options, CopyOptions):
+        options = replace(options, switchover=changes.switchover)
     if changes.xml is not None or changes.persistent_xml is not None:
         options = _with_xml(options, changes)
     if changes.launch is not None:

@@ -170,7 +170,14 @@ def test_what_cannot_be_honoured_is_an_error_with_its_reason(option: str, capsys
 
 @pytest.mark.parametrize(
     "given",
-    [["--bandwidth", "1"], ["--downtime", "300"], ["--on-stall", "abort"], ["--compare"], ["--xml", "/dev/null"]],
+    [
+        ["--bandwidth", "1"],
+        ["--downtime", "300"],
+        ["--on-stall", "abort"],
+        ["--switchover", "manual"],
+        ["--compare"],
+        ["--xml", "/dev/null"],
+    ],
 )
 def test_a_job_that_is_resumed_may_be_told_some_things_anew(
     given: list[str], capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,8 @@ import pytest
 
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import resume
-from qemu_blkmig.job.options import CopyOptions, Target, Transfer
+from qemu_blkmig.job.moment import AT_ONCE, Moment
+from qemu_blkmig.job.options import CopyOptions, MigrateOptions, Target, Transfer
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.record import Job, Owner, Steered
 from qemu_blkmig.job.settlement import Settlement
@@ -56,3 +57,25 @@ async def test_what_was_set_while_the_job_ran_still_holds(
     nobody: Any = None
     await resume.resume(job.record.job, changes, nobody, nobody, nobody)
     assert [(each.transfer.bandwidth, each.downtime) for each in asked] == [(bandwidth, 0.077)]
+
+
+@pytest.mark.parametrize("moment", [AT_ONCE, Moment(waits=True), Moment(waits=True, at=4e9), None])
+async def test_a_time_to_switch_over_that_was_missed_can_be_told_anew(
+    moment: Moment | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    missed = Moment(waits=True, at=1.0)
+    job = Job.create()
+    job.record.migrate = MigrateOptions("/s", Target(Local("/d"), qmp="/q"), switchover=missed)
+    job.record.suspended = True
+    job.save_blocking()
+    job.release()
+    asked: list[MigrateOptions] = []
+
+    async def migrate(options: MigrateOptions, *_: object) -> None:
+        asked.append(options)
+
+    monkeypatch.setattr("qemu_blkmig.job.migrate.migrate", migrate)
+    nobody: Any = None
+    await resume.resume(job.record.job, resume.Changes(switchover=moment), nobody, nobody, nobody)
+    assert [each.switchover for each in asked] == [moment or missed]
