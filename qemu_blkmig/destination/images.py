@@ -120,14 +120,17 @@ def give_up(prepared: Prepared, *, untouched: bool = False) -> None:
         os.close(prepared.descriptor)
 
 
-def discard(images: Sequence[Created], given_up: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+def discard(
+    images: Sequence[Created], given_up: Sequence[str] = (), job: str | None = None
+) -> tuple[list[str], list[str]]:
     """Remove the images that still are those that were made and that nobody uses; (removed, left with the reason).
 
-    `given_up`: see `protocol.Discard`.
+    `given_up`: see `protocol.Discard`. `job`: whose they are; what another one has filled since is that one's.
     """
     for path in given_up:
         with contextlib.suppress(OSError):
-            hashtable.forget(path)
+            if _of_another(path, job) is None:
+                hashtable.forget(path)
     removed, left = [], []
     deadline = time.monotonic() + _LAST_LOOK
     for image in images:
@@ -136,7 +139,7 @@ def discard(images: Sequence[Created], given_up: Sequence[str] = ()) -> tuple[li
                 _forget(image.path)
                 continue
             wait_for_predecessor(image.path, max(0.0, deadline - time.monotonic()))
-            reason = _reason_to_keep(image)
+            reason = _reason_to_keep(image) or _of_another(image.path, job)
             if reason is None:
                 Path(image.path).unlink()
                 removed.append(image.path)
@@ -158,7 +161,8 @@ def mark(images: Sequence[str], job: str, state: str, guest: ownership.Guest | N
     for path in images:
         try:
             # First, so that the record finds room where a disk is full.
-            hashtable.forget(path)
+            if _of_another(path, job) is None:
+                hashtable.forget(path)
             if state == "complete":
                 ownership.complete(path, job, guest)
             else:
@@ -499,6 +503,14 @@ def _identity(path: str, status: os.stat_result) -> Created:
     """A block device has none but its name, most often a link: its node is another one after each boot of the host."""
     node = stat.S_ISBLK(status.st_mode)
     return Created(path, 0 if node else status.st_dev, 0 if node else status.st_ino)
+
+
+def _of_another(path: str, job: str | None) -> str | None:
+    """In words, that a job other than `job` (None: any) has filled the image since, if one has."""
+    record = None
+    with contextlib.suppress(ownership.Damaged):
+        record = ownership.read(path)
+    return None if record is None or job in (None, record.job) else f"was filled by job {record.job} since"
 
 
 def _leads_there(image: Created) -> bool:

@@ -184,7 +184,9 @@ class Service:
             case protocol.Keep():
                 return await self._keep()
             case protocol.Discard():
-                return protocol.DiscardReply(*await asyncio.to_thread(images.discard, op.images, op.given_up))
+                return protocol.DiscardReply(
+                    *await asyncio.to_thread(images.discard, op.images, op.given_up, self._job)
+                )
             case protocol.Mark():
                 await asyncio.to_thread(images.mark, op.images, op.job, op.state, _guest(op.domain))
                 return protocol.Done()

@@ -121,6 +121,25 @@ def test_discarding_an_image_removes_its_record_and_the_hashes_that_were_kept(tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_image_that_another_job_has_filled_since_is_left_by_the_one_that_made_it(
+    tmp_path: Path, complete: bool
+) -> None:
+    [first] = images.prepare([new(tmp_path / "a")], "1")
+    os.close(first.descriptor)
+    [second] = images.prepare([new(tmp_path / "a")], "2")
+    os.close(second.descriptor)
+    path = first.image.path
+    table_path(path).touch()
+    if complete:
+        ownership.complete(path, "2")
+    assert first.created is not None
+    assert images.discard([first.created], [path], "1") == ([], [f"{path}: was filled by job 2 since"])
+    images.mark([path], "1", "untouched")
+    assert table_path(path).exists() and state(path) == ("complete" if complete else "incoming", "2")
+    assert images.discard([first.created], [path], "2") == ([path], [])
+
+
 @pytest.mark.parametrize("end", ["complete", "untouched"])
 def test_hashes_that_were_kept_go_when_the_job_is_over(tmp_path: Path, end: str) -> None:
     [prepared] = images.prepare([new(tmp_path / "a")], "1")
