@@ -147,6 +147,12 @@ def test_the_image_of_another_domain_there_is_never_overwritten_though_that_does
     assert f"{idle.disk.path} is used by domain other" in idle.problems()
     other_path = "name another path there (--disk TARGET=PATH)"
     idle.lab.virsh(idle.name, idle.lab.target).failed(3, "is used by domain other", "next: mend that", other_path)
+    base = IMAGES / "base-of-other.qcow2"
+    for words in ((base, "16M"), ("-b", base, "-F", "qcow2", idle.disk.path)):
+        idle.lab.hosts.run("qemu-img", "create", "-q", "-f", "qcow2", *words, far=True)
+    told = idle.problems("--disk", f"vda={base}")
+    idle.lab.hosts.run("rm", base, idle.disk.path, far=True)
+    assert f"{base} is used by domain other" in told
     small = IMAGES / "small.qcow2"
     idle.lab.hosts.run("qemu-img", "create", "-q", "-f", "qcow2", small, "1M", far=True)
     outcome = idle.lab.virsh(idle.name, idle.lab.target, "--disk", f"vda={small}")

@@ -75,6 +75,10 @@ class Confinement:
         """`process` listens on a socket that was permitted: it may be asked after, and ended."""
         self._identified.add(process)
 
+    def permits(self, path: str) -> bool:
+        """Whether this file may be looked into."""
+        return self._roots is None or self._within(path)
+
     def concerns(self, op: protocol.Operation) -> bool:
         """Whether `op` names anything that is to be checked."""
         return self._roots is not None and not isinstance(op, HARMLESS)
@@ -94,6 +98,9 @@ class Confinement:
             case protocol.Files():
                 for name in op.names:
                     self._check_path(str(path_for(op.process.pid if op.process else None, name)))
+            case protocol.Below():
+                # Each file is opened only if `permits` says so.
+                return
             case protocol.BaseDigest() | protocol.BaseDigests():
                 self._check_path(op.path)
                 self.check_base(op)

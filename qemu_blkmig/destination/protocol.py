@@ -316,6 +316,12 @@ class Certificates(Message, frozen=True, tag="certificates"):
     """Which files a QEMU of libvirt's lacks here for a migration with TLS (see `certificates`)."""
 
 
+class Below(Message, frozen=True, tag="below"):
+    """The backing files of each of these qcow2 images; an agent looks into none that is out of its bounds."""
+
+    images: list[str]
+
+
 class Created(Message, frozen=True):
     """An image that the agent made: removable only while it still is this very file."""
 
@@ -353,6 +359,7 @@ Operation = (
     | Held
     | Files
     | Certificates
+    | Below
     | Expect
 )
 
@@ -492,6 +499,12 @@ class CertificatesReply(Message, frozen=True, tag="certificates"):
     missing: list[str]
 
 
+class BelowReply(Message, frozen=True, tag="below"):
+    """In the order asked for, from the top."""
+
+    files: list[list[str]]
+
+
 class BaseDigestReply(Message, frozen=True, tag="base-digest"):
     """`root`: one digest for all of the virtual disk of `size` bytes, empty where none was asked for.
 
@@ -540,6 +553,7 @@ Outcome = (
     | HeldReply
     | FilesReply
     | CertificatesReply
+    | BelowReply
     | BaseDigestReply
     | Done
     | Failure

@@ -21,6 +21,7 @@ from typing import TypeVar
 import qemu_blkmig
 from qemu_blkmig import errors
 from qemu_blkmig.destination import certificates, files, images, launching, locks, migration_sockets, protocol, qemu_nbd
+from qemu_blkmig.destination.backing import backing_files
 from qemu_blkmig.destination.bases import Bases
 from qemu_blkmig.destination.carrying import Carrying
 from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds, Confinement
@@ -244,6 +245,10 @@ class Service:
             case protocol.Files():
                 pid = op.process.pid if op.process else None
                 return protocol.FilesReply([files.file_id_for(pid, name) for name in op.names])
+            case protocol.Below():
+                return protocol.BelowReply(
+                    await asyncio.to_thread(lambda: [backing_files(each, self._bounds.permits) for each in op.images])
+                )
             case protocol.Certificates():
                 return await asyncio.to_thread(_certificates)
         raise errors.Refused(f"{type(op).__name__} is not understood")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_blkmig.destination.files import FileId
-from qemu_blkmig.destination.protocol import Files, FilesReply
+from qemu_blkmig.destination.protocol import Below, BelowReply, Files, FilesReply
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import migration_tls
 from qemu_blkmig.job.managed_options import ManagedOptions
@@ -137,7 +137,7 @@ async def arrange(
         *await conflicts(target, domain.uuid, name),
         *await lacks(target, Domain.parse(xml), None if options.offline else domain),
         *await missing(target, xml),
-        *await used_by_others(target, domain.uuid, written, partial(identified, agent)),
+        *await used_by_others(target, domain.uuid, written, partial(identified, agent), partial(backing_files, agent)),
         *await absent_files(agent, xml, paths),
         *(differing(given, domain, "--xml") if given else ()),
         *(() if options.unsafe or options.offline else left_to_chance(domain)),
@@ -270,6 +270,11 @@ async def identified(agent: AgentClient, paths: list[str]) -> list[FileId | None
         if len(paths) < 2:
             return [None] * len(paths)
         return [each for path in paths for each in await identified(agent, [path])]
+
+
+async def backing_files(agent: AgentClient, images: list[str]) -> list[list[str]]:
+    """Of each of these qcow2 images there, as far as the agent tells."""
+    return (await agent.expect(Below(images), BelowReply)).files if images else []
 
 
 async def _is_there(agent: AgentClient, path: str) -> bool:

@@ -18,6 +18,7 @@ from qemu_blkmig.virt.domain import Domain, image_files, rooted
 from qemu_blkmig.virt.storage import volume_files, with_bases
 
 Identify = Callable[[list[str]], Awaitable[Sequence[Hashable | None]]]
+Below = Callable[[list[str]], Awaitable[Sequence[Sequence[str]]]]
 
 BROKEN_OFF = 30.0
 """Seconds in which a libvirt notices that a migration to it has broken off, and ends the domain: by its keepalive, 5 s
@@ -136,12 +137,16 @@ async def missing(target: Connection, xml: str) -> list[str]:
     return lost
 
 
-async def used_by_others(target: Connection, uuid: str, paths: Mapping[str, str], identify: Identify) -> list[str]:
+async def used_by_others(
+    target: Connection, uuid: str, paths: Mapping[str, str], identify: Identify, below: Below
+) -> list[str]:
     """Images that domains there, running or not, use: what would be overwritten is another guest's.
 
-    `identify`: what tells the files at these paths there from all others, None where there is none.
+    `identify`: what tells the files at these paths there from all others, None where there is none. `below`: the
+    backing files of these qcow2 images there: libvirt tells only those of running domains, and of pools' volumes.
     """
     theirs: list[tuple[str, str]] = []
+    overlays: list[tuple[str, str]] = []
     for other in await target.call(target.handle.listAllDomains, 0):
         try:
             if other.UUIDString() == uuid:
@@ -153,6 +158,11 @@ async def used_by_others(target: Connection, uuid: str, paths: Mapping[str, str]
             raise
         files = await with_bases(target, image_files(xml) | await volume_files(target, xml))
         theirs += [(path, other.name()) for path in sorted(files)]
+        disks = Domain.parse(xml).disks
+        overlays += [(disk.path, other.name()) for disk in disks if disk.path and disk.format == "qcow2"]
+    for (_, name), files_below in zip(overlays, await below([path for path, _ in overlays]), strict=True):
+        theirs += [(path, name) for path in files_below]
+    theirs = [*dict.fromkeys(theirs)]
     named = {posixpath.normpath(path): disk for disk, path in paths.items()}
     ids = await identify([*paths.values(), *(path for path, _ in theirs)])
     there = {each: disk for disk, each in zip(paths, ids, strict=False) if each is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from typing import get_args
 import pytest
 
 from qemu_blkmig.destination import images, protocol, qemu_nbd
-from qemu_blkmig.destination.confine import HARMLESS, Bounds
+from qemu_blkmig.destination.confine import HARMLESS, NO_BOUNDS, Bounds
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.service import Service
 from qemu_blkmig.nbd.address import X509, Psk, TcpAddress, UnixAddress
@@ -254,10 +255,29 @@ def test_each_operation_is_harmless_or_checked(root: Path) -> None:
     checked = {
         protocol.Inspect, protocol.Prepare, protocol.Discard, protocol.Mark, protocol.Held, protocol.Files,
         protocol.Open, protocol.Identify, protocol.Launch, protocol.FindProgram, protocol.Alive, protocol.EndProcess,
-        protocol.BaseDigest, protocol.BaseDigests, protocol.Expect,
+        protocol.BaseDigest, protocol.BaseDigests, protocol.Expect, protocol.Below,
     }  # fmt: skip
     refused = {protocol.Certificates}
     assert {*HARMLESS} | checked | refused == set(get_args(protocol.Operation))
+
+
+@pytest.fixture
+def stacked(root: Path) -> list[Path]:
+    """Images upon each other, of which the topmost alone is within."""
+    chain = [root.parent / "lowest", root.parent / "mid", root / "top"]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", chain[0], "1M"], check=True)
+    for below, above in itertools.pairwise(chain):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", above], check=True)
+    return chain
+
+
+async def test_of_an_image_s_backing_files_it_opens_those_within_only(root: Path, stacked: list[Path]) -> None:
+    chain = stacked
+    ask = protocol.Below([str(chain[2]), str(chain[1])])
+    told = await Service(tell, Bounds([str(root)])).perform(ask)
+    assert told == protocol.BelowReply([[str(chain[1])], []])
+    told = await Service(tell, NO_BOUNDS).perform(ask)
+    assert told == protocol.BelowReply([[str(chain[1]), str(chain[0])], [str(chain[0])]])
 
 
 async def test_it_does_not_tell_of_the_host_s_certificates(root: Path) -> None:

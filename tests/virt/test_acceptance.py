@@ -60,15 +60,30 @@ async def test_a_state_that_was_saved_there_would_go_on_with_newer_disks(daemonl
     assert "a saved state of this domain" in found and "managedsave-remove web1" in found
 
 
-async def _nothing_known(paths: list[str]) -> list[None]:
+async def _alone(images: list[str]) -> list[list[str]]:
+    return [[] for _ in images]
+
+
+async def test_a_base_that_only_its_overlay_tells_of_is_in_use(daemonless: Connection) -> None:
+    async def below(images: list[str]) -> list[list[str]]:
+        assert images == ["/vm/a.qcow2"]
+        return [["/bases/debian.qcow2"]]
+
+    xml = DEFINED.format(name="other", uuid=OTHER).replace("<source", "<driver name='qemu' type='qcow2'/><source")
+    await daemonless.call(daemonless.handle.defineXML, xml)
+    (found,) = await used_by_others(daemonless, "another", {"vda": "/bases/debian.qcow2"}, _unknown, below)
+    assert found == "disk vda: /bases/debian.qcow2 is used by domain other at the destination"
+
+
+async def _unknown(paths: list[str]) -> list[None]:
     return [None] * len(paths)
 
 
 async def test_an_image_of_another_domain_is_in_use_though_that_does_not_run(daemonless: Connection) -> None:
     await _define(daemonless, "other", OTHER)
-    (found,) = await used_by_others(daemonless, "another", {"vdb": "/vm//a.qcow2", "vdc": "/vm/b"}, _nothing_known)
+    (found,) = await used_by_others(daemonless, "another", {"vdb": "/vm//a.qcow2", "vdc": "/vm/b"}, _unknown, _alone)
     assert found == "disk vdb: /vm//a.qcow2 is used by domain other at the destination (there: /vm/a.qcow2)"
-    assert await used_by_others(daemonless, OTHER, {"vdb": "/vm/a.qcow2"}, _nothing_known) == [], (
+    assert await used_by_others(daemonless, OTHER, {"vdb": "/vm/a.qcow2"}, _unknown, _alone) == [], (
         "its own is no other's"
     )
 
@@ -78,7 +93,7 @@ async def test_an_image_that_another_domain_knows_by_another_name_is_in_use(daem
         return [path.replace("/vm/", "/link/") for path in paths]
 
     await _define(daemonless, "other", OTHER)
-    (found,) = await used_by_others(daemonless, "another", {"vda": "/link/a.qcow2"}, same)
+    (found,) = await used_by_others(daemonless, "another", {"vda": "/link/a.qcow2"}, same, _alone)
     assert found == "disk vda: /link/a.qcow2 is used by domain other at the destination (there: /vm/a.qcow2)"
 
 
@@ -88,7 +103,7 @@ async def test_a_volume_of_another_domain_is_in_use_and_so_is_its_backing_file(d
     xml = DEFINED.format(name="other", uuid=OTHER).replace("</devices>", f"{disk}</devices>")
     await daemonless.call(daemonless.handle.defineXML, xml)
     top = await volume_path(daemonless, POOL, "top.qcow2")
-    found = await used_by_others(daemonless, "another", {"vda": top, "vdb": "/vm/base.raw"}, _nothing_known)
+    found = await used_by_others(daemonless, "another", {"vda": top, "vdb": "/vm/base.raw"}, _unknown, _alone)
     assert found == [
         f"disk vda: {top} is used by domain other at the destination",
         "disk vdb: /vm/base.raw is used by domain other at the destination",
@@ -103,8 +118,8 @@ async def test_a_volume_of_another_domain_that_libvirt_cannot_read_hinders_nobod
 
     monkeypatch.setattr(daemonless.handle, "storageVolLookupByPath", fails)
     await _define(daemonless, "other", OTHER)
-    assert await used_by_others(daemonless, "another", {"vda": "/vm/b"}, _nothing_known) == []
-    assert len(await used_by_others(daemonless, "another", {"vda": "/vm/a.qcow2"}, _nothing_known)) == 1
+    assert await used_by_others(daemonless, "another", {"vda": "/vm/b"}, _unknown, _alone) == []
+    assert len(await used_by_others(daemonless, "another", {"vda": "/vm/a.qcow2"}, _unknown, _alone)) == 1
 
 
 async def test_networks_and_pools_that_are_not_there_or_do_not_run_are_told(daemonless: Connection) -> None:
