@@ -65,12 +65,20 @@ class Prepared:
         return _identity(self.image.path, os.fstat(self.descriptor))
 
 
-def inspect(images: Sequence[Image]) -> tuple[list[Problem], int | None]:
-    """Everything that `prepare` would fail on, and the bytes free where the first image is to be created."""
+def inspect(images: Sequence[Image], job: str | None = None) -> tuple[list[Problem], int | None]:
+    """Everything that `prepare` would fail on, and the bytes free where the first image is to be created.
+
+    `job`: who asks, None: nobody who could go on with an image.
+    """
     lacking = missing(SERVING) if any(image.format != "raw" for image in images) else []
     problems = [Problem(None, what) for what in lacking]
     problems += [
         Problem(image.disk, what) for image in images if image.format == "raw" or not lacking for what in _faults(image)
+    ]
+    problems += [
+        Problem(image.disk, f"{image.path} {why}")
+        for image in images
+        if image.identity is not None and (why := _of_another(image.path, job)) is not None
     ]
     seen: dict[str, str] = {}
     for image in images:
@@ -87,7 +95,7 @@ def prepare(images: Sequence[Image], job: str | None = None, guest: ownership.Gu
     Raises `Refused` naming every fault, or `DestinationWriteError` where creating fails; what was created until then
     is removed again.
     """
-    problems, _free_bytes = inspect(images)
+    problems, _free_bytes = inspect(images, job)
     if problems:
         disk = problems[0].disk if len({problem.disk for problem in problems}) == 1 else None
         raise errors.Refused("; ".join(problem.what for problem in problems), disk=disk)

@@ -122,10 +122,11 @@ def test_discarding_an_image_removes_its_record_and_the_hashes_that_were_kept(tm
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_an_image_that_another_job_has_filled_since_is_left_by_the_one_that_made_it(
+def test_an_image_that_another_job_has_filled_since_is_left_alone_by_the_one_that_made_it(
     tmp_path: Path, complete: bool
 ) -> None:
     [first] = images.prepare([new(tmp_path / "a")], "1")
+    begun = first.identity
     os.close(first.descriptor)
     [second] = images.prepare([new(tmp_path / "a")], "2")
     os.close(second.descriptor)
@@ -134,6 +135,10 @@ def test_an_image_that_another_job_has_filled_since_is_left_by_the_one_that_made
     if complete:
         ownership.complete(path, "2")
     assert first.created is not None
+    again = new(path, identity=begun)
+    with pytest.raises(errors.Refused, match="was filled by job 2 since"):
+        images.prepare([again], "1")
+    assert images.inspect([again], "2")[0] == []
     assert images.discard([first.created], [path], "1") == ([], [f"{path}: was filled by job 2 since"])
     images.mark([path], "1", "untouched")
     assert table_path(path).exists() and state(path) == ("complete" if complete else "incoming", "2")
