@@ -46,6 +46,7 @@ AROUND: dict[str, tuple[type, str, str]] = {
     "closed": (Carriage, "close", "after"),
     "undecided": (RamMigration, "proceed", "before"),
     "continued": (RamMigration, "proceed", "after"),
+    "across": (RamMigration, "wait_completed", "after"),
     "completed": (TargetQemu, "start_guest", "before"),
     "started": (TargetQemu, "start_guest", "after"),
     "behind the gate": (LastRound, "keep_in_step", "after"),

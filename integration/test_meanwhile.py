@@ -258,6 +258,19 @@ def test_a_guest_that_an_admin_resumes_in_the_pause_is_not_told_to_be_paused(ben
     attempt.assert_source_has_it()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_guest_that_an_admin_resumes_before_it_starts_at_the_destination_does_not_run_twice(
+    bench: Bench, *, kept: bool
+) -> None:
+    attempt = bench.attempt("--source-after", "keep" if kept else "quit", "--downtime", 3000, hold="across")
+    attempt.wait_held()
+    attempt.source.resume()
+    attempt.source.wait_for_writing(more=20)
+    attempt.go_on()
+    attempt.outcome().failed(1, "resumed at the source by somebody else", now="the guest runs at the source")
+    attempt.assert_source_has_it()
+
+
 def test_a_guest_that_is_reset_in_the_pause_runs_on_when_the_coordinator_is_killed(bench: Bench) -> None:
     attempt = Attempt(bench.lab, bench.guest(), "--pause-only", hold="last round over", launch=False)
     attempt.wait_held()

@@ -77,7 +77,8 @@ class Qemus:
             if status in UNDER_WAY:
                 settlement.facts.append(f"the source's migration is still in state {status}")
                 return Owner.UNDECIDED
-            arrived = status == "completed"
+            # Somebody else may have resumed it here meanwhile: never twice.
+            arrived = status == "completed" and (record.started_there or not await _runs(source))
         try:
             if arrived and await self._take():
                 return Owner.DESTINATION

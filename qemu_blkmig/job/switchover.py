@@ -37,6 +37,8 @@ from qemu_blkmig.time_limit import time_limit
 
 HANDOVER = 60.0
 """Seconds in which RAM's rest and device state must have crossed, at least."""
+ANSWER = 1.0
+"""Seconds in which a source QEMU that is well tells its run state."""
 RAM_POLL = 0.5
 """Seconds between two looks at how often RAM has been passed over."""
 ATTEMPTS = 3
@@ -293,6 +295,7 @@ class Switchover:
 
     async def _activate(self, target: TargetQemu) -> None:
         """The proof of success: the guest starts, or, if it is to stay paused, the images are held for writing."""
+        await self._check_source_stands_still()
         if self._job.record.was_running:
             self._job.record.started_there = True
             # This host's end would be the source QEMU's end, too: there is nothing to be told apart after it.
@@ -305,6 +308,18 @@ class Switchover:
                 raise await target.describe(error) from error
         else:
             await activate(target.monitor, target.idle, self._job.record.images)
+
+    async def _check_source_stands_still(self) -> None:
+        """Once its RAM is across, QEMU lets anybody resume the guest here again. Raises `GuestStateError` if so.
+
+        A source QEMU that is gone, or hangs, is no reason to keep the guest from the destination.
+        """
+        still = True
+        with contextlib.suppress(BlkmigError, TimeoutError):
+            async with time_limit(ANSWER):
+                still = await self._guest.is_paused()
+        if not still:
+            raise GuestStateError("the guest was resumed at the source by somebody else after its RAM was across")
 
     async def _take_run_state(self, *, migrating: bool) -> None:
         """Before any pause: the watchdog is armed, and the record says that the pause, and a migration, are ours.
