@@ -76,6 +76,8 @@ class TargetQemu:
         try:
             monitor = await cls._connect(await host.reach(launched.qmp), process, agent)
         except (Refused, ConnectionLost) as error:
+            if (await agent.expect(Alive(process), AliveReply)).alive:
+                raise
             said = (await agent.expect(Output(), OutputReply)).text
             raise Refused(
                 f"the QEMU of --launch does not answer any more: {said}",
