@@ -2,7 +2,8 @@
 
 Run as `python -m integration.bench.virsh [--rounds 3] [--size 512M] [--writers idle,random]`. Two libvirtds of the
 laboratory, guests under TCG, images in memory, in rotated order in one run; the guest's records are checked after every
-move. virsh's image at the destination is made before its clock starts, as virsh wants it.
+move. virsh's image at the destination is made before its clock starts, as virsh wants it. QEMUs that have ended are
+reaped at once, as by the init of a real host (`integration/bench/reaping.py`).
 
 - virsh: disks and RAM each by a TCP connection of their own, as virsh has it.
 - blkmig: as users run it, all through ssh, and all that it wrote read back.
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from integration.bench.reaping import go_on_under_an_init
 from integration.bench.table import spread
 from integration.hosts import ADDRESSES
 from integration.tool import finish, start
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--downtime", type=int, default=300, help="milliseconds")
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where all files are")
     wanted = parser.parse_args()
+    go_on_under_an_init()
     kernel = find_kernel()
     names = [PEER, *OURS]
     before = os.getloadavg()[0]
