@@ -46,10 +46,11 @@ class Qemu:
         return "still " + status
 
     def quit(self) -> None:
-        """End it in order: its images are written out. It may be gone before it has answered."""
+        """End it in order: its images are written out. It may be gone before it has answered, and now and then an old
+        one dies of it: what is in the images is for the caller to see."""
         with contextlib.suppress(ValueError, OSError):
             self("quit")
-        assert self.process.wait(20) == 0
+        self.process.wait(20)
 
 
 @contextlib.contextmanager
