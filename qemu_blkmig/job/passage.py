@@ -107,7 +107,7 @@ def not_migrated(why: BlkmigError | None, other_xml: str | None) -> LibvirtFaile
     """The error that tells that libvirt did not migrate the guest, with the advice `other_xml` if it refused that."""
     if isinstance(why, LibvirtError):
         return LibvirtFailed(
-            f"libvirt, here or at the destination, could not migrate the guest: {why.what.strip()}",
+            f"libvirt, here or at the destination, could not migrate the guest: {why.words.strip()}",
             advice=other_xml if _is_of_xml(why) else None,
         )
     return LibvirtFailed(f"libvirt could not migrate the guest: {why or 'it says that it has, too early'}")

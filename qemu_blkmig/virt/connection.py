@@ -25,11 +25,11 @@ class LibvirtGone(ConnectionLost):
 
 
 class LibvirtError(RequestError):
-    """libvirt refused a call, in its own words; `code` is its virErrorNumber."""
+    """libvirt refused a call, in its own `words`; `code` is its virErrorNumber."""
 
-    def __init__(self, who: str, what: str, code: int) -> None:
-        super().__init__(f"{who}: {what}")
-        self.what = what
+    def __init__(self, who: str, words: str, code: int) -> None:
+        super().__init__(f"{who}: {words}")
+        self.words = words
         self.code = code
 
 

@@ -26,5 +26,5 @@ async def would_refuse(
         await source.call(domain.migrate3, target.handle, wish.parameters(), wish.flags())
     except LibvirtError as error:
         passing = (module.VIR_ERR_NO_SUPPORT, module.VIR_ERR_OPERATION_TIMEOUT)
-        return None if NOWHERE in error.what or error.code in passing else error.what.strip()
+        return None if NOWHERE in error.words or error.code in passing else error.words.strip()
     return None
