@@ -68,6 +68,15 @@ def add_ends(parser: argparse.ArgumentParser, *, domains: bool) -> None:
     )
 
 
+def add_source_format(parser: argparse.ArgumentParser) -> None:
+    """Add `--source-format`, of a source that may be an image file."""
+    parser.add_argument(
+        "--source-format",
+        metavar="FMT",
+        help="format of an image: source (default: as recognized; to be told where it names another file)",
+    )
+
+
 def add_target(parser: argparse.ArgumentParser) -> Any:
     """Which QEMU the guest moves to; returns the group."""
     group = parser.add_argument_group("destination QEMU (one of)")

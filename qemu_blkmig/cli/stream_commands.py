@@ -47,11 +47,7 @@ def _add_save(commands: Commands) -> None:
     parser.add_argument(
         "--ignore-ownership", action="store_true", help="also from an image that a record calls incomplete or moved"
     )
-    parser.add_argument(
-        "--source-format",
-        metavar="FMT",
-        help="format of an image: source (default: as recognized; to be told where it names another file)",
-    )
+    options.add_source_format(parser)
     parser.add_argument(
         "--agent", metavar="SOCK", help="the guest agent's unix socket: file systems are frozen at the end"
     )

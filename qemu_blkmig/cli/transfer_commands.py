@@ -97,11 +97,7 @@ def _add_copy(commands: Commands) -> None:
     parser.add_argument(
         "--agent", metavar="SOCK", help="the guest agent's unix socket: file systems are frozen for the copy"
     )
-    parser.add_argument(
-        "--source-format",
-        metavar="FMT",
-        help="format of an image: source (default: as recognized; to be told where it names another file)",
-    )
+    options.add_source_format(parser)
     options.add_selection(parser)
     convergence = options.add_convergence(parser)
     convergence.add_argument("--freeze-limit", type=float, default=10.0, metavar="SECONDS",

@@ -26,7 +26,7 @@ from qemu_blkmig.transport.client import AgentClient
 class LayerThere:
     """A layer of a disk's chain that is to be at the destination, as `path`; `there`: it is.
 
-    `file`: the source's, as its QEMU names it, of `format`. `owner`: uid and gid that it is to have there.
+    `file`: the source's, by its plain name, of `format`. `owner`: uid and gid that it is to have there.
     """
 
     disk: str

@@ -25,7 +25,6 @@ from qemu_blkmig.job.options import CopyOptions, MigrateOptions, Target
 from qemu_blkmig.job.plan import Plan, Planner
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
-from qemu_blkmig.qmp.disks import plain_filename
 from qemu_blkmig.qmp.socket import SocketMonitor
 
 _Options = MigrateOptions | CopyOptions | ManagedOptions
@@ -78,7 +77,7 @@ class _Copying:
 def _work(options: _Options, plans: Sequence[Plan]) -> list[tuple[LayerThere, _Copying]]:
     """What is to be copied; a layer of several disks just once. Raises `Refused` where one cannot be read."""
     found = {
-        layer.path: (layer, _Copying(_copied(layer, path_here(plain_filename(layer.file), plan.process), options)))
+        layer.path: (layer, _Copying(_copied(layer, path_here(layer.file, plan.process), options)))
         for plan in plans
         for layer in plan.layers
         if not layer.there

@@ -161,10 +161,9 @@ class Sharing:
         member = await asyncio.to_thread(group.join, self._job, rate)
         if member is not None:
             self._held.append(member)
-        least = min((await asyncio.to_thread(group.members)).values(), default=rate)
-        if least < rate:
+        least = await self._divide(group)
+        if least is not None and least < rate:
             self._reporter.note(f"group {name} has {show_rate(least)} in all, as another of its jobs asked for")
-        await self._divide(group)
         self._watching = asyncio.create_task(self._watch(group))
 
     async def _watch(self, group: Circle) -> None:
@@ -175,10 +174,12 @@ class Sharing:
             except (OSError, BlkmigError) as error:
                 log.warning("the share of bandwidth could not be found out or set: %s", error)
 
-    async def _divide(self, group: Circle) -> None:
-        """Everybody gets the same; of budgets that differ the smallest counts."""
+    async def _divide(self, group: Circle) -> int | None:
+        """Everybody gets the same; of budgets that differ the smallest counts. Returns that; None: nobody is there."""
         members = await asyncio.to_thread(group.members)
-        share = max(1, min(members.values()) // len(members)) if members else None
+        least = min(members.values(), default=None)
+        share = None if least is None else max(1, least // len(members))
         if share != self._steering.share:
             self._steering.share = share
             await self._steering.changed()
+        return least

@@ -156,9 +156,10 @@ async def used_by_others(
             if error.code == libvirt().VIR_ERR_NO_DOMAIN:
                 continue
             raise
-        files = await with_bases(target, image_files(xml) | await volume_files(target, xml))
-        theirs += [(path, other.name()) for path in sorted(files)]
         disks = Domain.parse(xml).disks
+        volumes = await volume_files(target, [disk.volume for disk in disks if disk.volume is not None])
+        files = await with_bases(target, image_files(xml) | volumes)
+        theirs += [(path, other.name()) for path in sorted(files)]
         overlays += [(disk.path, other.name()) for disk in disks if disk.path and disk.format == "qcow2"]
     for (_, name), files_below in zip(overlays, await below([path for path, _ in overlays]), strict=True):
         theirs += [(path, name) for path in files_below]

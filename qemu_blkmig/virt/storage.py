@@ -116,12 +116,12 @@ async def volume_path(connection: Connection, pool: str, volume: str) -> str:
         raise Refused(f"{connection.who}: pool {pool} has no volume {volume}: {error}") from error
 
 
-async def volume_files(connection: Connection, domain_xml: str) -> set[str]:
-    """Where the disks lie that a domain's XML names by pool and volume, as far as these are known there."""
+async def volume_files(connection: Connection, volumes: Iterable[tuple[str, str]]) -> set[str]:
+    """Where these lie, each named by pool and volume, as far as they are known there."""
     found = set()
-    for source in ElementTree.fromstring(domain_xml).findall("./devices/disk[@type='volume']/source"):
+    for pool, volume in volumes:
         with contextlib.suppress(Refused):
-            found.add(await volume_path(connection, source.get("pool", ""), source.get("volume", "")))
+            found.add(await volume_path(connection, pool, volume))
     return found
 
 

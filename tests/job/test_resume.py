@@ -34,6 +34,31 @@ async def test_a_job_that_turns_out_to_have_handed_the_guest_over_is_told_to_be_
     assert not job.directory.exists()
 
 
+def suspended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **recorded: object) -> str:
+    """A job that waits to be resumed, with this in its record."""
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    job = Job.create()
+    job.record.suspended = True
+    for name, value in recorded.items():
+        setattr(job.record, name, value)
+    job.save_blocking()
+    job.release()
+    return job.record.job
+
+
+async def gone_on_with(monkeypatch: pytest.MonkeyPatch, job: str, work: str, changes: resume.Changes) -> list[Any]:
+    """Resume the job: the options that the function `work` is called with."""
+    asked: list[Any] = []
+
+    async def do(options: object, *_: object) -> None:
+        asked.append(options)
+
+    monkeypatch.setattr(work, do)
+    nobody: Any = None
+    await resume.resume(job, changes, nobody, nobody, nobody)
+    return asked
+
+
 @pytest.mark.parametrize(
     ("changes", "bandwidth"),
     [(resume.Changes(), 2 << 20), (resume.Changes(bandwidth=3 << 20), 3 << 20), (resume.Changes(bandwidth=0), None)],
@@ -41,21 +66,9 @@ async def test_a_job_that_turns_out_to_have_handed_the_guest_over_is_told_to_be_
 async def test_what_was_set_while_the_job_ran_still_holds(
     changes: resume.Changes, bandwidth: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
-    job = Job.create()
-    job.record.copy = CopyOptions(Target(Local("/d")), image="/i", transfer=Transfer(bandwidth=1 << 20), downtime=0.3)
-    job.record.steered = Steered(2 << 20, 0.077)
-    job.record.suspended = True
-    job.save_blocking()
-    job.release()
-    asked: list[CopyOptions] = []
-
-    async def copy(options: CopyOptions, *_: object) -> None:
-        asked.append(options)
-
-    monkeypatch.setattr("qemu_blkmig.job.copy.copy", copy)
-    nobody: Any = None
-    await resume.resume(job.record.job, changes, nobody, nobody, nobody)
+    wished = CopyOptions(Target(Local("/d")), image="/i", transfer=Transfer(bandwidth=1 << 20), downtime=0.3)
+    job = suspended(monkeypatch, tmp_path, copy=wished, steered=Steered(2 << 20, 0.077))
+    asked = await gone_on_with(monkeypatch, job, "qemu_blkmig.job.copy.copy", changes)
     assert [(each.transfer.bandwidth, each.downtime) for each in asked] == [(bandwidth, 0.077)]
 
 
@@ -63,19 +76,9 @@ async def test_what_was_set_while_the_job_ran_still_holds(
 async def test_a_time_to_switch_over_that_was_missed_can_be_told_anew(
     moment: Moment | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
     missed = Moment(waits=True, at=1.0)
-    job = Job.create()
-    job.record.migrate = MigrateOptions("/s", Target(Local("/d"), qmp="/q"), switchover=missed)
-    job.record.suspended = True
-    job.save_blocking()
-    job.release()
-    asked: list[MigrateOptions] = []
-
-    async def migrate(options: MigrateOptions, *_: object) -> None:
-        asked.append(options)
-
-    monkeypatch.setattr("qemu_blkmig.job.migrate.migrate", migrate)
-    nobody: Any = None
-    await resume.resume(job.record.job, resume.Changes(switchover=moment), nobody, nobody, nobody)
+    job = suspended(
+        monkeypatch, tmp_path, migrate=MigrateOptions("/s", Target(Local("/d"), qmp="/q"), switchover=missed)
+    )
+    asked = await gone_on_with(monkeypatch, job, "qemu_blkmig.job.migrate.migrate", resume.Changes(switchover=moment))
     assert [each.switchover for each in asked] == [moment or missed]
