@@ -59,7 +59,8 @@ class Launcher:
         qmp = str(place / _QMP)
         try:
             check_socket_path(qmp)
-            waiting = ["-S", "-incoming", "defer", "-qmp", f"unix:{qmp},server=on,wait=off"]
+            # With wait=off QEMU 7.2 now and then greets who connects while it starts, and never reads what is said.
+            waiting = ["-S", "-incoming", "defer", "-qmp", f"unix:{qmp},server=on,wait=on"]
             script = f'read go && exec </dev/null && {in_place_of_the_shell(command.strip())} "$@"'
             output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the QEMU does
             # Not asyncio's: that kills what still runs when the loop is closed (seen with Python 3.13).
@@ -97,7 +98,7 @@ class Launcher:
             if launch.process.poll() not in (None, 0):
                 raise Refused(
                     f"the --launch command ended with status {launch.process.returncode}: {self.output()}",
-                    advice="try the command by hand in the destination directory; we append "
+                    advice="try the command by hand in the destination directory, followed, as we do, by "
                     "-S -incoming defer -qmp unix:SOCKET,server=on,wait=off",
                 )
             await asyncio.sleep(_POLL)
@@ -113,7 +114,8 @@ class Launcher:
         output = self._latest.output
         output.seek(0, os.SEEK_END)
         output.seek(max(0, output.tell() - OUTPUT))
-        said = output.read().decode(errors="replace").strip()
+        lines = output.read().decode(errors="replace").strip().splitlines()
+        said = "\n".join(line for line in lines if "info: QEMU waiting for connection on:" not in line)
         return f"it said: {said}" if said else "it said nothing"
 
     def launched(self) -> set[ProcessId]:

@@ -65,10 +65,11 @@ def qemu_export(
 ) -> Iterator[tuple[Path, Monitor]]:
     """A qemu-storage-daemon that exports `image` read-only as `disk`, its allocation depth shown.
 
-    Only one connection is made to its monitor: QEMU now and then greets, or hangs up on, the second one for the first.
+    It waits for the connection to its monitor before it goes on: with wait=off QEMU now and then greets one that comes
+    while it starts, and never reads it.
     """
     listening, control = directory / name, directory / f"{name}.qmp"
-    command = ["qemu-storage-daemon", "--chardev", f"socket,path={control},server=on,wait=off,id=c"]
+    command = ["qemu-storage-daemon", "--chardev", f"socket,path={control},server=on,wait=on,id=c"]
     command += ["--monitor", "chardev=c", "--nbd-server", f"addr.type=unix,addr.path={listening},max-connections=0"]
     command += ["--blockdev", f"driver=file,filename={image},node-name=file,discard=unmap"]
     command += ["--blockdev", f"driver={driver},file=file,node-name=node,discard=unmap"]

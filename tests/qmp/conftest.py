@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qemu_blkmig.errors import Refused
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.socket import SocketMonitor
 
@@ -80,16 +82,19 @@ async def start_qemu(tmp_path: Path) -> AsyncIterator[StartQemu]:
         directory = tmp_path / f"qemu{len(running)}"
         directory.mkdir()
         command = ["qemu-system-x86_64", "-accel", "tcg", "-M", "pc", "-m", "16", "-nodefaults", "-display", "none"]
-        command += ["-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off"]
+        # With wait=off QEMU now and then greets who comes while it starts, and never reads it.
+        command += ["-qmp", f"unix:{directory}/qmp.sock,server=on,wait=on"]
         command += ["-qmp", f"unix:{directory}/user.sock,server=on,wait=off"]
         command += ["-S"] if paused else []
         process = await asyncio.to_thread(launch, [*command, *arguments], directory / "stderr")
         try:
-            while not (directory / "user.sock").exists():
+            monitor = None
+            while monitor is None:
                 if process.poll() is not None:
                     raise RuntimeError((directory / "stderr").read_text())
+                with contextlib.suppress(Refused):  # it does not listen yet
+                    monitor = await SocketMonitor.connect(str(directory / "qmp.sock"), who="source QEMU", timeout=START)
                 await asyncio.sleep(0.02)
-            monitor = await SocketMonitor.connect(str(directory / "qmp.sock"), who="source QEMU", timeout=START)
             user = await SocketMonitor.connect(str(directory / "user.sock"), who="the user's QEMU", timeout=START)
         except BaseException:
             process.kill()

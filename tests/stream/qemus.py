@@ -70,8 +70,9 @@ def qemu(directory: Path, *arguments: str, machine: str = "pc", prefix: Sequence
         "-display",
         "none",
     ]
-    for name in ("qmp", "monitor"):
-        command += ["-qmp", f"unix:{directory}/{name},server=on,wait=off"]
+    # With wait=off QEMU now and then greets who comes while it starts, and never reads it.
+    for name, wait in (("monitor", "on"), ("qmp", "off")):
+        command += ["-qmp", f"unix:{directory}/{name},server=on,wait={wait}"]
     process = subprocess.Popen(
         [*command, *arguments], cwd=directory, stdout=subprocess.DEVNULL, stderr=(directory / "stderr").open("wb")
     )
