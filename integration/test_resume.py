@@ -14,8 +14,9 @@ import pytest
 
 from integration.judges import BLOCK, assert_rest_equal, record_blocks
 from integration.lab import Format, Guest, Lab, assert_records_sound, wait_until
+from integration.listened import Listened
 from integration.luck import Attempt, Bench, command, kill
-from integration.tool import assert_nothing_left
+from integration.tool import COMMAND, assert_nothing_left
 from qemu_blkmig.demo.guest import Orders
 
 MIB = 1 << 20
@@ -73,6 +74,28 @@ def test_a_coordinator_killed_late_in_the_bulk_pass_has_little_to_send_again(lab
     sent = bytes_read_by(guest.pid) - before
     assert sent >= size
     assert sent - size - disk["copied_dirty"] < size * 5 // 100, (sent, disk)
+    guest.kill()
+    attempt.assert_destination_has_it()
+
+
+def test_three_drops_in_one_job_have_little_to_send_again_together(lab: Lab) -> None:
+    size = 64 * MIB
+    guest = writing_guest(lab, size)
+    before = bytes_read_by(guest.pid)
+    attempt = Attempt(lab, guest, "--bandwidth", "16M", "--source-after", "keep")
+    wait_share(attempt, 30)
+    attempt.signal(signal.SIGKILL)
+    attempt.outcome()
+    job = attempt.job()
+    for percent, who in ((60, "agent"), (90, "coordinator")):
+        again = Listened([*COMMAND, "resume", job, "--progress=json"], lab.directory / "go")
+        again.wait_event(lambda event, least=percent: event.get("percent", 0) >= least, f"{percent} %")  # type: ignore[misc]
+        kill(attempt.agent()) if who == "agent" else again.signal(signal.SIGKILL)
+        again.outcome()
+    (disk,) = resumed(attempt, "--bandwidth", "1000")["disks"]
+    sent = bytes_read_by(guest.pid) - before
+    assert sent >= size
+    assert sent - size - disk["copied_dirty"] < size * 4 // 100, (sent, disk)
     guest.kill()
     attempt.assert_destination_has_it()
 

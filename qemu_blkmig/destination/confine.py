@@ -28,7 +28,8 @@ _FORMATS = ("raw", "qcow2")
 """Formats of images that were there before: of these we know all that their headers can name."""
 HARMLESS = (
     protocol.Hello, protocol.Copy, protocol.Flush, protocol.Bandwidth, protocol.Cancel, protocol.Close,
-    protocol.Digests, protocol.Verify, protocol.Keep, protocol.Bye, protocol.Ping, protocol.Go, protocol.Output,
+    protocol.Digests, protocol.Verify, protocol.Arrived, protocol.Keep, protocol.Bye, protocol.Ping, protocol.Go,
+    protocol.Output,
 )  # fmt: skip
 """Operations that name nothing but what others have named before; all the rest is checked, or refused."""
 _LAYERS = 200

@@ -134,6 +134,11 @@ class HashTable:
                 yield Run(extent, self._digests(first, count) if kind == _DATA else None)
             self._next = 0
 
+    def unread_from(self, offset: int, most: int) -> Iterator[Run]:
+        """Runs to be read back from `offset` on, which is one of a unit; see `unread`, which they do not concern."""
+        for first, kind, count in self._runs(offset // self.unit, self._count, most // self.unit):
+            yield Run(self._extent(first, count), self._digests(first, count) if kind == _DATA else None)
+
     def good(self, extent: Extent) -> None:
         """The extent, of one `Run`, was read back as it was written, but for what was told to be amiss."""
         self._judge(extent, {_DATA: _GOOD_DATA, _ZERO: _GOOD_ZERO})

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination.hashtable import HashTable
@@ -33,6 +34,9 @@ _MOST_IN_FLIGHT = 32 << 20
 large ones, at most."""
 _LOOK_AT_DIRTY_FROM = 1 << 20
 """Shorter dirty extents are read without asking for their block status first: a round trip costs more."""
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,20 @@ class DiskMover:
 
         Ends early when `interrupted`. Raises `Refused` where nothing is hashed, `DestinationWriteError`.
         """
-        if self._read_back is None:
-            raise errors.Refused("nothing was hashed: there is nothing to verify by", disk=self._disk)
+        self._flush_for_reading()
+        return self._reading(lambda read_back: read_back.run(most, interrupted))
+
+    def arrived(self, offset: int, most: int, interrupted: Callable[[], bool]) -> list[Extent]:
+        """Of about `most` bytes from `offset` on, what lies there, stable, as one before us was to write it.
+
+        Raises as `verify`, and `Refused` where there is no such offset.
+        """
+        self._check([Extent(offset, self._size - offset)])
+        self._unflushed = True
+        self._flush_for_reading()
+        return self._reading(lambda read_back: read_back.arrived(offset, most, interrupted))
+
+    def _flush_for_reading(self) -> None:
         with self._flushing:
             if self._unflushed:
                 try:
@@ -160,8 +176,12 @@ class DiskMover:
                 except errors.DestinationWriteError as error:
                     self._lost = error  # a second flush would succeed, though this one dropped what it was to keep
                     raise
+
+    def _reading(self, read: Callable[[ReadBack], _T]) -> _T:
+        if self._read_back is None:
+            raise errors.Refused("nothing was hashed: there is nothing to verify by", disk=self._disk)
         try:
-            return self._read_back.run(most, interrupted)
+            return read(self._read_back)
         except OSError as error:
             raise write_error(self._disk, None, error.errno or 0, "read back") from error
         except errors.ConnectionLost as error:

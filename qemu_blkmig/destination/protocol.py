@@ -24,7 +24,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.hashing import Algorithm
 from qemu_blkmig.nbd.address import TcpAddress, UnixAddress
 
-PROTOCOL = 3
+PROTOCOL = 4
 LINE_LIMIT = 4 << 20
 BATCH_LIMIT = 16_384
 """Most extents in one copy request."""
@@ -34,6 +34,9 @@ LARGEST_REQUEST = 32 << 20
 """Bytes of the largest request: what every NBD server takes."""
 MOST_IN_FLIGHT = 1 << 30
 """Most bytes of a disk's requests on all its connections together."""
+
+MOST_READ_BACK = 1 << 30
+"""Most bytes that are read back at once."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -226,6 +229,18 @@ class Verify(Message, frozen=True, tag="verify"):
     limit: int
 
 
+class Arrived(Message, frozen=True, tag="arrived"):
+    """Of a disk that is gone on with: tell what lies there, from `offset` on, as it was to be written.
+
+    It is flushed first, and about `limit` bytes are read past the page cache where possible. What is not told is to be
+    copied again.
+    """
+
+    disk: str
+    offset: int
+    limit: int
+
+
 class BaseDigest(Message, frozen=True, tag="base-digest"):
     """Tell what the base image at `path`, with its backing chain, holds; `algorithm` None: just its size.
 
@@ -344,6 +359,7 @@ Operation = (
     | Mark
     | Digests
     | Verify
+    | Arrived
     | BaseDigest
     | BaseDigests
     | Keep
@@ -427,6 +443,12 @@ class VerifyReply(Message, frozen=True, tag="verify"):
     checked: Count
     left: Count
     differ: list[tuple[int, int]]
+
+
+class ArrivedReply(Message, frozen=True, tag="arrived"):
+    """Extents, ascending, disjoint, whole units of what is hashed; a thousand at most."""
+
+    extents: list[tuple[int, int]]
 
 
 class CloseReply(Message, frozen=True, tag="close"):
@@ -545,6 +567,7 @@ Outcome = (
     | DiscardReply
     | DigestsReply
     | VerifyReply
+    | ArrivedReply
     | Launched
     | Identified
     | OutputReply

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qemu_blkmig.destination.hashtable import HashTable, Run
 from qemu_blkmig.destination.writers import Writer
-from qemu_blkmig.engine.extents import Extent, union
+from qemu_blkmig.engine.extents import Extent, Remainder, union
 
 MOST_DIFFER = 1024
 """Extents that are told to differ at once."""
@@ -38,7 +38,7 @@ class ReadBack:
 
     def run(self, most: int, interrupted: Callable[[], bool]) -> Verified:
         """Read back about `most` bytes, at least some; fewer once `interrupted`, or when too much differs."""
-        runs = self._gather(most)
+        runs = _gather(self._table.unread(_AT_ONCE), most)
         self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
         checked = 0
         differ: list[Extent] = []
@@ -53,14 +53,22 @@ class ReadBack:
                 break
         return Verified(checked, self._table.left, differ)
 
-    def _gather(self, most: int) -> list[Run]:
-        runs, gathered = [], 0
-        for run in self._table.unread(_AT_ONCE):
-            runs.append(run)
-            gathered += run.extent.length
-            if gathered >= most:
+    def arrived(self, offset: int, most: int, interrupted: Callable[[], bool]) -> list[Extent]:
+        """Of about `most` bytes from `offset` on, what lies there as it was to be written; fewer once `interrupted`."""
+        runs = _gather(self._table.unread_from(offset, _AT_ONCE), most)
+        self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
+        found: Sequence[Extent] = ()
+        for run in runs:
+            bad = union(self._bad_units(run), ())
+            for extent in bad:
+                self._table.amiss(extent)
+            self._table.good(run.extent)
+            left = Remainder([run.extent])
+            left.take_out(bad)
+            found = union(found, left.rest())
+            if interrupted() or len(found) >= MOST_DIFFER:
                 break
-        return runs
+        return list(found[:MOST_DIFFER])
 
     def _bad_units(self, run: Run) -> Iterator[Extent]:
         if run.digests is None:
@@ -95,3 +103,13 @@ class ReadBack:
         self._writer.read(view, extent.offset)
         for start in range(0, extent.length, self._table.unit):
             yield extent.offset + start, view[start : start + self._table.unit]
+
+
+def _gather(unread: Iterator[Run], most: int) -> list[Run]:
+    runs, gathered = [], 0
+    for run in unread:
+        runs.append(run)
+        gathered += run.extent.length
+        if gathered >= most:
+            break
+    return runs

@@ -27,7 +27,7 @@ from qemu_blkmig.destination.carrying import Carrying
 from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds, Confinement
 from qemu_blkmig.destination.digests import digests
 from qemu_blkmig.destination.expecting import Expecting
-from qemu_blkmig.destination.hashtable import HashTable, table_path
+from qemu_blkmig.destination.hashtable import HashTable, forget, table_path
 from qemu_blkmig.destination.launching import Launcher
 from qemu_blkmig.destination.mover import DiskMover, Settings
 from qemu_blkmig.destination.ownership import Guest
@@ -41,7 +41,6 @@ from qemu_blkmig.time_limit import time_limit
 _PROGRESS_SECONDS = 0.2
 _SPACE_SECONDS = 1.0
 _TEARDOWN_SECONDS = 20.0
-_MOST_READ_BACK = 1 << 30
 _HASH_UNITS = range(4 << 10, (1 << 20) + 1)
 _KILL_SECONDS = 10.0
 _JOB = re.compile(r"[0-9A-Za-z-]{1,64}")
@@ -203,6 +202,8 @@ class Service:
                 return await self._bases.answer(op)
             case protocol.Verify():
                 return await self._verify(op)
+            case protocol.Arrived():
+                return await self._arrived(op)
             case protocol.Flush():
                 return await self._flush(op)
             case protocol.Cancel():
@@ -454,13 +455,22 @@ class Service:
 
     async def _verify(self, op: protocol.Verify) -> protocol.VerifyReply:
         disk, mover = self._opened(op.disk)
-        if not 0 < op.limit <= _MOST_READ_BACK:
+        if not 0 < op.limit <= protocol.MOST_READ_BACK:
             raise errors.Refused(f"{op.limit} bytes cannot be read back at once", disk=op.disk)
         async with disk.turn:
             self._still(disk, mover)
             found = await disk.run(lambda: mover.verify(op.limit, lambda: self._ended or disk.urgent > 0))
         differ = [(extent.offset, extent.length) for extent in found.differ]
         return protocol.VerifyReply(found.checked, found.left, differ)
+
+    async def _arrived(self, op: protocol.Arrived) -> protocol.ArrivedReply:
+        disk, mover = self._opened(op.disk)
+        if not 0 < op.limit <= protocol.MOST_READ_BACK:
+            raise errors.Refused(f"{op.limit} bytes cannot be read back at once", disk=op.disk)
+        async with disk.turn:
+            self._still(disk, mover)
+            found = await disk.run(lambda: mover.arrived(op.offset, op.limit, lambda: self._ended or disk.urgent > 0))
+        return protocol.ArrivedReply([(extent.offset, extent.length) for extent in found])
 
     def _cancel(self, op: protocol.Cancel) -> protocol.Done:
         self._bases.cancel(op.disk)
@@ -617,6 +627,8 @@ def _table(op: protocol.Open, image: protocol.Image) -> HashTable | None:
         path = table_path(image.path)
         if image.identity is not None and not image.compared:
             return HashTable.reopen(path, image.size, op.hash_unit, op.hash)
+        # Before anything is recorded anew: what it tells of is of another recording.
+        forget(image.path)
         return HashTable(path, image.size, op.hash_unit, op.hash)
     except OSError as error:
         what = f"the hashes of what is written cannot be stored beside {image.path}: {error.strerror}"

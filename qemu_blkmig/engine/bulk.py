@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qemu_blkmig.engine.carrier import Carrier
 from qemu_blkmig.engine.device import Device
-from qemu_blkmig.engine.extents import Batcher, Extent
-from qemu_blkmig.engine.ports import Comparer, CopyKind
+from qemu_blkmig.engine.extents import Batcher, Extent, Remainder
+from qemu_blkmig.engine.ports import Comparer, CopyKind, CopyReport
 from qemu_blkmig.engine.stride import Stride
 
 AHEAD = 3
@@ -36,6 +36,9 @@ class BulkPass:
     the destination holds an older copy, and just what differs is sent: as DIRTY, because nothing may be skipped there
     and nothing is known to be zero. At most `batch` extents go into one request.
 
+    What a disk is known to have beyond its cursor is left out: all chunks of `chunk_size` bytes as far as that reaches
+    are one range.
+
     Copied is not yet stable: no bitmap remembers what the pass has written. So a range is done only once a flush has
     succeeded that began after the range was reported, and what cannot be flushed is copied again. `on_stable` is told,
     each time, the disk and how far it is stable.
@@ -48,6 +51,7 @@ class BulkPass:
     interval: Callable[[int], int]
     on_stable: Callable[[str, int], None]
     comparer: Comparer | None
+    chunk_size: int
     stride: Callable[[], Stride] | None = None
 
     async def run(self, devices: Sequence[Device]) -> None:
@@ -80,9 +84,12 @@ class BulkPass:
 
 @dataclass(frozen=True)
 class _Flight:
+    """A range that is under way; `alone`: no other may be beside it."""
+
     extent: Extent
     began: float
     task: asyncio.Task[Settle]
+    alone: bool
 
 
 class DiskPass:
@@ -125,12 +132,19 @@ class DiskPass:
         """Begin all that may begin now. Raises MigrationError when halted."""
         while self._next < self._device.size and self._has_room():
             self._carrier.check_halted(self._device)
-            extent = Extent(self._next, min(self._length(), self._device.size - self._next))
-            task = asyncio.create_task(self._bring(extent))
-            self._flights.append(_Flight(extent, self._carrier.now(), task))
+            reach = self._known_reach()
+            extent = Extent(self._next, reach or min(self._length(), self._device.size - self._next))
+            task = asyncio.create_task(self._bring_unknown(extent) if reach else self._bring(extent))
+            self._flights.append(_Flight(extent, self._carrier.now(), task, bool(reach)))
             self._next = extent.end
         if self._flush is None and self._is_flush_due():
             self._flush = asyncio.create_task(self._secure())
+
+    def _known_reach(self) -> int:
+        """Bytes from the next one to the end of the last chunk that is known to be there, if in part; else 0."""
+        known, chunk = self._device.known, self._way.chunk_size
+        end = -(-known[-1].end // chunk) * chunk if known else 0
+        return max(0, min(self._device.size, end) - self._next)
 
     def _length(self) -> int:
         if self._stride is None:
@@ -138,6 +152,8 @@ class DiskPass:
         return self._stride.length(self._device.size, self._interval)
 
     def _has_room(self) -> bool:
+        if self._flights and self._flights[-1].alone:
+            return False
         if not self._way.room:
             return not (self._flights or self._flush or self._is_flush_due())
         length = self._length()
@@ -155,14 +171,32 @@ class DiskPass:
         if way.comparer is None:
             report = await self._carrier.bring(device, [extent], CopyKind.BULK)
             return lambda seconds: self._carrier.settle(device, [extent], CopyKind.BULK, report, seconds)
-        batcher = Batcher(most=way.batch, volume=way.range_size, size=device.size, unit=device.unit)
-        differing = await way.comparer.differing(device.name, extent)
         sent = 0
-        for batch in (*batcher.feed(differing), batcher.rest()):
-            if batch:
-                await self._carrier.copy(device, batch, CopyKind.DIRTY)
-                sent += sum(each.length for each in batch)
+        for batch in self._batches(await way.comparer.differing(device.name, extent)):
+            await self._carrier.copy(device, batch, CopyKind.DIRTY)
+            sent += sum(each.length for each in batch)
         return lambda _seconds: self._carrier.compared(device, extent, max(0, extent.length - sent))
+
+    async def _bring_unknown(self, extent: Extent) -> Settle:
+        """What of the range is not known to be there."""
+        device, left = self._device, Remainder([extent])
+        left.take_out(device.known)
+        copied = zeroed = skipped = 0
+        seconds = 0.0
+        for batch in self._batches(left.rest()):
+            report = await self._carrier.bring(device, batch, CopyKind.BULK)
+            copied += report.copied
+            zeroed += report.zeroed
+            skipped += report.skipped
+            seconds += report.seconds
+        whole = CopyReport(copied, zeroed, skipped, seconds)
+        return lambda since_last: self._carrier.settle(device, [extent], CopyKind.BULK, whole, since_last)
+
+    def _batches(self, extents: Sequence[Extent]) -> Iterator[Sequence[Extent]]:
+        batcher = Batcher(
+            most=self._way.batch, volume=self._way.range_size, size=self._device.size, unit=self._device.unit
+        )
+        yield from filter(None, (*batcher.feed(extents), batcher.rest()))
 
     def _settle(self) -> None:
         """Count what has arrived; raises what the first range raised that has not."""
@@ -171,7 +205,7 @@ class DiskPass:
             flight, now = self._flights.popleft(), self._carrier.now()
             seconds, self._arrived = now - max(flight.began, self._arrived), now
             settle(seconds)
-            if self._stride is not None:
+            if self._stride is not None and not flight.alone:
                 self._stride.took(flight.extent.length, seconds)
 
     async def _secure(self) -> int:

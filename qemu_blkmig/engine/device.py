@@ -35,13 +35,13 @@ class DiskSpec:
 class Device:
     """The state of one disk.
 
-    `cursor`: every byte before it has been reported by the mover in the bulk pass. `stable`: every byte before it
-    has been flushed since. `resumed`: the part of that which one before us has brought over. `owed`: bytes harvested
-    and neither retired nor restored. `recorded`: bytes in the recording as last seen. `amiss`: what is to be copied
-    again because it was found wrong at the destination; `mending`: the part of it that the round under way has taken.
-    `put_off`: what rounds have left to later ones, and a harvested round that is kept for it still shows, `left_off`
-    bytes; `kept`: bytes that one holds in all; `putting_off`: what the round under way leaves. `heat` knows what is
-    worth that.
+    `cursor`: every byte before it has been reported by the mover in the bulk pass. `stable`: every byte before it has
+    been flushed since. `known`: what one before us has brought over beyond that, and is stable (ascending, disjoint).
+    `resumed`: bytes that one before us has brought over. `owed`: bytes harvested and neither retired nor restored.
+    `recorded`: bytes in the recording as last seen. `amiss`: what is to be copied again because it was found wrong at
+    the destination; `mending`: the part of it that the round under way has taken. `put_off`: what rounds have left to
+    later ones, and a harvested round that is kept for it still shows, `left_off` bytes; `kept`: bytes that one holds in
+    all; `putting_off`: what the round under way leaves. `heat` knows what is worth that.
     The rest are counters of bytes, and of the rounds that this disk had a part in.
     """
 
@@ -52,6 +52,7 @@ class Device:
         self.cursor = 0
         self.stable = 0
         self.resumed = 0
+        self.known: Sequence[Extent] = ()
         self.owed = 0
         self.recorded = 0
         self.amiss: Sequence[Extent] = ()
@@ -92,9 +93,20 @@ class Device:
             raise ValueError(f"disk {self.name}: {stable} of {self.size} bytes cannot be stable")
         return stable
 
-    def resume(self, stable: int) -> None:
-        """Take the bulk pass up, of which `stable` bytes are known to be flushed."""
-        self.cursor = self.stable = self.resumed = stable
+    def checked_known(self, known: Sequence[Extent], stable: int) -> Sequence[Extent]:
+        """`known`. Raises ValueError where it is not what a bulk pass that begins at `stable` has before it."""
+        end = stable
+        for extent in known:
+            if extent.offset < end or extent.length <= 0 or extent.end > self.size:
+                raise ValueError(f"disk {self.name}: {extent} beyond byte {end} of {self.size} cannot be known")
+            end = extent.end
+        return known
+
+    def resume(self, stable: int, known: Sequence[Extent]) -> None:
+        """Take the bulk pass up, of which `stable` bytes are known to be flushed, and what is `known` beyond."""
+        self.cursor = self.stable = stable
+        self.known = known
+        self.resumed = stable + _length(known)
 
     def settle(self, extents: Sequence[Extent], kind: CopyKind, report: CopyReport) -> None:
         """Count what the mover reported; in the bulk pass the cursor moves on, and only here."""

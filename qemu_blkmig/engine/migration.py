@@ -177,6 +177,7 @@ class BlockMigration:
             lambda size: flush_interval(size, tuning.flushes, tuning.chunk_size),
             on_stable,
             compare,
+            tuning.chunk_size,
             _stride(tuning) if compare is None else None,
         )
         self._rounds = DirtyRounds(
@@ -206,18 +207,24 @@ class BlockMigration:
             self._recording = True
             self._enter(Phase.RECORDING)
 
-    async def resume(self, stable: Mapping[str, int]) -> None:
+    async def resume(self, stable: Mapping[str, int], known: Mapping[str, Sequence[Extent]] | None = None) -> None:
         """Take up the migration that another engine has begun, and left, in place of `setup`.
 
-        `stable`: by disk, what that one's `on_stable` was told last; a disk that is not in it is copied anew. Raises
-        `Refused` when the recording is not there any more, and then, as after any error, nothing has changed, and it
-        may be called again. Raises ValueError when `stable` does not fit the disks.
+        `stable`: by disk, what that one's `on_stable` was told last; a disk that is not in it is copied anew. `known`:
+        by disk, extents (ascending, disjoint, whole units) beyond that of which it is certain that they are stable at
+        the destination as that one's bulk pass has read them. Raises `Refused` when the recording is not there any
+        more, and then, as after any error, nothing has changed, and it may be called again. Raises ValueError when
+        `stable` or `known` does not fit the disks.
         """
         async with self._alone("the resumption", Phase.CREATED):
             starts = [device.checked_start(stable.get(device.name, 0)) for device in self._devices]
+            beyond = [
+                device.checked_known((known or {}).get(device.name, ()), start)
+                for device, start in zip(self._devices, starts, strict=True)
+            ]
             await self._rounds.reattach()
-            for device, start in zip(self._devices, starts, strict=True):
-                device.resume(start)
+            for device, start, there in zip(self._devices, starts, beyond, strict=True):
+                device.resume(start, there)
             self._recording = True
             self._enter(Phase.RECORDING)
 

@@ -5,7 +5,7 @@ Shared by `migrate` and `copy`; owns nothing of the guest's run state.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.protocol import (
@@ -19,6 +19,7 @@ from qemu_blkmig.destination.protocol import (
     VerifyReply,
 )
 from qemu_blkmig.engine.device import DiskSpec
+from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.outlast import together
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
@@ -98,6 +99,20 @@ class Carriage:
         """From now on the images stay, whatever becomes of us or of the agent."""
         await self._agent.request(Keep())
         return True
+
+    async def arrived(self, stable: Mapping[str, int]) -> Mapping[str, Sequence[Extent]]:
+        """What an agent before this one has brought over beyond `stable`, by disk, as the hashes of that prove.
+
+        The guest's writes are recorded since before it was read.
+        """
+        found = {}
+        for disk in self._plan.disks:
+            start = stable.get(disk.name, 0)
+            if self._hash is not None and start < disk.size:
+                op = protocol.Arrived(disk.name, start, protocol.MOST_READ_BACK)
+                reply = await self._agent.expect(op, protocol.ArrivedReply)
+                found[disk.name] = [Extent(offset, length) for offset, length in reply.extents]
+        return found
 
     async def open(self, exports: Mapping[str, Export]) -> None:
         """Connect the mover to the source's exports, by disk, as they are reached from here."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
 from qemu_blkmig.errors import RecordFailed, Refused
@@ -37,6 +38,9 @@ class Carrying(Protocol):
 
     async def keep(self) -> bool:
         """From now on what was brought over stays, whatever becomes of us; False: it cannot."""
+
+    async def arrived(self, stable: Mapping[str, int]) -> Mapping[str, Sequence[Extent]]:
+        """What one before us has brought over beyond what its journal tells (`stable`), by disk, if it is certain."""
 
     async def compare(self, verification: Verification, complete: Callable[[], Awaitable[None]]) -> None:
         """Compare both sides; what differs is copied again by `complete`, once."""
@@ -118,7 +122,8 @@ async def begin(life: Lifecycle, carriage: Carrying, engine: BlockMigration) -> 
 async def _go_on(life: Lifecycle, carriage: Carrying, engine: BlockMigration) -> None:
     await carriage.keep()
     try:
-        await engine.resume(life.stable())
+        stable = life.stable()
+        await engine.resume(stable, await carriage.arrived(stable))
     except Refused as error:
         error.advice = compare_instead(life.job.record.job)
         raise

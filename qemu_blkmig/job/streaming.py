@@ -9,6 +9,7 @@ from typing import TypeVar
 from qemu_blkmig.destination import images
 from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.device import DiskSpec
+from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
 from qemu_blkmig.errors import MigrationError, Refused, UsageError
@@ -76,6 +77,10 @@ class StreamCarriage:
     async def keep(self) -> bool:
         """A stream that broke off cannot be gone on with."""
         return False
+
+    async def arrived(self, stable: Mapping[str, int]) -> Mapping[str, Sequence[Extent]]:
+        """Nothing: see `keep`."""
+        return {}
 
     async def open(self, exports: Mapping[str, Export]) -> None:
         """Connect to the source's exports, by disk, then to where the stream goes; its header is sent."""

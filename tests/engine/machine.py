@@ -255,7 +255,11 @@ class Machine(RuleBasedStateMachine):
 
     def _next_operation(self, other: bool) -> Coroutine[Any, Any, object]:
         if self.phase is Phase.CREATED:
-            return self.engine.resume(self.world.stable()) if self.world.interrupted else self.engine.setup()
+            return (
+                self.engine.resume(self.world.stable(), self.world.known())
+                if self.world.interrupted
+                else self.engine.setup()
+            )
         if self.phase in (Phase.RECORDING, Phase.BULK):
             return self.engine.bulk()
         if self.phase is Phase.FAILED:
@@ -268,7 +272,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_phase(Phase.CREATED) and self.world.interrupted)
     @rule(script=scripts)
     def resume(self, script: list[Action]) -> None:
-        if self.run(self.engine.resume(self.world.stable()), script[:6]) is None:
+        if self.run(self.engine.resume(self.world.stable(), self.world.known()), script[:6]) is None:
             self.world.interrupted = False
 
     @precondition(lambda self: self.in_phase(Phase.RECORDING, Phase.BULK))

@@ -510,6 +510,42 @@ async def test_a_flush_holds_for_what_was_reported_before_it_and_for_nothing_tha
     assert world.stable() == {"vda": 40 * SECTOR} and safe() == 40 * SECTOR
 
 
+async def test_what_a_migration_that_is_gone_on_with_is_known_to_have_brought_over_is_not_read_again() -> None:
+    content = bytes(range(1, 41))
+    one = disk(content=content)
+    world = make(one, tuning=replace(TUNING, room=32 * SECTOR))
+    one.destination[:] = one.flushed[:] = bytes(
+        [*content[:8], 99, 99, *content[10:14], 99, *content[15:18], *[99] * 22]
+    )
+    world.log.started = True
+    read: list[Extent] = []
+    copy = world.mover.copy
+
+    async def watched(name: str, extents: Sequence[Extent], kind: CopyKind) -> CopyReport:
+        read.extend(extents)
+        return await copy(name, extents, kind)
+
+    world.mover.copy = watched  # type: ignore[assignment, method-assign]
+    known = [Extent(10 * SECTOR, 4 * SECTOR), Extent(15 * SECTOR, 3 * SECTOR)]
+    await world.engine.resume({"vda": 8 * SECTOR}, {"vda": known})
+    await world.engine.bulk()
+    assert read[:2] == [Extent(8 * SECTOR, 2 * SECTOR), Extent(14 * SECTOR, SECTOR)]
+    assert sum(extent.length for extent in read) == (2 + 1 + 22) * SECTOR
+    figures = world.engine.figures().disks[0]
+    assert figures.resumed == (8 + 4 + 3) * SECTOR and figures.copied == (2 + 1 + 22) * SECTOR
+    world.pause()
+    await world.engine.complete()
+    world.check_equal()
+
+
+@pytest.mark.parametrize("known", [Extent(0, SECTOR), Extent(11 * SECTOR, SECTOR), Extent(8 * SECTOR, 0)])
+async def test_what_does_not_lie_beyond_what_is_stable_cannot_be_known(known: Extent) -> None:
+    world = make()
+    world.log.started = True
+    with pytest.raises(ValueError, match="cannot be known"):
+        await world.engine.resume({"vda": 4 * SECTOR}, {"vda": [known]})
+
+
 async def test_a_range_that_fails_takes_those_with_it_that_were_asked_for_after_it() -> None:
     world = make(tuning=AHEAD)
     await world.engine.setup()

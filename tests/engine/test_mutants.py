@@ -271,6 +271,16 @@ def resume_at_the_cursor(patch: Patch) -> None:
     patch.setattr(Device, "settle", settle_and_tell)
 
 
+def take_all_for_known_that_something_known_lies_beyond(patch: Patch) -> None:
+    """What lies between extents that are known to be there is not copied."""
+
+    async def pass_over(self: DiskPass, extent: Extent) -> Settle:
+        report = CopyReport(0, 0, extent.length, 0.0)
+        return lambda seconds: self._carrier.settle(self._device, [extent], CopyKind.BULK, report, seconds)
+
+    patch.setattr(DiskPass, "_bring_unknown", pass_over)
+
+
 def count_ranges_as_they_arrive(patch: Patch) -> None:
     """The cursor passes over a range that is still under way once a later one has arrived."""
 
@@ -428,6 +438,7 @@ MUTANTS: Sequence[Callable[[Patch], None]] = (
     settle_a_compared_range_before_its_copies,
     note_in_the_journal_before_the_flush,
     resume_at_the_cursor,
+    take_all_for_known_that_something_known_lies_beyond,
     count_ranges_as_they_arrive,
     count_a_range_whose_predecessor_failed,
     leave_the_ranges_ahead_in_flight,

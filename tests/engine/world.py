@@ -114,9 +114,9 @@ Action = Write | Discard | Fault | Cancel | Crash | WritebackError | Damage | Di
 class Disk:
     """Both sides of one disk. `base` is what both have beneath; `known_zero`: the destination began as zeroes.
 
-    `unit`: sectors that copies are rounded out to. `damaged`: sectors that a round has to mend; `mended`: those that
-    one has, if it is flushed. `robbed`: a flush has lost what it should have made stable, and whoever asked for it may
-    not have heard of it yet.
+    `unit`: sectors that copies are rounded out to. `noted`: what was to be written to a sector. `damaged`: sectors that
+    a round has to mend; `mended`: those that one has, if it is flushed. `robbed`: a flush has lost what it should
+    have made stable, and whoever asked for it may not have heard of it yet.
     """
 
     name: str
@@ -126,6 +126,7 @@ class Disk:
     destination: bytearray
     allocated: list[bool]
     unit: int = 1
+    noted: dict[int, int] = field(default_factory=dict)
     damaged: set[int] = field(default_factory=set)
     mended: set[int] = field(default_factory=set)
     flushed: bytearray = field(init=False)
@@ -196,6 +197,22 @@ class World:
         """What the journal holds, without its last `lag` entries."""
         return self.told[-1 - lag] if len(self.told) > lag else {}
 
+    def known(self) -> dict[str, list[Extent]]:
+        """What is read back, once it is flushed: units beyond `stable` that hold what was to be written there."""
+        if self._compare:
+            return {}
+        found: dict[str, list[Extent]] = {}
+        for disk in self.disks:
+            disk.flushed[:] = disk.destination
+            first = self.stable().get(disk.name, 0) // SECTOR
+            units = [range(at, min(at + disk.unit, len(disk))) for at in range(first, len(disk), disk.unit)]
+            found[disk.name] = [
+                Extent(unit.start * SECTOR, len(unit) * SECTOR)
+                for unit in units
+                if all(disk.noted.get(sector) == disk.destination[sector] for sector in unit)
+            ]
+        return found
+
     def die(self) -> None:
         """The process is gone, wherever it was: nothing that it still tries has an effect."""
         self.life += 1
@@ -219,6 +236,9 @@ class World:
         self.writeback_error = self.paused = self.restore_failed = self.stop_failed = False
         self.log = self.log.left_behind()
         self.interrupted = self.log.started
+        if not self.interrupted:
+            for disk in self.disks:
+                disk.noted.clear()
         self.begin()
 
     def index(self, name: str) -> int:
@@ -537,9 +557,9 @@ class FakeMover:
             if at == half:
                 await self.step(disk)
             if fate == "copied":
-                disk.destination[sector] = data[at]
+                disk.destination[sector] = disk.noted[sector] = data[at]
             elif fate == "zeroed" and not (disk.known_zero and kind is CopyKind.BULK):
-                disk.destination[sector] = 0
+                disk.destination[sector] = disk.noted[sector] = 0
             if kind is CopyKind.DIRTY:
                 disk.mended.add(sector)
             tally[fate] += SECTOR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.transport.local import LocalHost
 from tests.nbd.servers import qemu_export
 from tests.transport.conftest import KIB, MIB, bulk, dirty, image, opened, opening
 from tests.transport.test_copy import guest_does, overlay, patchwork, same
@@ -238,6 +241,38 @@ async def test_extents_that_are_not_whole_units_and_tables_that_make_no_sense_ar
         for limit in (0, 2 << 30):
             with pytest.raises(errors.Refused, match="cannot be read back at once"):
                 await agent.request(protocol.Verify("d", limit))
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_what_a_killed_agent_had_written_is_told_to_the_next_one_as_far_as_it_lies_there(
+    tmp_path: Path, image_format: str
+) -> None:
+    size = 16 * MIB
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(os.urandom(7 * MIB) + bytes(2 * MIB) + os.urandom(7 * MIB))
+    new = image(destination, size, format=image_format)
+    open_ = functools.partial(opening, hash="xxh3-128")
+    with qemu_export(tmp_path, source) as (listening, _):
+        first = await LocalHost().start_agent()
+        prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
+        await first.request(open_(listening))
+        await first.request(protocol.Keep())
+        await first.request(bulk((0, 12 * MIB)))
+        await first.request(protocol.Flush("d"))
+        first.kill("by the test")
+        await first.abandon()
+        flip(destination, 5 * MIB + 1, image_format)
+        again = await LocalHost().start_agent()
+        taken_up = structs.replace(new, identity=prepared.identities[0])
+        await again.request(protocol.Prepare([taken_up], "cafe"))
+        await again.request(open_(listening))
+        reply = await again.expect(protocol.Arrived("d", 4 * MIB, 256 * MIB), protocol.ArrivedReply)
+        assert reply.extents[0] == (4 * MIB, MIB) and reply.extents[1][0] == 5 * MIB + UNIT
+        assert sum(reply.extents[-1]) == 12 * MIB
+        for wrong in (UNIT + 512, size, -UNIT):
+            with pytest.raises(errors.Refused):
+                await again.request(protocol.Arrived("d", wrong, MIB))
+        await again.abandon()
 
 
 async def test_nothing_is_verified_where_nothing_was_hashed(agent: AgentClient, tmp_path: Path) -> None:
