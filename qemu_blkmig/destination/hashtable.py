@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,6 +139,18 @@ class HashTable:
         """Runs to be read back from `offset` on, which is one of a unit; see `unread`, which they do not concern."""
         for first, kind, count in self._runs(offset // self.unit, self._count, most // self.unit):
             yield Run(self._extent(first, count), self._digests(first, count) if kind == _DATA else None)
+
+    def samples(self, end: int, count: int, dice: random.Random) -> Iterator[Run]:
+        """Units before byte `end` that are to be read back, `count` at most, from all over."""
+        before = end // self.unit
+        for number in range(count):
+            low, high = (before * (number + more) // count for more in (0, 1))
+            for start, stop in ((dice.randrange(low, high) if high > low else low, high), (low, high)):
+                found = next(self._runs(start, stop, 1), None)
+                if found is not None:
+                    first, kind, length = found
+                    yield Run(self._extent(first, length), self._digests(first, length) if kind == _DATA else None)
+                    break
 
     def good(self, extent: Extent) -> None:
         """The extent, of one `Run`, was read back as it was written, but for what was told to be amiss."""

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from qemu_blkmig import errors
-from qemu_blkmig.destination import hashtable, locks, ownership
+from qemu_blkmig.destination import devices, hashtable, locks, ownership
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Space
 
@@ -299,7 +301,7 @@ def _faults_of_backing(image: Image, directory: Path) -> Iterator[str]:
 
 def _faults_as_it_is(image: Image) -> Iterator[str]:
     if image.identity is not None and not _leads_there(image.identity):
-        yield f"{image.path} is not the file that was being filled: it was replaced, or removed"
+        yield f"{image.path} is not the {_was(image.identity)} that was being filled: it was replaced, or removed"
         return
     descriptor = _open_for_writing(image.path)
     try:
@@ -404,7 +406,7 @@ def _take_up(image: Image) -> Prepared:
     """Go on with an image that another agent has begun to fill; its ownership record is there already."""
     prepared = _adopt(image)
     try:
-        if prepared.identity != image.identity:
+        if image.identity is not None and not _is_same(prepared.identity, image.identity):
             raise errors.Refused(f"{image.path} was replaced just now", disk=image.disk)
         _mend(image)
     except BaseException:
@@ -508,9 +510,16 @@ def _reason_to_keep(image: Created) -> str | None:
 
 
 def _identity(path: str, status: os.stat_result) -> Created:
-    """A block device has none but its name, most often a link: its node is another one after each boot of the host."""
-    node = stat.S_ISBLK(status.st_mode)
-    return Created(path, 0 if node else status.st_dev, 0 if node else status.st_ino)
+    """A block device's node is another one after each boot of the host, and its name may lead to another device."""
+    if stat.S_ISBLK(status.st_mode):
+        return Created(path, 0, 0, devices.known_as(status.st_rdev))
+    return Created(path, status.st_dev, status.st_ino)
+
+
+def _is_same(found: Created, before: Created) -> bool:
+    """Whether it is the same image; what is not known of a device in one of the two is left aside."""
+    both = found.known_as and before.known_as
+    return found == (before if both else structs.replace(before, known_as=found.known_as))
 
 
 def _of_another(path: str, job: str | None) -> str | None:
@@ -521,10 +530,14 @@ def _of_another(path: str, job: str | None) -> str | None:
     return None if record is None or job in (None, record.job) else f"was filled by job {record.job} since"
 
 
+def _was(image: Created) -> str:
+    return f"block device ({image.known_as})" if image.known_as else "file"
+
+
 def _leads_there(image: Created) -> bool:
     """Whether the path leads, perhaps by a link, to the image that it led to."""
     try:
-        return _identity(image.path, Path(image.path).stat()) == image
+        return _is_same(_identity(image.path, Path(image.path).stat()), image)
     except FileNotFoundError:
         return False
 

@@ -168,6 +168,13 @@ class DiskMover:
         self._flush_for_reading()
         return self._reading(lambda read_back: read_back.arrived(offset, most, interrupted))
 
+    def recognize(self, end: int) -> None:
+        """Raises `Refused` if samples of what lies before `end` are not what one before us wrote there; as `verify`."""
+        if not 0 <= end <= self._size:
+            raise errors.Refused(f"byte {end} is beyond the {self._size} bytes", disk=self._disk)
+        if self._reading(lambda read_back: read_back.is_strange(end)):
+            raise errors.Refused("what lies there is not what was written, but another's", disk=self._disk)
+
     def _flush_for_reading(self) -> None:
         with self._flushing:
             if self._unflushed:

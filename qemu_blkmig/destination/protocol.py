@@ -241,6 +241,16 @@ class Arrived(Message, frozen=True, tag="arrived"):
     limit: int
 
 
+class Recognize(Message, frozen=True, tag="recognize"):
+    """Of a disk that is gone on with, and not written to yet: refused if what lies there is another's.
+
+    That is told by samples before byte `end`, where all was stable when it was left.
+    """
+
+    disk: str
+    end: int
+
+
 class BaseDigest(Message, frozen=True, tag="base-digest"):
     """Tell what the base image at `path`, with its backing chain, holds; `algorithm` None: just its size.
 
@@ -338,11 +348,15 @@ class Below(Message, frozen=True, tag="below"):
 
 
 class Created(Message, frozen=True):
-    """An image that the agent made: removable only while it still is this very file."""
+    """An image that the agent made: removable only while it still is this very file.
+
+    Of a block device, which it did not make, device and inode are 0; `known_as`: see `devices.known_as`.
+    """
 
     path: str
     device: int
     inode: int
+    known_as: str = ""
 
 
 Operation = (
@@ -360,6 +374,7 @@ Operation = (
     | Digests
     | Verify
     | Arrived
+    | Recognize
     | BaseDigest
     | BaseDigests
     | Keep

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,9 @@ MOST_DIFFER = 1024
 """Extents that are told to differ at once."""
 _AT_ONCE = 4 << 20
 """Bytes that are read at once."""
+_SAMPLES = 128
+_STRANGE = 0.25
+"""The part of the samples that may be otherwise than it was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,21 @@ class ReadBack:
             if interrupted() or len(found) >= MOST_DIFFER:
                 break
         return list(found[:MOST_DIFFER])
+
+    def is_strange(self, end: int) -> bool:
+        """Whether what lies before byte `end`, by samples, is not what was written, of data or of zeroes.
+
+        A part of it may have been changed, and is found later; what is another's has another's data, or none.
+        """
+        runs = list(self._table.samples(end, _SAMPLES, random.Random()))
+        self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
+        nothing = self._table.digest(memoryview(self._zeroes))
+        read, strange = Counter[bool](), Counter[bool]()
+        for run in runs:
+            holds_data = run.digests not in (None, nothing)
+            read[holds_data] += 1
+            strange[holds_data] += any(True for _ in self._bad_units(run))
+        return any(strange[kind] > _STRANGE * count for kind, count in read.items())
 
     def _bad_units(self, run: Run) -> Iterator[Extent]:
         if run.digests is None:

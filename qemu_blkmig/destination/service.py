@@ -204,6 +204,8 @@ class Service:
                 return await self._verify(op)
             case protocol.Arrived():
                 return await self._arrived(op)
+            case protocol.Recognize():
+                return await self._recognize(op)
             case protocol.Flush():
                 return await self._flush(op)
             case protocol.Cancel():
@@ -471,6 +473,13 @@ class Service:
             self._still(disk, mover)
             found = await disk.run(lambda: mover.arrived(op.offset, op.limit, lambda: self._ended or disk.urgent > 0))
         return protocol.ArrivedReply([(extent.offset, extent.length) for extent in found])
+
+    async def _recognize(self, op: protocol.Recognize) -> protocol.Done:
+        disk, mover = self._opened(op.disk)
+        async with disk.turn:
+            self._still(disk, mover)
+            await disk.run(lambda: mover.recognize(op.end))
+        return protocol.Done()
 
     def _cancel(self, op: protocol.Cancel) -> protocol.Done:
         self._bases.cancel(op.disk)

@@ -23,7 +23,7 @@ from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.migration import BlockMigration, Tuning
 from qemu_blkmig.engine.outlast import together
 from qemu_blkmig.engine.ports import Clock, DirtyLog, Guest, Mover
-from qemu_blkmig.errors import DestinationFailed
+from qemu_blkmig.errors import DestinationFailed, Refused
 from qemu_blkmig.job.compare import Comparison
 from qemu_blkmig.job.options import Transfer, Verify
 from qemu_blkmig.job.place import host_name
@@ -92,7 +92,8 @@ class Carriage:
         volumes = {volume.path for volume in record.volumes}
         made = [*reply.created, *(each for each in reply.identities if each.path in volumes)]
         record.created += [created for created in made if created not in record.created]
-        record.identities = reply.identities
+        # One that is gone on with stays what it was at first: that it is that one is not certain yet.
+        record.identities = [image.identity or found for image, found in zip(images, reply.identities, strict=True)]
         await self._job.save()
 
     async def keep(self) -> bool:
@@ -103,16 +104,30 @@ class Carriage:
     async def arrived(self, stable: Mapping[str, int]) -> Mapping[str, Sequence[Extent]]:
         """What an agent before this one has brought over beyond `stable`, by disk, as the hashes of that prove.
 
-        The guest's writes are recorded since before it was read.
+        The guest's writes are recorded since before it was read. Raises `Refused` where another's data lies: nothing is
+        written there yet.
         """
+        if self._hash is None:
+            return {}
+        for disk in self._plan.disks:
+            await self._recognize(disk, stable.get(disk.name, 0))
         found = {}
         for disk in self._plan.disks:
             start = stable.get(disk.name, 0)
-            if self._hash is not None and start < disk.size:
+            if start < disk.size:
                 op = protocol.Arrived(disk.name, start, protocol.MOST_READ_BACK)
                 reply = await self._agent.expect(op, protocol.ArrivedReply)
                 found[disk.name] = [Extent(offset, length) for offset, length in reply.extents]
         return found
+
+    async def _recognize(self, disk: Disk, stable: int) -> None:
+        path = self._plan.images[disk.name].path
+        try:
+            await self._agent.request(protocol.Recognize(disk.name, stable))
+        except Refused as error:
+            error.what = f"{path}: {error.what}"
+            error.advice = f"see where {path} leads, or what has changed it: resume --compare would write over it"
+            raise
 
     async def open(self, exports: Mapping[str, Export]) -> None:
         """Connect the mover to the source's exports, by disk, as they are reached from here."""

@@ -125,7 +125,7 @@ async def _go_on(life: Lifecycle, carriage: Carrying, engine: BlockMigration) ->
         stable = life.stable()
         await engine.resume(stable, await carriage.arrived(stable))
     except Refused as error:
-        error.advice = compare_instead(life.job.record.job)
+        error.advice = error.advice or compare_instead(life.job.record.job)
         raise
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import images, locks
@@ -190,6 +191,13 @@ def test_a_block_device_behind_a_symlink_is_fit(tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to("node")
         [again] = images.prepare([new(tmp_path / "link", create=False, identity=identity)])
         images.give_up(again)
+        # A record of before devices had anything to be known by.
+        [again] = images.prepare(
+            [new(tmp_path / "link", create=False, identity=structs.replace(identity, known_as=""))]
+        )
+        images.give_up(again)
+        other = structs.replace(identity, known_as="loop inode 1 0")
+        assert "not the block device (loop inode 1 0) that was being" in faults(new(tmp_path / "link", identity=other))
         (tmp_path / "link").unlink()
         assert "was replaced, or removed" in faults(new(tmp_path / "link", identity=identity))
         (tmp_path / "link").write_bytes(bytes(MIB))

@@ -52,6 +52,11 @@ def flip(path: Path, at: int, image_format: str = "raw") -> None:
             flip(path, extent["offset"] + at - extent["start"])
 
 
+def write_over(path: Path, image_format: str, what: str) -> None:
+    """Have qemu-io write to an image."""
+    subprocess.run(["qemu-io", "-f", image_format, "-c", what, str(path)], check=True, stdout=subprocess.DEVNULL)
+
+
 def qcow2(path: Path, *commands: str, size: int, options: Sequence[object] = ()) -> None:
     """A qcow2 image that qemu-io has carried out the commands on."""
     subprocess.run(["qemu-img", "create", "-qf", "qcow2", *map(str, options), path, str(size)], check=True)
@@ -272,6 +277,41 @@ async def test_what_a_killed_agent_had_written_is_told_to_the_next_one_as_far_as
         for wrong in (UNIT + 512, size, -UNIT):
             with pytest.raises(errors.Refused):
                 await again.request(protocol.Arrived("d", wrong, MIB))
+        await again.abandon()
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("holds", ["the same", "the same but for a byte", "nothing", "something else"])
+async def test_an_image_that_holds_anothers_data_is_not_gone_on_with(
+    tmp_path: Path, image_format: str, holds: str
+) -> None:
+    size = 16 * MIB
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(os.urandom(size))
+    new = image(destination, size, format=image_format)
+    with qemu_export(tmp_path, source) as (listening, _):
+        first = await LocalHost().start_agent()
+        prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
+        await first.request(opening(listening, hash="xxh3-128"))
+        await first.request(protocol.Keep())
+        await first.request(bulk((0, 8 * MIB)))
+        await first.request(protocol.Flush("d"))
+        await first.abandon()
+        if holds.endswith("byte"):
+            flip(destination, 5 * MIB + 1, image_format)
+        elif holds != "the same":
+            write_over(destination, image_format, "write -z 0 8M" if holds == "nothing" else "write -P 7 0 8M")
+        again = await LocalHost().start_agent()
+        await again.request(protocol.Prepare([structs.replace(new, identity=prepared.identities[0])], "cafe"))
+        await again.request(opening(listening, hash="xxh3-128"))
+        recognized = again.request(protocol.Recognize("d", 8 * MIB))
+        if holds.startswith("the same"):
+            await recognized
+        else:
+            with pytest.raises(errors.Refused, match="another's"):
+                await recognized
+        with pytest.raises(errors.Refused, match="beyond"):
+            await again.request(protocol.Recognize("d", size + 512))
         await again.abandon()
 
 
