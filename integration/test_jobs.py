@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from integration.lab import Lab, wait_until
+from integration.luck import Attempt
 from integration.tool import (
     COMMAND,
     Outcome,
@@ -228,6 +229,35 @@ def test_copies_share_a_budget_and_wait_for_a_slot_and_the_part_of_one_that_is_k
     assert bandwidth(one) == 2 * MIB, "the group's budget holds, whatever the job's own limit is"
     tool("cancel", one).succeeded()
     finish(first)
+
+
+def test_what_jobs_of_a_group_leave_goes_to_the_others_and_comes_back_when_they_want_it(lab: Lab) -> None:
+    group = ("--bandwidth-group", "test=4M")
+    guest = lab.boot([lab.disk("idle", MIB)], Orders(rate=1, span=64 << 10))
+    guest.wait_for_writing()
+    waiting = Attempt(lab, guest, *group, "--switchover", "manual")
+    waiting.wait_event(lambda event: "are kept in step" in event.get("text", ""), "the disks to be in step")
+    idle = waiting.job()
+    first, one = copying(lab, "one", 64 * MIB, *group)
+    wait_until(lambda: (bandwidth(one) or 0) > 36 * MIB // 10, "nearly all of the budget to be the copy's")
+    before = carried(one)
+    wait_until(lambda: bandwidth(idle) == 2 * MIB, "the other to be left what it may carry at once")
+    second, two = copying(lab, "two", 64 * MIB, *group, "--bandwidth", "1M")
+    wait_until(lambda: 25 * MIB // 10 < (bandwidth(one) or 0) < 32 * MIB // 10, "what the second copy leaves")
+    assert carried(one) > before
+    tool("set", two, "--bandwidth", "none").succeeded()
+    wait_until(lambda: abs((bandwidth(one) or 0) - (bandwidth(two) or 0)) < MIB // 4, "both to get the same")
+    os.kill(second.pid, signal.SIGKILL)
+    finish(second)
+    wait_until(lambda: (bandwidth(one) or 0) > 36 * MIB // 10, "what the killed one had to be the first one's")
+    waiting.signal(signal.SIGKILL)
+    waiting.outcome()
+    wait_until(lambda: bandwidth(one) == 4 * MIB, "the budget to be one's alone")
+    tool("cancel", one).succeeded()
+    finish(first)
+    for job in (idle, two):
+        tool("cleanup", job).succeeded()
+    assert not listed()
 
 
 def bandwidth(job: str) -> int | None:

@@ -189,7 +189,7 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
         "--bandwidth-group",
         type=argument(bandwidth_group),
         metavar="NAME=RATE",
-        help="share RATE evenly with all jobs here that name the same group",
+        help="share RATE with all jobs here that name the same group: evenly, but what one leaves goes to the others",
     )
     group.add_argument("--slots", type=argument(count), metavar="N",
                        help="wait until less than N jobs here are in their first pass")  # fmt: skip

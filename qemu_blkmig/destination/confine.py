@@ -29,7 +29,7 @@ _FORMATS = ("raw", "qcow2")
 HARMLESS = (
     protocol.Hello, protocol.Copy, protocol.Flush, protocol.Bandwidth, protocol.Cancel, protocol.Close,
     protocol.Digests, protocol.Verify, protocol.Arrived, protocol.Keep, protocol.Bye, protocol.Ping, protocol.Go,
-    protocol.Output, protocol.Recognize,
+    protocol.Output, protocol.Recognize, protocol.Payload,
 )  # fmt: skip
 """Operations that name nothing but what others have named before; all the rest is checked, or refused."""
 _LAYERS = 200

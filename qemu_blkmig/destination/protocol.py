@@ -155,6 +155,10 @@ class Bandwidth(Message, frozen=True, tag="bandwidth"):
     rate: int | None
 
 
+class Payload(Message, frozen=True, tag="payload"):
+    """Tell how much payload, which `Bandwidth` limits, there was so far."""
+
+
 class Cancel(Message, frozen=True, tag="cancel"):
     """End what is under way on `disk` (None: on all), a copy or reading for digests; its reply: kind "cancelled"."""
 
@@ -367,6 +371,7 @@ Operation = (
     | Copy
     | Flush
     | Bandwidth
+    | Payload
     | Cancel
     | Close
     | Discard
@@ -458,6 +463,12 @@ class VerifyReply(Message, frozen=True, tag="verify"):
     checked: Count
     left: Count
     differ: list[tuple[int, int]]
+
+
+class PayloadReply(Message, frozen=True, tag="payload"):
+    """Bytes, of all disks together."""
+
+    taken: Count
 
 
 class ArrivedReply(Message, frozen=True, tag="arrived"):
@@ -583,6 +594,7 @@ Outcome = (
     | DigestsReply
     | VerifyReply
     | ArrivedReply
+    | PayloadReply
     | Launched
     | Identified
     | OutputReply

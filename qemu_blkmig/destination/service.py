@@ -192,6 +192,8 @@ class Service:
                 return protocol.Done()
             case protocol.Bandwidth():
                 return self._limit(op.rate)
+            case protocol.Payload():
+                return protocol.PayloadReply(self._throttle.taken)
             case protocol.Open():
                 return await self._open(op)
             case protocol.Copy():

@@ -188,6 +188,10 @@ class Carriage:
     def _on_progress(self, progress: Progress) -> None:
         self._reporter.moving(progress.disk, progress.copied + progress.zeroed + progress.skipped)
 
+    async def payload(self) -> int:
+        """Bytes so far that the bandwidth limit concerns. Raises as `AgentClient.request` does."""
+        return (await self._agent.expect(protocol.Payload(), protocol.PayloadReply)).taken
+
     async def compare(self, verification: Verification, complete: Callable[[], Awaitable[None]]) -> None:
         """Compare both sides in full; the guest must be paused. What differs is copied again by `complete`, once.
 

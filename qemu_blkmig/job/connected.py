@@ -42,6 +42,9 @@ class Carrying(Protocol):
     async def arrived(self, stable: Mapping[str, int]) -> Mapping[str, Sequence[Extent]]:
         """What one before us has brought over beyond what its journal tells (`stable`), by disk, if it is certain."""
 
+    async def payload(self) -> int:
+        """Bytes so far that the bandwidth limit concerns. Raises what the mover raises."""
+
     async def compare(self, verification: Verification, complete: Callable[[], Awaitable[None]]) -> None:
         """Compare both sides; what differs is copied again by `complete`, once."""
 

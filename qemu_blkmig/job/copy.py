@@ -101,7 +101,13 @@ class GuestCopy:
         """All phases."""
         with self._watch.phase("prepare"):
             await self._prepare()
-        sharing = Sharing(self._job.record.job, self._options.transfer, self._life.steering, self._reporter)
+        sharing = Sharing(
+            self._job.record.job,
+            self._options.transfer,
+            self._life.steering,
+            self._reporter,
+            self._carriage.payload,
+        )
         adapting = Adapting(self._life, self._plan.disks, self._clock, wanted=self._options.transfer.adaptive)
         async with sharing:
             async with adapting:

@@ -60,7 +60,7 @@ async def copy_images(
     await life.agree(plan)
     engine = await carriage.engine(source, source, watch.clock, life.reporter.maps.watched)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
-    async with Sharing(life.job.record.job, transfer, life.steering, life.reporter):
+    async with Sharing(life.job.record.job, transfer, life.steering, life.reporter, carriage.payload):
         with watch.phase("bulk"):
             await begin(life, carriage, engine)
             await engine.bulk()

@@ -67,7 +67,9 @@ class Rounds:
         switched over and the user wants no more rounds; what is raised ends a job.
         """
         life = self._life
-        async with Sharing(life.job.record.job, self._options.transfer, life.steering, self._reporter) as sharing:
+        payload = self._connected.carriage.payload
+        transfer = self._options.transfer
+        async with Sharing(life.job.record.job, transfer, life.steering, self._reporter, payload) as sharing:
             life.steering.on_change(self._follow)
             await self._follow()
             self._engine.aim(self._policy)

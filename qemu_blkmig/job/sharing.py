@@ -2,6 +2,10 @@
 
 A member is a file that it holds a lock (flock) on: whoever dies lets go at once. Each folder is looked at, and changed,
 by one process at a time.
+
+In the file of a group's member stands what it makes use of, by what it has carried in the last seconds. All work out
+the same division from that: nobody has less than an even share, and what somebody leaves of it goes to those who have
+use for more.
 """
 
 from __future__ import annotations
@@ -10,11 +14,17 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
+
+import msgspec
 
 from qemu_blkmig.errors import BlkmigError, Refused
 from qemu_blkmig.job.options import Transfer
@@ -29,15 +39,51 @@ FOLDER = "sharing"
 TURN = ".turn"
 POLL = 0.3
 """Seconds between two looks at who else is there."""
+HOLD = 2.0
+"""Seconds in which a share that was made use of stays: rounds come at short intervals."""
+FULL = 0.85
+"""The part of its limit from which on a job could do with more."""
+MARGIN = 1.1
+"""How much more than it carries a job that could not do with more is left."""
+STEP = 0.05
+"""The part by which a share must change to be worth telling."""
+
+
+class Member(NamedTuple):
+    """`worth`: a number that it has joined with, a group's budget in bytes a second. `wants`: bytes a second that it
+    makes use of; None: as many as there are.
+    """
+
+    worth: int
+    wants: int | None
+
+
+def divide(members: Mapping[str, Member]) -> dict[str, int]:
+    """Bytes a second for each: the smallest budget evenly, but what some leave of their part goes to the others.
+
+    Who leaves some keeps an even share as a limit, so that it need not ask before it carries more.
+    """
+    rest = least = min(member.worth for member in members.values())
+    even = level = max(1, least // len(members))
+    for left, wants in enumerate(sorted(_wish(member) for member in members.values())):
+        level = max(even, int(rest / (len(members) - left)))
+        if wants >= level:
+            break
+        rest -= int(wants)
+    return {name: level if _wish(member) >= even else even for name, member in members.items()}
+
+
+def _wish(member: Member) -> float:
+    return math.inf if member.wants is None else member.wants
 
 
 class Circle:
-    """The members in one folder; each is worth a number. All methods block for moments, and raise `OSError`."""
+    """The members in one folder. All methods block for moments, and raise `OSError`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def join(self, name: str, worth: int, admits: Callable[[dict[str, int]], bool] = lambda _: True) -> int | None:
+    def join(self, name: str, worth: int, admits: Callable[[dict[str, Member]], bool] = lambda _: True) -> int | None:
         """Become a member, if `admits` agrees to those that are there; the descriptor whose closing ends it."""
         with self._turn():
             if not admits(self._living()):
@@ -45,15 +91,21 @@ class Circle:
             member = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(member, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.write(member, str(worth).encode())
+                _write(member, Member(worth, None))
             except BaseException:
                 os.close(member)
                 raise
             return member
 
-    def members(self) -> dict[str, int]:
-        """Those that live, and what they are worth."""
+    def members(self) -> dict[str, Member]:
+        """Those that live."""
         with self._turn():
+            return self._living()
+
+    def tell(self, descriptor: int, member: Member) -> dict[str, Member]:
+        """What the member that `join` gave `descriptor` to has to say; those that live."""
+        with self._turn():
+            _write(descriptor, member)
             return self._living()
 
     @contextlib.contextmanager
@@ -66,7 +118,7 @@ class Circle:
         finally:
             os.close(turn)
 
-    def _living(self) -> dict[str, int]:
+    def _living(self) -> dict[str, Member]:
         found = {}
         for path in self._folder.iterdir():
             if path.name == TURN:
@@ -76,23 +128,69 @@ class Circle:
                 fcntl.flock(member, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
             except BlockingIOError:
-                with contextlib.suppress(ValueError):
-                    found[path.name] = int(path.read_text())
+                with contextlib.suppress(msgspec.DecodeError):
+                    found[path.name] = msgspec.json.decode(path.read_bytes(), type=Member)
             finally:
                 os.close(member)
         return found
+
+
+def _write(descriptor: int, member: Member) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, msgspec.json.encode(member), 0)
+
+
+class Appetite:
+    """What a job makes use of, by how much it has carried: `payload` tells that, in bytes so far."""
+
+    def __init__(self, payload: Callable[[], Awaitable[int]], steering: Steering) -> None:
+        self._payload = payload
+        self._steering = steering
+        self._began: float | None = None
+        self._seen = (0.0, 0)
+        self._lately: deque[tuple[float, float]] = deque()
+
+    async def wants(self) -> int | None:
+        """Bytes a second; None: all that there are, as far as can be told."""
+        now = asyncio.get_running_loop().time()
+        try:
+            carried = await self._payload()
+        except BlkmigError as error:
+            log.debug("what was carried is not known: %s", error)
+            return None
+        (before, known), self._seen = self._seen, (now, carried)
+        if self._began is None:
+            self._began = now
+            return None
+        used = (carried - known) / max(now - before, 1e-3)
+        self._lately.append((now, used))
+        while self._lately[0][0] < now - HOLD:
+            self._lately.popleft()
+        own, share = self._steering.own, self._steering.share
+        bounded = own is not None and share is not None and own <= share
+        if now - self._began < HOLD or (not bounded and share is not None and used >= FULL * share):
+            return own if bounded else None
+        return min(int(MARGIN * max(rate for _, rate in self._lately)), sys.maxsize if own is None else own)
 
 
 class Sharing:
     """This job's part in it, from before the bulk pass to the end of its work.
 
     Entering waits for a slot, where the number of them is bounded, and joins the group, where there is one. Raises
-    `Refused` when the state directory does not allow it.
+    `Refused` when the state directory does not allow it. `payload`: tells the bytes that the job has carried so far.
     """
 
-    def __init__(self, job: str, transfer: Transfer, steering: Steering, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        job: str,
+        transfer: Transfer,
+        steering: Steering,
+        reporter: Reporter,
+        payload: Callable[[], Awaitable[int]],
+    ) -> None:
         self._job = job
         self._transfer = transfer
+        self._appetite = Appetite(payload, steering)
         self._steering = steering
         self._reporter = reporter
         self._slot: int | None = None
@@ -139,7 +237,7 @@ class Sharing:
         try:
             while True:
                 waiting = await asyncio.to_thread(line.members)
-                if min(waiting, key=lambda name: (waiting[name], name)) == self._job:
+                if min(waiting, key=lambda name: (waiting[name].worth, name)) == self._job:
                     self._slot = await asyncio.to_thread(taken.join, self._job, 1, lambda members: len(members) < slots)
                     if self._slot is not None:
                         return
@@ -159,27 +257,31 @@ class Sharing:
         name, rate = self._transfer.group or ("", 0)
         group = Circle(state_directory() / FOLDER / f"group-{name}")
         member = await asyncio.to_thread(group.join, self._job, rate)
-        if member is not None:
-            self._held.append(member)
-        least = await self._divide(group)
-        if least is not None and least < rate:
+        if member is None:
+            raise RuntimeError("a group admits everybody")
+        self._held.append(member)
+        least = await self._divide(group, member, rate)
+        if least < rate:
             self._reporter.note(f"group {name} has {show_rate(least)} in all, as another of its jobs asked for")
-        self._watching = asyncio.create_task(self._watch(group))
+        self._watching = asyncio.create_task(self._watch(group, member, rate))
 
-    async def _watch(self, group: Circle) -> None:
+    async def _watch(self, group: Circle, member: int, rate: int) -> None:
         while True:
             await asyncio.sleep(POLL)
             try:
-                await self._divide(group)
+                await self._divide(group, member, rate)
             except (OSError, BlkmigError) as error:
                 log.warning("the share of bandwidth could not be found out or set: %s", error)
 
-    async def _divide(self, group: Circle) -> int | None:
-        """Everybody gets the same; of budgets that differ the smallest counts. Returns that; None: nobody is there."""
-        members = await asyncio.to_thread(group.members)
-        least = min(members.values(), default=None)
-        share = None if least is None else max(1, least // len(members))
-        if share != self._steering.share:
+    async def _divide(self, group: Circle, descriptor: int, rate: int) -> int:
+        """Tell what this job makes use of, and take its share; the budget, which is the smallest of all."""
+        wants = await self._appetite.wants()
+        members = await asyncio.to_thread(group.tell, descriptor, Member(rate, wants))
+        members[self._job] = Member(rate, wants)
+        share, least = divide(members)[self._job], min(member.worth for member in members.values())
+        before = self._steering.share
+        even = share == max(1, least // len(members))
+        if before is None or (share != before and (even or abs(share - before) > STEP * before)):
             self._steering.share = share
             await self._steering.changed()
         return least

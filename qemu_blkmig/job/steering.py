@@ -29,8 +29,12 @@ class Steering:
     @property
     def rate(self) -> int | None:
         """Bytes a second that the job may carry now; None: no limit."""
-        limits = [limit for limit in (self.bandwidth, self.share, self.adapted) if limit is not None]
-        return min(limits) if limits else None
+        return _least(self.own, self.share)
+
+    @property
+    def own(self) -> int | None:
+        """Bytes a second that it may carry whatever its share of a group's budget is; None: no limit."""
+        return _least(self.bandwidth, self.adapted)
 
     def on_change(self, apply: Apply) -> None:
         """Call `apply` after every change, in the order in which they were added."""
@@ -40,3 +44,7 @@ class Steering:
         """Bring what has changed into effect. Raises what the `Apply`s raise."""
         for apply in self._apply:
             await apply()
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -117,6 +117,10 @@ class StreamCarriage:
             self._reporter.figures,
         )  # fmt: skip
 
+    async def payload(self) -> int:
+        """Bytes so far that the bandwidth limit concerns."""
+        return self._throttle.taken
+
     async def compare(self, verification: Verification, complete: Callable[[], Awaitable[None]]) -> None:
         """A stream can't be compared with what it was made from."""
         raise UsageError("a stream cannot be compared with its source", advice="load it, and compare the images")

@@ -23,6 +23,8 @@ class Throttle:
         self._rate: int | None = None
         self._balance = 0.0
         self._told = clock()
+        self.taken = 0
+        """Bytes of payload so far, whatever the limit."""
 
     def limit(self, rate: int | None) -> None:
         """Allow `rate` bytes a second from now on (at least 1); None: no limit, and no debt.
@@ -49,6 +51,7 @@ class Throttle:
         """Account for a request of `length` bytes."""
         with self._lock:
             self._refill()
+            self.taken += length
             if self._rate is not None:
                 self._balance -= length
 

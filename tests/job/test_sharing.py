@@ -1,4 +1,4 @@
-"""Jobs that share: who is there is known at once, everybody gets the same, slots are bounded and taken in turn."""
+"""Jobs that share: who is there is known at once, everybody gets the same or leaves it to others, slots are bounded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.options import Transfer
-from qemu_blkmig.job.sharing import Circle, Sharing
+from qemu_blkmig.job.sharing import Circle, Member, Sharing, divide
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.places import STATE_VARIABLE
 
@@ -24,15 +26,37 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state directory of the test's own, and short waits."""
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
     monkeypatch.setattr("qemu_blkmig.job.sharing.POLL", 0.01)
+    monkeypatch.setattr("qemu_blkmig.job.sharing.HOLD", 0.1)
     return tmp_path / "state"
 
 
-def job(name: str, transfer: Transfer, told: list[str] | None = None) -> tuple[Sharing, Steering]:
-    """A job that shares."""
-    steering = Steering(0.3, transfer.bandwidth)
+class Carried:
+    """Bytes that a job has carried: as much as it may, but no more than `able` a second (None: any rate)."""
+
+    def __init__(self, able: int | None = None) -> None:
+        self.able = able
+        self.steering = Steering(0.3, None)
+        self._count = 0.0
+        self._last = asyncio.get_running_loop().time()
+
+    async def payload(self) -> int:
+        """What `Sharing` asks."""
+        now = asyncio.get_running_loop().time()
+        rates = [rate for rate in (self.able, self.steering.rate) if rate is not None]
+        self._count += (now - self._last) * min(rates, default=0)
+        self._last = now
+        return int(self._count)
+
+
+def job(
+    name: str, transfer: Transfer, told: list[str] | None = None, able: int | None = None
+) -> tuple[Sharing, Steering]:
+    """A job that shares, and carries as much as it may, or is `able` to."""
+    carried = Carried(able)
+    carried.steering.bandwidth = transfer.bandwidth
     heard = told if told is not None else []
     reporter: Any = SimpleNamespace(note=heard.append, stage=heard.append)
-    return Sharing(name, transfer, steering, reporter), steering
+    return Sharing(name, transfer, carried.steering, reporter, carried.payload), carried.steering
 
 
 async def until(steering: Steering, rate: int) -> None:
@@ -46,27 +70,82 @@ def test_a_member_that_died_is_none_any_more(tmp_path: Path) -> None:
     circle = Circle(tmp_path / "circle")
     lives, dies = circle.join("lives", 1), circle.join("dies", 2)
     assert lives is not None and dies is not None
-    assert circle.members() == {"lives": 1, "dies": 2}
+    assert {name: member.worth for name, member in circle.members().items()} == {"lives": 1, "dies": 2}
     os.close(dies)
-    assert circle.members() == {"lives": 1}
+    assert circle.members() == {"lives": Member(1, None)}
     assert circle.join("late", 3, lambda members: len(members) < 1) is None
     os.close(lives)
 
 
 async def test_a_group_s_budget_is_shared_evenly_and_a_leaver_s_part_goes_to_the_others() -> None:
     transfer = Transfer(group=("backup", 12 * MIB))
-    (one, rate_one), (two, rate_two) = job("1", transfer), job("2", transfer)
-    limited, rate_limited = job("3", Transfer(group=("backup", 12 * MIB), bandwidth=MIB))
+    (one, rate_one), (two, rate_two), (three, rate_three) = job("1", transfer), job("2", transfer), job("3", transfer)
     async with one:
         assert rate_one.rate == 12 * MIB
-        async with two, limited:
-            await until(rate_one, 4 * MIB)
-            await until(rate_two, 4 * MIB)
-            assert rate_limited.rate == MIB, "the job's own limit holds as well"
+        async with two, three:
+            for each in (rate_one, rate_two, rate_three):
+                await until(each, 4 * MIB)
         await until(rate_one, 12 * MIB)
         async with job("4", Transfer(group=("other", MIB)))[0]:
             await asyncio.sleep(0.05)
             assert rate_one.rate == 12 * MIB, "another group is another's affair"
+
+
+@pytest.mark.parametrize("how", ["idle", "slower", "limited"])
+async def test_what_a_job_leaves_of_its_part_goes_to_those_who_have_use_for_it_and_back_again(how: str) -> None:
+    transfer = Transfer(group=("backup", 12 * MIB))
+    (one, rate_one), (two, rate_two) = job("1", transfer), job("2", transfer)
+    limit = MIB if how == "limited" else None
+    other = Transfer(group=("backup", 12 * MIB), bandwidth=limit)
+    lazy, rate_lazy = job("3", other, able={"idle": 0, "slower": MIB}.get(how))
+    least = 12 * MIB // 2 if how == "idle" else 11 * MIB // 2 - MIB // 4
+    async with one, two:
+        async with lazy:
+            for each in (rate_one, rate_two):
+                await until_at_least(each, least)
+            assert rate_lazy.rate == (limit or 4 * MIB), "it need not ask before it carries more"
+            rate_lazy.bandwidth = None
+            able(lazy, None)
+            for each in (rate_one, rate_two, rate_lazy):
+                await until(each, 4 * MIB)
+        for each in (rate_one, rate_two):
+            await until(each, 6 * MIB)
+
+
+def able(sharing: Sharing, rate: int | None) -> None:
+    """From now on the job can carry so much."""
+    carried: Any = sharing._appetite._payload
+    carried.__self__.able = rate
+
+
+async def until_at_least(steering: Steering, rate: int) -> None:
+    """Wait until the job may carry `rate`, or more."""
+    async with asyncio.timeout(10):
+        while (steering.rate or 0) < rate:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+wishes = st.none() | st.integers(0, 20 * MIB)
+
+
+@given(st.lists(wishes, min_size=1, max_size=8), st.integers(64 << 10, 16 * MIB))
+def test_a_budget_is_divided_so_that_nobody_goes_short_and_nothing_is_left_over_that_somebody_wants(
+    wanted: list[int | None], budget: int
+) -> None:
+    members = {str(number): Member(budget, wants) for number, wants in enumerate(wanted)}
+    shares = divide(members)
+    even = budget // len(wanted)
+    used = {
+        name: shares[name] if member.wants is None else min(member.wants, shares[name])
+        for name, member in members.items()
+    }
+    assert all(share >= even for share in shares.values())
+    assert sum(used.values()) <= budget
+    short = [name for name, member in members.items() if member.wants is None or used[name] < member.wants]
+    if short:
+        assert sum(used.values()) > budget - len(wanted), "somebody wants what is left over"
+        assert len({shares[name] for name in short}) == 1, "and those who do get the same"
+        assert shares[short[0]] == max(shares.values())
 
 
 async def test_who_joins_a_group_that_has_less_is_told_so() -> None:
