@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from integration.virtlab import Domain, VirtLab
 from qemu_blkmig.demo.guest import Kernel
 from tests.certificates import make_certificates
 
+SERVERS, CLIENTS = ("server-cert.pem", "server-key.pem"), ("client-cert.pem", "client-key.pem")
 TCP = ("--migrateuri", "tcp://hostb:49180", "--listen-address", "0.0.0.0")
 
 
@@ -62,9 +65,56 @@ def _configuration(virtlab: VirtLab) -> str:
     return virtlab.hosts.run("cat", "/etc/libvirt/qemu.conf")
 
 
-def test_a_certificate_of_another_host_is_refused_and_the_guest_stays(virtlab: VirtLab, domain: Domain) -> None:
-    virtlab.migrate(domain, "--tls", "--tls-destination", "elsewhere").failed(
-        1, "does not match the hostname elsewhere", now="the guest runs at the source"
-    )
+@pytest.mark.parametrize(
+    ("names", "days", "files", "words", "why"),
+    [
+        ("DNS:hostb", -1, SERVERS, (), "the destination's {}/server-cert.pem expired on "),
+        ("DNS:hostb", 2, SERVERS, (), "the destination's {}/server-cert.pem is not signed by an "),
+        ("DNS:hosta", 2, CLIENTS, (), "this host's {}/client-cert.pem is not signed by an "),
+        ("DNS:any", 2, (), ("--tls-destination", "elsewhere"), "is for hosta, hostb, and it is asked for by elsewhere"),
+    ],
+    ids=["expired", "the server's of another authority", "the client's of another authority", "another name"],
+)  # fmt: skip
+def test_a_certificate_that_libvirt_would_not_take_is_told_before_anything_is_copied(
+    virtlab: VirtLab,
+    domain: Domain,
+    names: str,
+    days: int,
+    files: tuple[str, ...],
+    words: tuple[str, ...],
+    why: str,
+    tmp_path: Path,
+) -> None:
+    (configured,) = re.findall(r'^migrate_tls_x509_cert_dir = "(.*)"', _configuration(virtlab), re.MULTILINE)
+    make_certificates(tmp_path, names, days)
+    why = why.format(configured)
+    with _in_place_of(Path(configured), tmp_path, files):
+        virtlab.migrate(domain, "--tls", *words).failed(3, why, now="nothing was touched")
+        assert why in virtlab.migrate(domain, "--tls", *words, "--dry-run").failed(3).stdout
+        assert virtlab.images_there(domain) == []
     virtlab.assert_stayed(domain)
-    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+
+
+@contextlib.contextmanager
+def _in_place_of(directory: Path, other: Path, names: Sequence[str]) -> Iterator[None]:
+    before = {name: (directory / name).read_bytes() for name in names}
+    try:
+        for name in names:
+            shutil.copyfile(other / name, directory / name)
+        yield
+    finally:
+        for name, content in before.items():
+            (directory / name).write_bytes(content)
+
+
+def test_certificates_for_the_disks_own_way_are_told_before_an_image_is_made(
+    virtlab: VirtLab, domain: Domain, tmp_path: Path
+) -> None:
+    make_certificates(tmp_path, "DNS:elsewhere")
+    words, why = ("--data", "tls://", "--tls-creds", str(tmp_path)), "is for elsewhere, and it is asked for by "
+    virtlab.migrate(domain, *words).failed(3, why, now="nothing was touched")
+    assert why in virtlab.migrate(domain, *words, "--dry-run").failed(3).stdout
+    assert virtlab.images_there(domain) == []
+    virtlab.assert_stayed(domain)
+    virtlab.assert_nothing_left()

@@ -107,6 +107,8 @@ class Confinement:
                 self.check_base(op)
             case protocol.Open():
                 self._check_source(op.source)
+            case protocol.Certificates(directory=str(directory)) | protocol.Handshake(directory=str(directory)):
+                self._check_path(directory)
             case protocol.Mark():
                 for path in op.images:
                     self._check_path(path)

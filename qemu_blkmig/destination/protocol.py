@@ -342,7 +342,24 @@ class Files(Message, frozen=True, tag="files"):
 
 
 class Certificates(Message, frozen=True, tag="certificates"):
-    """Which files a QEMU of libvirt's lacks here for a migration with TLS (see `certificates`)."""
+    """What a server, or a client, has for TLS in `directory` (None: where libvirt's migrations look), see `look`."""
+
+    directory: str | None
+    server: bool
+
+
+class Handshake(Message, frozen=True, tag="handshake"):
+    """Go on with this end of a TLS handshake on trial, to which the other `said` that (see `handshake`).
+
+    `begin`: it is a new one. `directory`, `server`: as of `Certificates`. `name`: of the server, as the client asks
+    for it; None: it takes any.
+    """
+
+    directory: str | None
+    server: bool
+    said: bytes
+    begin: bool = False
+    name: str | None = None
 
 
 class Below(Message, frozen=True, tag="below"):
@@ -395,6 +412,7 @@ Operation = (
     | Held
     | Files
     | Certificates
+    | Handshake
     | Below
     | Expect
 )
@@ -542,9 +560,32 @@ class FilesReply(Message, frozen=True, tag="files"):
 
 
 class CertificatesReply(Message, frozen=True, tag="certificates"):
-    """Paths of files that are not there."""
+    """`directory`: where they are looked for. `missing`: paths of files that are not there. `dated`: of certificates
+    that are not valid now, in words that begin with their paths.
+    """
 
+    directory: str
     missing: list[str]
+    dated: list[str]
+
+
+class Fault(Message, frozen=True):
+    """Why an end gives a handshake up, in OpenSSL's `words`.
+
+    Of the other's certificate: dates, authority, name; none-shown: there is none. own: its own cannot be used.
+    unclear: that says nothing of the handshake to come.
+    """
+
+    kind: Literal["dates", "authority", "name", "none-shown", "own", "unclear"]
+    words: str
+
+
+class HandshakeReply(Message, frozen=True, tag="handshake"):
+    """`said`: to the other end; nothing: it waits, or it is over. `names`: of the other's certificate, once known."""
+
+    said: bytes
+    fault: Fault | None = None
+    names: list[str] = []
 
 
 class BelowReply(Message, frozen=True, tag="below"):
@@ -603,6 +644,7 @@ Outcome = (
     | HeldReply
     | FilesReply
     | CertificatesReply
+    | HandshakeReply
     | BelowReply
     | BaseDigestReply
     | Done

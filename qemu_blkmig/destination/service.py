@@ -27,6 +27,7 @@ from qemu_blkmig.destination.carrying import Carrying
 from qemu_blkmig.destination.confine import NO_BOUNDS, Bounds, Confinement
 from qemu_blkmig.destination.digests import digests
 from qemu_blkmig.destination.expecting import Expecting
+from qemu_blkmig.destination.handshake import End
 from qemu_blkmig.destination.hashtable import HashTable, forget, table_path
 from qemu_blkmig.destination.launching import Launcher
 from qemu_blkmig.destination.mover import DiskMover, Settings
@@ -138,6 +139,7 @@ class Service:
         self._disks: dict[str, _Disk] = {}
         self._bases = Bases(self._bounds.check_base)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._handshake: End | None = None
         self._ended = False
         self._kept = False
 
@@ -255,7 +257,11 @@ class Service:
                     await asyncio.to_thread(lambda: [backing_files(each, self._bounds.permits) for each in op.images])
                 )
             case protocol.Certificates():
-                return await asyncio.to_thread(_certificates)
+                return await asyncio.to_thread(_certificates, op)
+            case protocol.Handshake():
+                if op.begin or self._handshake is None:
+                    self._handshake = await asyncio.to_thread(End.of, op)
+                return await asyncio.to_thread(self._handshake.answer, op.said)
         raise errors.Refused(f"{type(op).__name__} is not understood")
 
     def _hello(self, op: protocol.Hello) -> protocol.HelloReply:
@@ -598,11 +604,11 @@ def mismatch(host: str, coordinator: tuple[str, int], agent: tuple[str, int]) ->
     )
 
 
-def _certificates() -> protocol.CertificatesReply:
+def _certificates(op: protocol.Certificates) -> protocol.CertificatesReply:
     try:
-        return protocol.CertificatesReply(certificates.missing(certificates.SERVER))
+        return certificates.look(op.directory, server=op.server)
     except OSError as error:
-        raise errors.Refused(f"libvirt's configuration cannot be read: {error}") from error
+        raise errors.Refused(f"its certificates cannot be looked at: {error}") from error
 
 
 def _in_use(path: str) -> bool:

@@ -17,8 +17,8 @@ from typing import Any
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Below, BelowReply, Files, FilesReply
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job import migration_tls
-from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job import certificates_tried
+from qemu_blkmig.job.managed_options import ManagedOptions, name_for_tls
 from qemu_blkmig.job.plan import Placed
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, lacks, missing, same_daemon, used_by_others
@@ -146,9 +146,12 @@ async def arrange(
     warnings = [*taken_along(domain.xml), *told]
     # Those of a user's own (qemu:///session) have another configuration.
     if options.tls and not any(each.uri.endswith("/session") for each in (source, target)):
-        lost, unsure = await migration_tls.troubles(agent)
+        lost, unsure = await certificates_tried.of_migration(agent, name_for_tls(options))
         problems += lost
         warnings += unsure
+    lost, unsure = await certificates_tried.of_data(agent, options.transfer.data, options.place)
+    problems += lost
+    warnings += unsure
     if not problems and not options.offline:
         problems += await _rehearsed(options, source, handle, target, xml)
     if await is_defined(target, domain.uuid):

@@ -12,6 +12,7 @@ from qemu_blkmig.errors import BlkmigError, Stalled
 from qemu_blkmig.job.adapting import Adapting
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.certificates_tried import require_data
 from qemu_blkmig.job.connected import begin, connect
 from qemu_blkmig.job.copy_images import OpenWay, Way, copy_image
 from qemu_blkmig.job.interrupts import Interrupts
@@ -48,6 +49,7 @@ async def copy(
 
     async def to_images(life: Lifecycle) -> Way:
         agent = await life.start_agent(options.target.place)
+        await require_data(agent, options.transfer.data, options.target.place, life.reporter.note)
         planner = Planner(
             agent,
             options.selection,

@@ -23,8 +23,7 @@ async def open_data_path(path: DataPath, source: Monitor, place: Place, name: st
 
     Raises `Refused`.
     """
-    host = path.host if path.host is not None else await asyncio.to_thread(_address_towards, place)
-    address = TcpAddress(host, path.port)
+    address = TcpAddress(await address_of_data(path, place), path.port)
     if not path.tls:
         return address
     if path.certificates is not None:
@@ -33,6 +32,11 @@ async def open_data_path(path: DataPath, source: Monitor, place: Place, name: st
     key = new_key(name)
     await add_key(source, name, key, runtime / "tls")
     return msgspec.structs.replace(address, tls=key)
+
+
+async def address_of_data(path: DataPath, place: Place) -> str:
+    """What the destination connects to. Raises `Refused`."""
+    return path.host if path.host is not None else await asyncio.to_thread(_address_towards, place)
 
 
 def _address_towards(place: Place) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from qemu_blkmig.destination.migration_sockets import socket_path
 from qemu_blkmig.errors import Refused, UsageError
 from qemu_blkmig.job.managed_options import ManagedOptions, migration_address
-from qemu_blkmig.job.place import Local, Ssh
+from qemu_blkmig.job.place import Local
 from qemu_blkmig.transport.host import Host
 
 PORTS = range(49152, 49216)
@@ -23,10 +23,9 @@ CONNECT = 20.0
 
 @dataclass(frozen=True)
 class Gateway:
-    """`listener`: where the source's QEMU comes to, by `uri`; the destination's is reached at `address`, on `host`."""
+    """`listener`: where the source's QEMU comes to, by `uri`; the destination's is reached at `address`."""
 
     uri: str
-    host: str
     listener: socket.socket
     address: str | tuple[str, int]
 
@@ -56,14 +55,13 @@ async def gateway(options: ManagedOptions, host: Host, job: str, number: int) ->
     """
     if options.migrate_uri is not None:
         return _tcp(options.migrate_uri)
-    place = options.place
-    if isinstance(place, Local):
+    if isinstance(options.place, Local):
         raise UsageError("without ssh to the destination the guest's RAM needs a way: --migrateuri tcp://HOST:PORT")
     session = options.target_uri.partition("?")[0].endswith("/session")
-    return await _unix(place, host, socket_path(job, number, session=session))
+    return await _unix(host, socket_path(job, number, session=session))
 
 
-async def _unix(place: Ssh, host: Host, path: str) -> Gateway:
+async def _unix(host: Host, path: str) -> Gateway:
     listener = socket.socket(socket.AF_UNIX)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -71,7 +69,7 @@ async def _unix(place: Ssh, host: Host, path: str) -> Gateway:
         listener.bind(path)
         Path(path).chmod(0o600)
         listener.listen(8)
-        return Gateway(f"unix://{path}", place.host, listener, await host.reach(path))
+        return Gateway(f"unix://{path}", listener, await host.reach(path))
     except OSError as error:
         listener.close()
         raise Refused(f"cannot listen on {path}: {error.strerror}") from error
@@ -92,5 +90,5 @@ def _tcp(uri: str) -> Gateway:
         except OSError:
             listener.close()
             continue
-        return Gateway(f"tcp://127.0.0.1:{port}", host, listener, (host, port))
+        return Gateway(f"tcp://127.0.0.1:{port}", listener, (host, port))
     raise Refused(f"no port of {wanted[0] if len(wanted) == 1 else '49152 to 49215'} is free on 127.0.0.1")

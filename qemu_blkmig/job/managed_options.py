@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.moment import AT_ONCE, Moment
 from qemu_blkmig.job.options import Afterwards, OnStall, Selection, Transfer, Verify, check_convergence
-from qemu_blkmig.job.place import Place
+from qemu_blkmig.job.place import Place, Ssh
 
 _TCP = re.compile(r"tcp:(?://)?(?P<host>\[[^\]]+\]|[^\[\]:/]+)(?::(?P<port>\d+))?/?")
 
@@ -97,6 +97,15 @@ def with_other_xml(job: str) -> str:
     return (
         f"virsh-blkmigrate --resume {job} --xml FILE goes on with other XML, qemu-blkmig resume {job} with what it has"
     )
+
+
+def name_for_tls(options: ManagedOptions) -> str:
+    """What the destination's certificate for --tls must name: the host that RAM goes to, or as the user says."""
+    if options.tls_destination is not None:
+        return options.tls_destination
+    if options.migrate_uri is not None:
+        return migration_address(options.migrate_uri)[0]
+    return options.place.host if isinstance(options.place, Ssh) else ""
 
 
 def migration_address(uri: str) -> tuple[str, int | None]:

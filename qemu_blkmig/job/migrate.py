@@ -12,6 +12,7 @@ from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
+from qemu_blkmig.job.certificates_tried import require_data
 from qemu_blkmig.job.connected import connect
 from qemu_blkmig.job.guard import Guard
 from qemu_blkmig.job.interrupts import Interrupts
@@ -75,6 +76,7 @@ class _Run:
         options, life = self._options, self._life
         source = await life.connect_source(options.source)
         agent = await life.start_agent(options.target.place)
+        await require_data(agent, options.transfer.data, options.target.place, self._reporter.note)
         if options.target.qmp is not None:
             await life.attach_target(options.target.qmp)
         planner = Planner(

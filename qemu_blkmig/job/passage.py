@@ -16,7 +16,7 @@ from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.gateway import Gateway, gateway
 from qemu_blkmig.job.lifecycle import Lifecycle
-from qemu_blkmig.job.managed_options import ManagedOptions, with_other_xml
+from qemu_blkmig.job.managed_options import ManagedOptions, name_for_tls, with_other_xml
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import EventStream
 from qemu_blkmig.time_limit import time_limit
@@ -145,7 +145,7 @@ async def _wish(life: Lifecycle, options: ManagedOptions, there: Arrangement, wa
         auto_converge_increment=options.auto_converge_increment,
         graphics_uri=options.graphics_uri,
         tls=options.tls,
-        tls_destination=(options.tls_destination or way.host) if options.tls else None,
+        tls_destination=name_for_tls(options) if options.tls else None,
         parallel=options.parallel,
         listen_address=options.listen_address,
         bandwidth=limit,

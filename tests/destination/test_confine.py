@@ -256,9 +256,9 @@ def test_each_operation_is_harmless_or_checked(root: Path) -> None:
         protocol.Inspect, protocol.Prepare, protocol.Discard, protocol.Mark, protocol.Held, protocol.Files,
         protocol.Open, protocol.Identify, protocol.Launch, protocol.FindProgram, protocol.Alive, protocol.EndProcess,
         protocol.BaseDigest, protocol.BaseDigests, protocol.Expect, protocol.Below,
+        protocol.Certificates, protocol.Handshake,
     }  # fmt: skip
-    refused = {protocol.Certificates}
-    assert {*HARMLESS} | checked | refused == set(get_args(protocol.Operation))
+    assert {*HARMLESS} | checked == set(get_args(protocol.Operation))
 
 
 @pytest.fixture
@@ -280,8 +280,13 @@ async def test_of_an_image_s_backing_files_it_opens_those_within_only(root: Path
     assert told == protocol.BelowReply([[str(chain[1]), str(chain[0])], [str(chain[0])]])
 
 
-async def test_it_does_not_tell_of_the_host_s_certificates(root: Path) -> None:
-    await refused(Service(tell, Bounds([str(root)])), protocol.Certificates(), "does not know Certificates")
+async def test_of_certificates_it_uses_those_within_only(root: Path) -> None:
+    confined = Service(tell, Bounds([str(root)]))
+    for message in (protocol.Certificates(None, True), protocol.Handshake(None, True, b"", begin=True)):
+        await refused(confined, message, f"does not know {type(message).__name__}")
+    for message in (protocol.Certificates("/etc/pki", True), protocol.Handshake("/etc/pki", False, b"", begin=True)):
+        await refused(confined, message, "/etc/pki is out of bounds")
+    assert isinstance(await confined.perform(protocol.Certificates(str(root), True)), protocol.CertificatesReply)
 
 
 async def test_the_name_of_a_job_is_no_path(root: Path) -> None:
