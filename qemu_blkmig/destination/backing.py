@@ -19,8 +19,11 @@ _LONGEST = 1023
 _LAYERS = 200
 
 
-def backing_files(path: str, permitted: Callable[[str], bool]) -> list[str]:
-    """All files below the qcow2 image at `path`, as far as they can be told; only `permitted` ones are opened."""
+def backing_files(path: str, permitted: Callable[[str], bool]) -> tuple[list[str], bool]:
+    """All files below the qcow2 image at `path`, as far as they can be told; only `permitted` ones are opened.
+
+    And whether that is all there are.
+    """
     found: list[str] = []
     while len(found) < _LAYERS and permitted(path):
         try:
@@ -28,13 +31,15 @@ def backing_files(path: str, permitted: Callable[[str], bool]) -> list[str]:
         except (OSError, struct.error, UnicodeDecodeError, ValueError):
             break
         head, colon, _ = name.partition(":")
-        if not name or "\0" in name or (colon and "/" not in head):
+        if not name:
+            return found, True
+        if "\0" in name or (colon and "/" not in head):
             break
         path = os.path.join(os.path.dirname(path), name)  # noqa: PTH118, PTH120 - a string like the rest
         found.append(path)
         if image_format != "qcow2":
-            break
-    return found
+            return found, image_format == "raw"
+    return found, False
 
 
 def _below(path: str) -> tuple[str, str]:

@@ -589,9 +589,10 @@ class HandshakeReply(Message, frozen=True, tag="handshake"):
 
 
 class BelowReply(Message, frozen=True, tag="below"):
-    """In the order asked for, from the top."""
+    """In the order asked for, from the top; `whole`: whether these are all of them, as far as is known."""
 
     files: list[list[str]]
+    whole: list[bool]
 
 
 class BaseDigestReply(Message, frozen=True, tag="base-digest"):

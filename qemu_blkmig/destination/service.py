@@ -253,9 +253,10 @@ class Service:
                 pid = op.process.pid if op.process else None
                 return protocol.FilesReply([files.file_id_for(pid, name) for name in op.names])
             case protocol.Below():
-                return protocol.BelowReply(
-                    await asyncio.to_thread(lambda: [backing_files(each, self._bounds.permits) for each in op.images])
+                found = await asyncio.to_thread(
+                    lambda: [backing_files(each, self._bounds.permits) for each in op.images]
                 )
+                return protocol.BelowReply([files for files, _ in found], [whole for _, whole in found])
             case protocol.Certificates():
                 return await asyncio.to_thread(_certificates, op)
             case protocol.Handshake():

@@ -275,9 +275,10 @@ async def identified(agent: AgentClient, paths: list[str]) -> list[FileId | None
         return [each for path in paths for each in await identified(agent, [path])]
 
 
-async def backing_files(agent: AgentClient, images: list[str]) -> list[list[str]]:
-    """Of each of these qcow2 images there, as far as the agent tells."""
-    return (await agent.expect(Below(images), BelowReply)).files if images else []
+async def backing_files(agent: AgentClient, images: list[str]) -> list[tuple[list[str], bool]]:
+    """Of each of these qcow2 images there, as far as the agent tells, and whether that is all."""
+    reply = await agent.expect(Below(images), BelowReply) if images else BelowReply([], [])
+    return [*zip(reply.files, reply.whole, strict=True)]
 
 
 async def _is_there(agent: AgentClient, path: str) -> bool:

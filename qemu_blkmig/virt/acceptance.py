@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import posixpath
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.domain import Domain, image_files, rooted
-from qemu_blkmig.virt.storage import volume_files, with_bases
+from qemu_blkmig.virt.storage import Volumes
 
 Identify = Callable[[list[str]], Awaitable[Sequence[Hashable | None]]]
-Below = Callable[[list[str]], Awaitable[Sequence[Sequence[str]]]]
+Below = Callable[[list[str]], Awaitable[Sequence[tuple[Sequence[str], bool]]]]
 
 BROKEN_OFF = 30.0
 """Seconds in which a libvirt notices that a migration to it has broken off, and ends the domain: by its keepalive, 5 s
@@ -143,27 +144,10 @@ async def used_by_others(
     """Images that domains there, running or not, use: what would be overwritten is another guest's.
 
     `identify`: what tells the files at these paths there from all others, None where there is none. `below`: the
-    backing files of these qcow2 images there: libvirt tells only those of running domains, and of pools' volumes.
+    backing files of these qcow2 images there, and whether these are all: libvirt tells only those of running domains,
+    and of pools' volumes, one by one.
     """
-    theirs: list[tuple[str, str]] = []
-    overlays: list[tuple[str, str]] = []
-    for other in await target.call(target.handle.listAllDomains, 0):
-        try:
-            if other.UUIDString() == uuid:
-                continue
-            xml = await target.call(other.XMLDesc, 0)
-        except LibvirtError as error:
-            if error.code == libvirt().VIR_ERR_NO_DOMAIN:
-                continue
-            raise
-        disks = Domain.parse(xml).disks
-        volumes = await volume_files(target, [disk.volume for disk in disks if disk.volume is not None])
-        files = await with_bases(target, image_files(xml) | volumes)
-        theirs += [(path, other.name()) for path in sorted(files)]
-        overlays += [(disk.path, other.name()) for disk in disks if disk.path and disk.format == "qcow2"]
-    for (_, name), files_below in zip(overlays, await below([path for path, _ in overlays]), strict=True):
-        theirs += [(path, name) for path in files_below]
-    theirs = [*dict.fromkeys(theirs)]
+    theirs = await _images_of_others(target, uuid, below)
     named = {posixpath.normpath(path): disk for disk, path in paths.items()}
     ids = await identify([*paths.values(), *(path for path, _ in theirs)])
     there = {each: disk for disk, each in zip(paths, ids, strict=False) if each is not None}
@@ -174,6 +158,39 @@ async def used_by_others(
             known_as = "" if path == paths[disk] else f" (there: {path})"
             used[disk, name] = f"disk {disk}: {paths[disk]} is used by domain {name} at the destination{known_as}"
     return [*used.values()]
+
+
+async def _images_of_others(target: Connection, uuid: str, below: Below) -> list[tuple[str, str]]:
+    """Each with the name of its domain. A call for each domain, and few besides: they may be hundreds, far away."""
+    others = await _other_domains(target, uuid)
+    disks = [(disk, other.name) for other in others for disk in other.disks]
+    volumes = await Volumes.known_to(target)
+    files = await volumes.files({disk.volume for disk, _ in disks if disk.volume is not None})
+    images = [(path, other.name) for other in others for path in sorted(image_files(other.xml))]
+    images += [(files[disk.volume], name) for disk, name in disks if disk.volume in files]
+    overlays = sorted({disk.path for disk, _ in disks if disk.path and disk.format == "qcow2"})
+    told = dict(zip(overlays, await below(overlays), strict=True))
+    untold = {path for path, _ in images if path not in told or not told[path][1]}
+    known = await volumes.bases(untold)
+    found = [
+        (each, name)
+        for path, name in images
+        for each in (path, *known.get(path, ()), *(told[path][0] if path in told else ()))
+    ]
+    return [*dict.fromkeys(found)]
+
+
+async def _other_domains(target: Connection, uuid: str) -> list[Domain]:
+    handles = await target.call(target.handle.listAllDomains, 0)
+    others = [handle for handle in handles if handle.UUIDString() != uuid]
+    found = []
+    for told in await target.call_all([partial(handle.XMLDesc, 0) for handle in others]):
+        if isinstance(told, LibvirtError):
+            if told.code != libvirt().VIR_ERR_NO_DOMAIN:
+                raise told
+        else:
+            found.append(Domain.parse(told))
+    return found
 
 
 async def _found(target: Connection, lookup: Any, name: str, *codes: int) -> Any:

@@ -10,14 +10,21 @@ import asyncio
 import functools
 import importlib
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from qemu_blkmig.engine.outlast import only_wait
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused, RequestError
 
 KEEPALIVE = (5, 3)
 """Seconds between two signs of life, and how many may be missed, before a connection is taken for broken."""
+
+
+AT_ONCE = 5
+"""Calls of one client that a daemon takes on at once (libvirtd.conf, max_client_requests)."""
+
+_T = TypeVar("_T")
 
 
 class LibvirtGone(ConnectionLost):
@@ -102,6 +109,33 @@ class Connection:
                 return await asyncio.to_thread(function, *arguments)
             except module.libvirtError as error:
                 raise self.explained(error) from error
+
+    async def call_all(self, functions: Sequence[Callable[[], _T]]) -> list[_T | LibvirtError]:
+        """Make these short calls, `AT_ONCE` of them under way and no others: what each returns, or how it was refused.
+
+        Beside long calls answers come late (see `call`), beside short ones they do not: of 8000 none took half a second
+        (libvirt 9.0). Raises `LibvirtGone`.
+        """
+        return await only_wait(asyncio.ensure_future(self._call_all(functions)))
+
+    async def _call_all(self, functions: Sequence[Callable[[], _T]]) -> list[_T | LibvirtError]:
+        async with self._order:
+            return await asyncio.to_thread(self._call_in_threads, functions)
+
+    def _call_in_threads(self, functions: Sequence[Callable[[], _T]]) -> list[_T | LibvirtError]:
+        error_of = libvirt().libvirtError
+
+        def call(function: Callable[[], _T]) -> _T | LibvirtError:
+            try:
+                return function()
+            except error_of as error:
+                explained = self.explained(error)
+                if isinstance(explained, LibvirtError):
+                    return explained
+                raise explained from error
+
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            return [*threads.map(call, functions)]
 
     def explained(self, error: Any) -> BlkmigError:
         """Our error for a libvirtError."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -50,16 +49,35 @@ class VolumeSpec:
         return ElementTree.tostring(root, encoding="unicode")
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """An active pool; `directory`: of its volumes; `of_files`: that is what they are."""
+
+    name: str
+    handle: Any
+    directory: str | None
+    of_files: bool
+
+
+async def _active_pools(connection: Connection) -> list[_Pool]:
+    handles = await connection.call(
+        connection.handle.listAllStoragePools, libvirt().VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE
+    )
+    told = await connection.call_all([handle.XMLDesc for handle in handles])
+    # One that is gone meanwhile knows no volumes.
+    return [_pool_of(handle, xml) for handle, xml in zip(handles, told, strict=True) if isinstance(xml, str)]
+
+
+def _pool_of(handle: Any, xml: str) -> _Pool:
+    root = ElementTree.fromstring(xml)
+    path = root.findtext("./target/path")
+    of_files = root.get("type") in _DIRECTORIES
+    return _Pool(str(handle.name()), handle, posixpath.normpath(path) if path else None, of_files)
+
+
 async def directories(connection: Connection) -> dict[str, str]:
     """The active pools whose volumes are files: name by directory."""
-    found = {}
-    for pool in await connection.call(
-        connection.handle.listAllStoragePools, libvirt().VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE
-    ):
-        root = ElementTree.fromstring(await connection.call(pool.XMLDesc))
-        if root.get("type") in _DIRECTORIES and (path := root.findtext("./target/path")):
-            found[posixpath.normpath(path)] = str(pool.name())
-    return found
+    return {pool.directory: pool.name for pool in await _active_pools(connection) if pool.directory and pool.of_files}
 
 
 async def refresh_pools(connection: Connection, paths: Iterable[str]) -> None:
@@ -116,35 +134,67 @@ async def volume_path(connection: Connection, pool: str, volume: str) -> str:
         raise Refused(f"{connection.who}: pool {pool} has no volume {volume}: {error}") from error
 
 
-async def volume_files(connection: Connection, volumes: Iterable[tuple[str, str]]) -> set[str]:
-    """Where these lie, each named by pool and volume, as far as they are known there."""
-    found = set()
-    for pool, volume in volumes:
-        with contextlib.suppress(Refused):
-            found.add(await volume_path(connection, pool, volume))
-    return found
+class Volumes:
+    """What active pools know of their volumes: each pool is asked once. Make it by `known_to`."""
 
+    def __init__(self, connection: Connection, pools: Mapping[str, _Pool]) -> None:
+        self._connection = connection
+        self._pools = pools
+        self._by_directory = {pool.directory: pool for pool in pools.values() if pool.directory}
+        self._volumes: dict[str, Mapping[str, Any]] = {}
 
-async def with_bases(connection: Connection, images: Iterable[str]) -> set[str]:
-    """These images, and the backing files that pools know of those that are their volumes."""
-    found: set[str] = set()
-    waiting = [*images]
-    while waiting:
-        path = waiting.pop()
-        if path not in found:
-            found.add(path)
-            waiting += await _base(connection, path)
-    return found
+    @classmethod
+    async def known_to(cls, connection: Connection) -> Volumes:
+        """Raises what `Connection.call` does."""
+        return cls(connection, {pool.name: pool for pool in await _active_pools(connection)})
 
+    async def files(self, named: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
+        """Where these lie, each named by pool and volume, as far as they are known."""
+        known = [
+            (each, handle)
+            for each in named
+            if each[0] in self._pools and (handle := (await self._of(self._pools[each[0]])).get(each[1]))
+        ]
+        paths = await self._connection.call_all([handle.path for _, handle in known])
+        return {each: path for (each, _), path in zip(known, paths, strict=True) if isinstance(path, str)}
 
-async def _base(connection: Connection, path: str) -> list[str]:
-    try:
-        volume = await connection.call(connection.handle.storageVolLookupByPath, path)
-        base = ElementTree.fromstring(await connection.call(volume.XMLDesc)).findtext("./backingStore/path")
-    except LibvirtError:
-        # No volume, or one that libvirt itself cannot read, which says nothing of any other.
-        return []
-    return [base] if base else []
+    async def bases(self, images: Iterable[str]) -> dict[str, list[str]]:
+        """The backing files, from the top, that pools know of those of these images that are their volumes."""
+        found: dict[str, list[str]] = {image: [] for image in images}
+        tops = {image: image for image in found}
+        while tops:
+            below = await self._below({*tops.values()})
+            tops = {image: below[top] for image, top in tops.items() if top in below and below[top] not in found[image]}
+            for image, base in tops.items():
+                found[image].append(base)
+        return found
+
+    async def _below(self, images: Iterable[str]) -> dict[str, str]:
+        """A volume that libvirt itself cannot read says nothing of any other."""
+        known = []
+        for image in images:
+            pool = self._by_directory.get(posixpath.dirname(posixpath.normpath(image)))
+            if pool is not None and (handle := (await self._of(pool)).get(posixpath.basename(image))):
+                known.append((image, handle))
+        told = await self._connection.call_all([handle.XMLDesc for _, handle in known])
+        bases = {
+            image: ElementTree.fromstring(xml).findtext("./backingStore/path")
+            for (image, _), xml in zip(known, told, strict=True)
+            if isinstance(xml, str)
+        }
+        return {image: base for image, base in bases.items() if base}
+
+    async def _of(self, pool: _Pool) -> Mapping[str, Any]:
+        if pool.name not in self._volumes:
+            try:
+                handles = await self._connection.call(pool.handle.listAllVolumes, 0)
+            except LibvirtError as error:
+                if error.code not in (libvirt().VIR_ERR_NO_STORAGE_POOL, libvirt().VIR_ERR_OPERATION_INVALID):
+                    raise
+                # It was stopped meanwhile.
+                handles = []
+            self._volumes[pool.name] = {str(handle.name()): handle for handle in handles}
+        return self._volumes[pool.name]
 
 
 async def pool_directory(connection: Connection, name: str) -> str:

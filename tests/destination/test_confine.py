@@ -275,9 +275,9 @@ async def test_of_an_image_s_backing_files_it_opens_those_within_only(root: Path
     chain = stacked
     ask = protocol.Below([str(chain[2]), str(chain[1])])
     told = await Service(tell, Bounds([str(root)])).perform(ask)
-    assert told == protocol.BelowReply([[str(chain[1])], []])
+    assert told == protocol.BelowReply([[str(chain[1])], []], [False, False])
     told = await Service(tell, NO_BOUNDS).perform(ask)
-    assert told == protocol.BelowReply([[str(chain[1]), str(chain[0])], [str(chain[0])]])
+    assert told == protocol.BelowReply([[str(chain[1]), str(chain[0])], [str(chain[0])]], [True, True])
 
 
 async def test_of_certificates_it_uses_those_within_only(root: Path) -> None:

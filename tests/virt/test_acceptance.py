@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, missing, used_by_others
 from qemu_blkmig.virt.connection import Connection, libvirt
 from qemu_blkmig.virt.domain import Domain
-from qemu_blkmig.virt.storage import VolumeSpec, create_volume, volume_path
+from qemu_blkmig.virt.storage import VolumeSpec, create_volume, pool_directory, volume_path
 
 POOL = "default-pool"
 
@@ -60,14 +62,14 @@ async def test_a_state_that_was_saved_there_would_go_on_with_newer_disks(daemonl
     assert "a saved state of this domain" in found and "managedsave-remove web1" in found
 
 
-async def _alone(images: list[str]) -> list[list[str]]:
-    return [[] for _ in images]
+async def _alone(images: list[str]) -> list[tuple[list[str], bool]]:
+    return [([], False) for _ in images]
 
 
 async def test_a_base_that_only_its_overlay_tells_of_is_in_use(daemonless: Connection) -> None:
-    async def below(images: list[str]) -> list[list[str]]:
+    async def below(images: list[str]) -> list[tuple[list[str], bool]]:
         assert images == ["/vm/a.qcow2"]
-        return [["/bases/debian.qcow2"]]
+        return [(["/bases/debian.qcow2"], True)]
 
     xml = DEFINED.format(name="other", uuid=OTHER).replace("<source", "<driver name='qemu' type='qcow2'/><source")
     await daemonless.call(daemonless.handle.defineXML, xml)
@@ -113,13 +115,71 @@ async def test_a_volume_of_another_domain_is_in_use_and_so_is_its_backing_file(d
 async def test_a_volume_of_another_domain_that_libvirt_cannot_read_hinders_nobody(
     daemonless: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(path: str) -> None:
-        raise libvirt().libvirtError(f"cannot open volume '{path}': Stale file handle")
+    directory = await pool_directory(daemonless, POOL)
+    await create_volume(daemonless, POOL, VolumeSpec("a.qcow2", "qcow2", 1 << 20))
+    xml = DEFINED.format(name="other", uuid=OTHER).replace("/vm/", f"{directory}/")
+    await daemonless.call(daemonless.handle.defineXML, xml)
 
-    monkeypatch.setattr(daemonless.handle, "storageVolLookupByPath", fails)
-    await _define(daemonless, "other", OTHER)
+    def fails(volume: Any, _flags: int = 0) -> None:
+        raise libvirt().libvirtError(f"cannot open volume '{volume.name()}': Stale file handle")
+
+    monkeypatch.setattr(libvirt().virStorageVol, "XMLDesc", fails)
     assert await used_by_others(daemonless, "another", {"vda": "/vm/b"}, _unknown, _alone) == []
-    assert len(await used_by_others(daemonless, "another", {"vda": "/vm/a.qcow2"}, _unknown, _alone)) == 1
+    assert len(await used_by_others(daemonless, "another", {"vda": f"{directory}/a.qcow2"}, _unknown, _alone)) == 1
+
+
+async def test_libvirt_is_asked_for_each_domain_once_and_for_what_the_agent_cannot_read(
+    daemonless: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over ssh each call takes as long as the way there and back."""
+    directory = await pool_directory(daemonless, POOL)
+    await create_volume(daemonless, POOL, VolumeSpec("top", "qcow2", 1 << 20, backing=("/vm/base", "raw")))
+    for number in range(40):
+        disks = (
+            f"<disk type='file'><driver type='qcow2'/><source file='{directory}/{number}'/><target dev='vdb'/></disk>"
+        )
+        disks += f"<disk type='volume'><source pool='{POOL}' volume='top'/><target dev='vdc'/></disk>"
+        xml = DEFINED.format(name=f"vm{number}", uuid=f"{OTHER[:-2]}{number:02}").replace(
+            "</devices>", f"{disks}</devices>"
+        )
+        await daemonless.call(daemonless.handle.defineXML, xml)
+    await create_volume(daemonless, POOL, VolumeSpec("39", "qcow2", 1 << 20, backing=("/vm/other", "raw")))
+
+    async def below(images: list[str]) -> list[tuple[list[str], bool]]:
+        return [([], not image.endswith("/39")) for image in images]
+
+    calls = counted(monkeypatch)
+    found = await used_by_others(daemonless, "another", {"vda": "/vm/base", "vdb": "/vm/other"}, _unknown, below)
+    assert len(found) == 41
+    assert calls == {
+        "listAllDomains": 1, "virDomain.XMLDesc": 41, "listAllStoragePools": 1, "virStoragePool.XMLDesc": 1,
+        "listAllVolumes": 1, "path": 1, "virStorageVol.XMLDesc": 2,
+    }  # fmt: skip
+
+
+REMOTE = {
+    "virConnect": ("listAllDomains", "listAllStoragePools", "storageVolLookupByPath", "storagePoolLookupByName"),
+    "virDomain": ("XMLDesc",),
+    "virStoragePool": ("XMLDesc", "isActive", "listAllVolumes", "storageVolLookupByName"),
+    "virStorageVol": ("XMLDesc", "path"),
+}
+"""What the daemon is asked for by the classes of the binding."""
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count these calls."""
+    calls: Counter[str] = Counter()
+    for kind, names in REMOTE.items():
+        for name in names:
+            call = getattr(getattr(libvirt(), kind), name)
+            known_as = f"{kind}.XMLDesc" if name == "XMLDesc" else name
+
+            def counting(*words: Any, call: Any = call, known_as: str = known_as) -> Any:
+                calls[known_as] += 1
+                return call(*words)
+
+            monkeypatch.setattr(getattr(libvirt(), kind), name, counting)
+    return calls
 
 
 async def test_networks_and_pools_that_are_not_there_or_do_not_run_are_told(daemonless: Connection) -> None:
