@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 from integration.hosts import PORT
 from integration.lab import Disk
 from integration.virtlab import IMAGES, Domain, VirtLab
@@ -115,3 +117,26 @@ def test_the_user_s_xml_says_where_images_go_and_what_is_defined(virtlab: VirtLa
     assert "<title>moved by XML</title>" in virtlab.hosts.virsh("dumpxml", domain.name, far=True)
     assert "<title>defined</title>" in virtlab.hosts.virsh("dumpxml", domain.name, "--inactive", far=True)
     virtlab.assert_arrived(domain, paths=[there])
+
+
+def test_a_disk_that_arrives_in_plain_text_is_defined_so_whatever_the_user_s_xml_says(virtlab: VirtLab) -> None:
+    """Else the domain would not start again there: its secret is not there, and its image not encrypted."""
+    secret, path = "c0ffee00-1111-2222-3333-444455556666", IMAGES / "locked.luks"
+    locked = ("--object", "secret,id=key,data=sesame", "-o", "key-secret=key,iter-time=10", path, "64M")
+    virtlab.hosts.run("qemu-img", "create", "-q", "-f", "luks", *locked)
+    file = virtlab.hosts.near / "secret.xml"
+    file.write_text(f"<secret ephemeral='no' private='no'><uuid>{secret}</uuid></secret>")
+    virtlab.hosts.virsh("secret-define", file)
+    virtlab.hosts.virsh("secret-set-value", secret, base64.b64encode(b"sesame").decode())
+    key = f"<encryption format='luks'><secret type='passphrase' uuid='{secret}'/></encryption>"
+    disk = Disk(path, "raw", 64 << 20)
+    domain = virtlab.boot(disk, alter=lambda xml: xml.replace(f"'{path}'/>", f"'{path}'>{key}</source>"))
+    defined = virtlab.hosts.near / "defined-there.xml"
+    defined.write_text(virtlab.hosts.virsh("dumpxml", domain.name, "--migratable", "--inactive"))
+    words = ("--allow-plaintext", "--persistent", "--persistent-xml", defined, "--verbose")
+    told = virtlab.migrate(domain, *words).succeeded()
+    assert "disk vda: --persistent-xml says that its image is encrypted, but it arrives" in told.stderr
+    virtlab.assert_arrived(domain)
+    virtlab.hosts.virsh("start", domain.name, far=True)
+    assert domain.state(far=True) == "running"
+    domain.destroy()

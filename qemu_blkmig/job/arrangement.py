@@ -21,7 +21,16 @@ from qemu_blkmig.job import certificates_tried
 from qemu_blkmig.job.managed_options import ManagedOptions, name_for_tls
 from qemu_blkmig.job.plan import Placed
 from qemu_blkmig.transport.client import AgentClient
-from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, lacks, missing, same_daemon, used_by_others
+from qemu_blkmig.virt.acceptance import (
+    conflicts,
+    differing,
+    is_defined,
+    lacks,
+    misread,
+    missing,
+    same_daemon,
+    used_by_others,
+)
 from qemu_blkmig.virt.connection import Connection, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
 from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, nvram_of, rewritten
@@ -128,7 +137,13 @@ async def arrange(
     persistent, told, trouble = None, list[str](), list[str]()
     if options.persistent:
         own = await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE)
-        persistent, told, trouble = _persistent(options, domain, own, paths)
+        if options.persistent_xml is None:
+            persistent, told = _definition(options, domain, own, paths)
+        else:
+            persistent, told, trouble = await definition_given(
+                options.persistent_xml, options, domain, own, paths, target
+            )
+            told += await _lacking(agent, target, persistent, paths)
     # Named after a domain, perhaps another one of that name there.
     nvram = variables_there(xml, persistent, runs=not options.offline)
     written = paths if nvram is None else {**paths, VARIABLES: nvram}
@@ -140,6 +155,7 @@ async def arrange(
         *await used_by_others(target, domain.uuid, written, partial(identified, agent), partial(backing_files, agent)),
         *await absent_files(agent, xml, paths),
         *(differing(given, domain, "--xml") if given else ()),
+        *(misread(given, domain, "--xml", as_they_are=options.offline) if given else ()),
         *(() if options.unsafe or options.offline else left_to_chance(domain)),
         *trouble,
     ]
@@ -228,28 +244,62 @@ def left_to_chance(domain: Domain) -> Iterator[str]:
             )
 
 
-def _persistent(
-    options: ManagedOptions, domain: Domain, own: str, paths: Mapping[str, str]
-) -> tuple[str, list[str], list[str]]:
-    """The XML that is to be defined, warnings, problems."""
-    parsed = Domain.parse(own if options.persistent_xml is None else options.persistent_xml)
-    has = {disk.target: disk for disk in parsed.disks}
-    if options.persistent_xml is not None:
-        problems = [*differing(parsed, Domain.parse(own), "--persistent-xml")]
-        problems += [
-            f"disk {target}: --persistent-xml says {has[target].path}, but its image will be {path}"
-            for target, path in paths.items()
-            if target in has and has[target].path not in (None, path)
-        ]
-        return options.persistent_xml, [], problems
+def _definition(options: ManagedOptions, domain: Domain, own: str, paths: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The XML that is to be defined, made of the domain's `own`, and warnings."""
+    parsed = Domain.parse(own)
     running = {disk.target for disk in domain.disks}
     warnings = [
         f"disk {disk.target} is in the definition only, not in the running domain: its image is not copied"
         for disk in parsed.disks
         if disk.target not in running and disk.left_alone is None
     ]
+    has = {disk.target for disk in parsed.disks}
     moved = {target: path for target, path in paths.items() if target in has}
-    return rewritten(own, moved, as_they_are=options.offline), warnings, []
+    return rewritten(own, moved, as_they_are=options.offline), warnings
+
+
+async def definition_given(
+    xml: str, options: ManagedOptions, domain: Domain, own: str, paths: Mapping[str, str], target: Connection
+) -> tuple[str, list[str], list[str]]:
+    """What is to be defined of --persistent-xml, warnings, problems: libvirt does not compare it with what runs.
+
+    As of --xml, what tells how an image was read here goes where it arrives otherwise.
+    """
+    given = Domain.parse(xml)
+    has = {disk.target: disk for disk in given.disks if disk.target in paths}
+    problems = [
+        *differing(given, Domain.parse(own), "--persistent-xml"),
+        *misread(given, domain, "--persistent-xml", as_they_are=options.offline),
+    ]
+    for disk in has.values():
+        try:
+            says = await _path_there(disk, target)
+        except Refused as error:
+            problems.append(f"disk {disk.target}: --persistent-xml: {error}")
+            continue
+        if says is None or posixpath.normpath(says) != posixpath.normpath(paths[disk.target]):
+            problems.append(
+                f"disk {disk.target}: --persistent-xml says {says}, but its image will be {paths[disk.target]}"
+            )
+    plain = [disk.target for disk in has.values() if disk.encrypted and not options.offline]
+    warnings = [
+        f"disk {each}: --persistent-xml says that its image is encrypted, but it arrives, and is defined, in plain text"
+        for each in plain
+    ]
+    moved = {each: paths[each] for each, disk in has.items() if disk.volume is None or each in plain}
+    return rewritten(xml, moved, as_they_are=options.offline), warnings, problems
+
+
+async def _path_there(disk: DomainDisk, target: Connection) -> str | None:
+    if disk.volume is None:
+        return disk.path
+    pool, name = disk.volume
+    return posixpath.join(await pool_directory(target, pool), name)
+
+
+async def _lacking(agent: AgentClient, target: Connection, xml: str, paths: Mapping[str, str]) -> list[str]:
+    lost = [*await missing(target, xml), *await absent_files(agent, xml, paths)]
+    return [f"--persistent-xml: {each}; the domain would not start anew there" for each in lost]
 
 
 async def absent_files(agent: AgentClient, xml: str, paths: Mapping[str, str]) -> list[str]:

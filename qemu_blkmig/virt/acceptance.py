@@ -212,10 +212,25 @@ def differing(given: Domain, own: Domain, option: str) -> Iterable[str]:
     theirs, ours = {disk.target for disk in given.disks}, {disk.target for disk in own.disks}
     if theirs != ours:
         yield f"{option}: its disks are {', '.join(sorted(theirs))}, the domain's are {', '.join(sorted(ours))}"
-    formats = {disk.target: disk.format for disk in own.disks if disk.left_alone is None}
+
+
+def misread(given: Domain, own: Domain, option: str, *, as_they_are: bool) -> Iterable[str]:
+    """Images that a QEMU with the XML that the user gives would take for something else than what arrives.
+
+    `as_they_are`: encrypted ones arrive encrypted, else in plain text (see `rewritten`).
+    """
+    moved = {disk.target: disk for disk in own.disks if disk.left_alone is None}
     for disk in given.disks:
-        if disk.format != formats.get(disk.target, disk.format):
+        if (here := moved.get(disk.target)) is None:
+            continue
+        if disk.format != here.format:
             yield (
                 f"disk {disk.target}: {option} says that its image is {disk.format}, but it will be "
-                f"{formats[disk.target]}, as it is here"
+                f"{here.format}, as it is here"
+            )
+        if as_they_are and disk.encrypted != here.encrypted:
+            says, is_it = ("not ", "") if here.encrypted else ("", "not ")
+            yield (
+                f"disk {disk.target}: {option} says that its image is {says}encrypted, but it will {is_it}be, as it is "
+                "here"
             )

@@ -10,8 +10,11 @@ import pytest
 
 from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.arrangement import identified, image_paths, left_to_chance
+from qemu_blkmig.job.arrangement import definition_given, identified, image_paths, left_to_chance
+from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.place import Local
 from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.virt.connection import Connection
 from qemu_blkmig.virt.domain import Domain
 
 
@@ -57,6 +60,42 @@ def test_a_volume_whose_path_the_xml_does_not_say_is_refused() -> None:
     xml = "<domain><devices><disk type='volume'><source pool='p'/><target dev='vda'/></disk></devices></domain>"
     with pytest.raises(Refused, match="names no file or block device"):
         image_paths(Domain.parse(xml), {})
+
+
+LOCKED = "<source file='{}'><encryption format='luks'><secret uuid='c0ffee'/></encryption></source>"
+
+
+def _as_given(source: str, *, offline: bool = False) -> tuple[Domain, Domain, ManagedOptions]:
+    """What the user's XML says of vda by `source`, the domain, whose vda is encrypted, and how it is to move."""
+    plain = _domain()
+    vda = "<source file='/a/root.qcow2'/>"
+    running = Domain.parse(plain.xml.replace(vda, LOCKED.format("/a/root.qcow2")))
+    options = ManagedOptions("web1", "qemu+ssh://b/system", Local("/"), persistent=True, offline=offline)
+    return Domain.parse(plain.xml.replace(vda, source)), running, options
+
+
+async def _defined(given: Domain, own: Domain, options: ManagedOptions) -> tuple[str, list[str], list[str]]:
+    paths = {"vda": "/there/root", "vdb": "/b/data.raw"}
+    return await definition_given(given.xml, options, own, own.xml, paths, cast("Connection", None))
+
+
+async def test_a_definition_that_is_given_says_of_a_disk_in_plain_text_that_it_is() -> None:
+    xml, (warning,), problems = await _defined(*_as_given(LOCKED.format("/there/root")))
+    assert problems == [] and "disk vda: --persistent-xml says that its image is encrypted" in warning
+    assert "encryption" not in xml and Domain.parse(xml).disks[0].path == "/there/root"
+
+
+async def test_a_definition_that_is_given_says_of_a_disk_that_is_copied_as_it_is_that_it_is_encrypted() -> None:
+    xml, warnings, problems = await _defined(*_as_given(LOCKED.format("/there/root"), offline=True))
+    assert (warnings, problems) == ([], []) and "encryption" in xml
+    _, _, (problem,) = await _defined(*_as_given("<source file='/there/root'/>", offline=True))
+    assert problem.startswith("disk vda: --persistent-xml says that its image is not encrypted, but it will be")
+
+
+async def test_a_definition_that_is_given_may_spell_a_path_otherwise_but_not_say_another() -> None:
+    for path, told in (("/there//./root", []), ("/a/root", ["says /a/root, but its image will be /there/root"])):
+        _, _, problems = await _defined(*_as_given(f"<source file='{path}'/>"))
+        assert [each.partition("--persistent-xml ")[2] for each in problems] == told
 
 
 class Confined:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, missing, used_by_others
+from qemu_blkmig.virt.acceptance import conflicts, differing, is_defined, misread, missing, used_by_others
 from qemu_blkmig.virt.connection import Connection, libvirt
 from qemu_blkmig.virt.domain import Domain
 from qemu_blkmig.virt.storage import VolumeSpec, create_volume, pool_directory, volume_path
@@ -217,7 +217,20 @@ def test_xml_with_other_disks_is_told() -> None:
 def test_xml_that_says_another_format_than_the_image_will_have_is_told() -> None:
     own = DEFINED.format(name="web1", uuid=UUID).replace("<source", "<driver name='qemu' type='qcow2'/><source")
     given = own.replace("type='qcow2'", "type='raw'")
-    (found,) = differing(Domain.parse(given), Domain.parse(own), "--xml")
+    (found,) = misread(Domain.parse(given), Domain.parse(own), "--xml", as_they_are=False)
     assert found == "disk vda: --xml says that its image is raw, but it will be qcow2, as it is here"
     alone = own.replace("<target", "<readonly/><target")
-    assert not [*differing(Domain.parse(alone.replace("qcow2'/>", "raw'/>")), Domain.parse(alone), "--xml")]
+    given = alone.replace("qcow2'/>", "raw'/>")
+    assert not [*misread(Domain.parse(given), Domain.parse(alone), "--xml", as_they_are=False)]
+
+
+def test_xml_must_say_of_an_image_that_is_copied_as_it_is_whether_it_is_encrypted() -> None:
+    plain = Domain.parse(DEFINED.format(name="web1", uuid=UUID))
+    locked = Domain.parse(plain.xml.replace("a.qcow2'/>", "a.qcow2'><encryption format='luks'/></source>"))
+    for given, own, told in (
+        (plain, locked, "is not encrypted, but it will be,"),
+        (locked, plain, "is encrypted, but it will not be,"),
+    ):
+        (found,) = misread(given, own, "--xml", as_they_are=True)
+        assert told in found
+        assert not [*misread(given, own, "--xml", as_they_are=False)], "it arrives in plain, and what says else goes"
