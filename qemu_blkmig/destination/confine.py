@@ -61,20 +61,34 @@ def ssh_client() -> str | None:
 class Confinement:
     """Holds an agent to its `bounds`.
 
-    `ours`: whether a path is the agent's own (its sockets); `processes`: those that its job launched.
+    `ours`: whether a path is the agent's own (its sockets); `launched`: processes that its job launched; `waited`:
+    QEMUs that were found waiting for its guest.
     """
 
-    def __init__(self, bounds: Bounds, *, ours: Callable[[str], bool], processes: Callable[[], set[ProcessId]]) -> None:
+    def __init__(
+        self,
+        bounds: Bounds,
+        *,
+        ours: Callable[[str], bool],
+        launched: Callable[[], set[ProcessId]],
+        waited: Callable[[], set[ProcessId]],
+    ) -> None:
         roots = bounds.roots
         self._roots = None if roots is None else [Path(os.path.realpath(root)) for root in roots]
         self._bounds = bounds
         self._ours = ours
-        self._processes = processes
+        self._launched = launched
+        self._waited = waited
         self._identified: set[ProcessId] = set()
 
     def know(self, process: ProcessId) -> None:
-        """`process` listens on a socket that was permitted: it may be asked after, and ended."""
+        """`process` listens on a socket that was permitted: it may be asked after."""
         self._identified.add(process)
+
+    @property
+    def confined(self) -> bool:
+        """Whether there are any bounds."""
+        return self._roots is not None
 
     def permits(self, path: str) -> bool:
         """Whether this file may be looked into."""
@@ -82,7 +96,7 @@ class Confinement:
 
     def concerns(self, op: protocol.Operation) -> bool:
         """Whether `op` names anything that is to be checked."""
-        return self._roots is not None and not isinstance(op, HARMLESS)
+        return self.confined and not isinstance(op, HARMLESS)
 
     def check(self, op: protocol.Operation) -> None:
         """Raise `Refused` if `op` is out of bounds. May read images; call it from a thread."""
@@ -125,9 +139,16 @@ class Confinement:
                         "root, and name that by --target-qmp; or have --allow-launch added to the agent's command",
                     )
                 self._check_path(op.directory)
-            case protocol.Alive() | protocol.EndProcess():
-                if op.process not in self._identified | self._processes():
+            case protocol.Alive():
+                if op.process not in self._identified | self._launched() | self._waited():
                     raise Refused(f"process {op.process.pid} is none of this job's")
+            case protocol.EndProcess():
+                # Whatever has its socket within the roots: another guest's QEMU may, too.
+                if op.process not in self._launched() | (set() if op.group else self._waited()):
+                    raise Refused(
+                        f"process {op.process.pid} is none that this job launched, or that waited for its guest",
+                        advice="end it on that host yourself, if it is to end",
+                    )
             case _:
                 raise Refused(f"a confined agent does not know {type(op).__name__}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
@@ -30,8 +31,11 @@ PATH_LIMIT = 107
 """Bytes of a unix socket's path (unix(7), less the NUL)."""
 _POLL = 0.02
 _QMP = "qmp"
-_PROCESSES = "processes"
-"""Beside the QMP socket: one line of JSON for each process that was launched there."""
+_PROCESSES, _WAITED = "processes", "waited"
+"""Beside the QMP socket: one line of JSON for each process that was launched there; and alone in its directory, for one
+that was not launched, but waited for a migration."""
+_ANSWER = 1 << 20
+"""Bytes of a QMP server's answers that are read."""
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Launcher:
         found = ProcessId.of(process.pid)
         if found is None:
             raise Refused(f"the --launch command's shell ended at once: {self.output()}")
-        _note(place, found)
+        _note(place / _PROCESSES, found)
         return found, qmp
 
     async def go(self) -> ProcessId | None:
@@ -93,7 +97,7 @@ class Launcher:
             with contextlib.suppress(Refused):
                 found = await asyncio.to_thread(listener, str(launch.directory / _QMP))
                 if found is not None:
-                    _note(launch.directory, found)
+                    _note(launch.directory / _PROCESSES, found)
                 return found
             if launch.process.poll() not in (None, 0):
                 raise Refused(
@@ -120,10 +124,22 @@ class Launcher:
 
     def launched(self) -> set[ProcessId]:
         """All that this job has launched here, by us or by agents before us."""
+        return self._noted(_PROCESSES)
+
+    def take(self, process: ProcessId) -> None:
+        """A QEMU that somebody else has started waits for this job's guest. Raises `OSError`."""
+        if self._job is not None and process not in self.waited():
+            _note(Path(tempfile.mkdtemp(prefix=private_prefix(self._job, "qemu"))) / _WAITED, process)
+
+    def waited(self) -> set[ProcessId]:
+        """All that this job has taken, by us or by agents before us."""
+        return self._noted(_WAITED)
+
+    def _noted(self, name: str) -> set[ProcessId]:
         found: set[ProcessId] = set()
         for place in self._places():
             with contextlib.suppress(OSError, msgspec.DecodeError):
-                lines = (place / _PROCESSES).read_bytes().splitlines()
+                lines = (place / name).read_bytes().splitlines()
                 found.update(msgspec.json.decode(line, type=ProcessId) for line in lines)
         return found
 
@@ -156,6 +172,35 @@ def listener(path: str) -> ProcessId | None:
 
     Raises `Refused` with what is wrong with the socket.
     """
+    with _connected(path) as connection:
+        return _peer(connection)
+
+
+def waiting(path: str) -> ProcessId | None:
+    """The QEMU whose QMP socket is at `path`, if it waits for a migration; None: it does not, or does not say so.
+
+    Raises as `listener`.
+    """
+    with _connected(path) as connection:
+        try:
+            if connection.recv(1, socket.MSG_PEEK) != b"{":
+                return None
+            with connection.makefile("rwb") as stream:
+                json.loads(stream.readline(_ANSWER))["QMP"]
+                for command in ("qmp_capabilities", "query-status"):
+                    stream.write(json.dumps({"execute": command}).encode() + b"\n")
+                    stream.flush()
+                    answer: dict[str, Any] = {"event": ""}
+                    while "event" in answer:
+                        answer = json.loads(stream.readline(_ANSWER))
+                waits = answer["return"]["status"] == "inmigrate"
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return _peer(connection) if waits else None
+
+
+@contextlib.contextmanager
+def _connected(path: str) -> Iterator[socket.socket]:
     check_socket_path(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(2)
@@ -177,7 +222,11 @@ def listener(path: str) -> ProcessId | None:
             ) from error
         except (OSError, ValueError) as error:
             raise Refused(f"cannot connect to {path}: {error}") from error
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        yield sock
+
+
+def _peer(connection: socket.socket) -> ProcessId | None:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid: int = struct.unpack("3i", credentials)[0]
     return ProcessId.of(pid) if pid else None
 
@@ -222,8 +271,8 @@ def private_prefix(job: str, kind: str) -> str:
     return f"blkmig-{job}-{kind}-"
 
 
-def _note(place: Path, process: ProcessId) -> None:
-    with (place / _PROCESSES).open("ab") as file:
+def _note(path: Path, process: ProcessId) -> None:
+    with path.open("ab") as file:
         file.write(msgspec.json.encode(process) + b"\n")
 
 

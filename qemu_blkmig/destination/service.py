@@ -32,6 +32,7 @@ from qemu_blkmig.destination.hashtable import HashTable, forget, table_path
 from qemu_blkmig.destination.launching import Launcher
 from qemu_blkmig.destination.mover import DiskMover, Settings
 from qemu_blkmig.destination.ownership import Guest
+from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.sink import write_error
 from qemu_blkmig.destination.writers import NbdWriter, RawWriter, Writer
 from qemu_blkmig.engine.extents import Extent
@@ -134,7 +135,12 @@ class Service:
         self._job: str | None = None
         self._expecting = Expecting()
         self._runtime: str | None = None
-        self._bounds = Confinement(bounds, ours=self._is_ours, processes=lambda: self._launcher.launched())
+        self._bounds = Confinement(
+            bounds,
+            ours=self._is_ours,
+            launched=lambda: self._launcher.launched(),
+            waited=lambda: self._launcher.waited(),
+        )
         self._throttle = Throttle()
         self._disks: dict[str, _Disk] = {}
         self._bases = Bases(self._bounds.check_base)
@@ -235,10 +241,7 @@ class Service:
                 missing = await asyncio.to_thread(launching.program_missing, op.command, op.directory)
                 return protocol.FindProgramReply(missing)
             case protocol.Identify():
-                process = await asyncio.to_thread(launching.listener, op.socket)
-                if process is not None:
-                    self._bounds.know(process)
-                return protocol.Identified(process)
+                return protocol.Identified(await self._identify(op.socket))
             case protocol.Alive():
                 return protocol.AliveReply(op.process.alive)
             case protocol.EndProcess():
@@ -264,6 +267,14 @@ class Service:
                     self._handshake = await asyncio.to_thread(End.of, op)
                 return await asyncio.to_thread(self._handshake.answer, op.said)
         raise errors.Refused(f"{type(op).__name__} is not understood")
+
+    async def _identify(self, path: str) -> ProcessId | None:
+        process = await asyncio.to_thread(launching.listener, path)
+        if process is not None and self._bounds.confined:
+            self._bounds.know(process)
+            if await asyncio.to_thread(launching.waiting, path) == process:
+                await asyncio.to_thread(self._launcher.take, process)
+        return process
 
     def _hello(self, op: protocol.Hello) -> protocol.HelloReply:
         ours = qemu_blkmig.__version__

@@ -177,7 +177,11 @@ class There:
 
     async def end(self, process: ProcessId, *, group: bool) -> bool:
         """See `Site`."""
-        return not (await self.ask(EndProcess(process, group), AliveReply)).alive
+        try:
+            return not (await self.ask(EndProcess(process, group), AliveReply)).alive
+        except Refused as error:
+            log.warning("%s", error)
+            return False
 
     async def nobody_listens(self, path: str) -> bool:
         """See `Site`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import os
 import subprocess
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -190,7 +193,7 @@ async def test_nothing_is_launched_and_nobody_is_ended(service: Service, root: P
     own = ProcessId.of(os.getpid())
     assert own is not None
     await refused(service, protocol.Alive(own), "none of this job's")
-    await refused(service, protocol.EndProcess(own, group=True), "none of this job's")
+    await refused(service, protocol.EndProcess(own, group=True), "none that this job launched")
 
 
 async def test_what_was_launched_with_permission_may_be_ended(root: Path) -> None:
@@ -205,6 +208,69 @@ async def test_what_was_launched_with_permission_may_be_ended(root: Path) -> Non
     await later.perform(protocol.Bye())
     await service.end(remove=True)
     assert not list(root.parent.glob("blkmig-*"))
+
+
+@contextlib.contextmanager
+def qemu(root: Path, *options: str) -> Iterator[tuple[str, ProcessId]]:
+    """A QEMU without a guest, a group of its own, whose QMP socket is in `root`."""
+    path = root / "qmp"
+    command = ["qemu-system-x86_64", "-M", "none", "-display", "none", "-qmp", f"unix:{path},server=on,wait=off"]
+    process = subprocess.Popen([*command, *options], start_new_session=True)
+    try:
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        found = ProcessId.of(process.pid)
+        assert found is not None
+        yield str(path), found
+    finally:
+        process.kill()
+        process.wait()
+        path.unlink(missing_ok=True)
+
+
+async def test_a_guest_that_runs_there_with_its_socket_within_the_root_is_not_ended(
+    service: Service, root: Path
+) -> None:
+    with qemu(root) as (path, running):
+        assert await service.perform(protocol.Identify(path)) == protocol.Identified(running)
+        for group in (True, False):
+            await refused(service, protocol.EndProcess(running, group=group), "none that this job launched")
+        assert running.alive
+        assert await service.perform(protocol.Alive(running)) == protocol.AliveReply(alive=True)
+
+
+async def test_a_qemu_that_waits_for_a_migration_may_be_ended_also_by_a_later_agent_of_the_job_and_alone(
+    service: Service, root: Path
+) -> None:
+    with qemu(root, "-incoming", "defer") as (path, waits):
+        while not service._launcher.waited():
+            assert await service.perform(protocol.Identify(path)) == protocol.Identified(waits)
+        later, other = Service(tell, Bounds([str(root)])), Service(tell, Bounds([str(root)]))
+        await later.perform(protocol.Hello("0", protocol.PROTOCOL, "cafe"))
+        await other.perform(protocol.Hello("0", protocol.PROTOCOL, "beef"))
+        await refused(other, protocol.EndProcess(waits), "none that this job launched")
+        await refused(later, protocol.EndProcess(waits, group=True), "none that this job launched")
+        assert await later.perform(protocol.EndProcess(waits)) == protocol.AliveReply(alive=False)
+        await later.perform(protocol.Bye())
+        await other.end(remove=True)
+    assert not list(root.parent.glob("blkmig-cafe-qemu-*"))
+
+
+@pytest.mark.parametrize(
+    "answers", [b"", b"nonsense\n", b"[]\n", b'{"QMP": {}}\n{"return": {}}\n{"return": []}\n', b"x" * (2 << 20)]
+)
+async def test_what_is_no_qemu_is_not_taken_for_one_that_waits(service: Service, root: Path, answers: bytes) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answers)
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, root / "qmp")
+    own = ProcessId.of(os.getpid())
+    assert await service.perform(protocol.Identify(str(root / "qmp"))) == protocol.Identified(own)
+    assert own is not None
+    await refused(service, protocol.EndProcess(own), "none that this job launched")
+    server.close()
 
 
 CLIENT = "198.51.100.7"
