@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -213,6 +214,23 @@ def test_an_image_that_was_replaced_meanwhile_is_refused(bench: Bench) -> None:
     image.write_bytes(bytes(attempt.source.disks[0].size))
     command("resume", attempt.job()).failed(3, "is not the file that was being filled")
     aside.replace(image)
+    resumed(attempt, "--bandwidth", "1000")
+    attempt.assert_destination_has_it()
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_an_agent_of_an_earlier_attempt_that_hangs_is_named_with_what_to_do(bench: Bench, kind: str) -> None:
+    attempt = bench.attempt_at("bulk", kind=kind)
+    agent = attempt.agent()
+    os.kill(agent, signal.SIGSTOP)
+    attempt.signal(signal.SIGKILL)
+    attempt.outcome()
+    try:
+        outcome = command("resume", attempt.job())
+        outcome.failed(3, f"was lost and hangs, process {agent} (stopped by a signal) on ", f"kill -KILL {agent}")
+        assert "open for writing in a QEMU" not in outcome.stderr
+    finally:
+        kill(agent)
     resumed(attempt, "--bandwidth", "1000")
     attempt.assert_destination_has_it()
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import stat
 import subprocess
 import time
@@ -18,6 +19,7 @@ from msgspec import structs
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import devices, hashtable, locks, ownership
+from qemu_blkmig.destination.holders import claimant
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Space
 
@@ -75,7 +77,10 @@ def inspect(images: Sequence[Image], job: str | None = None) -> tuple[list[Probl
     lacking = missing(SERVING) if any(image.format != "raw" for image in images) else []
     problems = [Problem(None, what) for what in lacking]
     problems += [
-        Problem(image.disk, what) for image in images if image.format == "raw" or not lacking for what in _faults(image)
+        Problem(image.disk, what)
+        for image in images
+        if image.format == "raw" or not lacking
+        for what in _faults(image, job)
     ]
     problems += [
         Problem(image.disk, f"{image.path} {why}")
@@ -249,7 +254,7 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _faults(image: Image) -> Iterator[str]:
+def _faults(image: Image, job: str | None) -> Iterator[str]:
     if image.format not in WRITABLE_FORMATS:
         yield f"format {image.format!r} cannot be written; possible are {', '.join(sorted(WRITABLE_FORMATS))}"
         return
@@ -259,7 +264,7 @@ def _faults(image: Image) -> Iterator[str]:
     if not 0 < image.size < 1 << 63 or image.size % 512:
         yield f"a size of {image.size} bytes is not a positive multiple of 512 below 8 EiB"
     try:
-        yield from _faults_to_create(image) if _is_to_be_made(image) else _faults_as_it_is(image)
+        yield from _faults_to_create(image) if _is_to_be_made(image) else _faults_as_it_is(image, job)
     except errors.Refused as error:
         yield error.what
     except OSError as error:
@@ -299,7 +304,7 @@ def _faults_of_backing(image: Image, directory: Path) -> Iterator[str]:
         size_of(str(directory / backing.path), backing.format)
 
 
-def _faults_as_it_is(image: Image) -> Iterator[str]:
+def _faults_as_it_is(image: Image, job: str | None) -> Iterator[str]:
     if image.identity is not None and not _leads_there(image.identity):
         yield f"{image.path} is not the {_was(image.identity)} that was being filled: it was replaced, or removed"
         return
@@ -321,10 +326,24 @@ def _faults_as_it_is(image: Image) -> Iterator[str]:
             f"{image.path} is there already and holds data of its own, which would stay wherever the source's overlay "
             "has none; it must be a new overlay"
         )
-    if locks.in_use(image.path):
-        yield f"{image.path} is open for writing in a QEMU"
     if locks.in_use_by_job(image.path):
-        yield f"{image.path} is the destination of another migration"
+        yield _claimed(image, job)
+    elif locks.in_use(image.path):
+        yield f"{image.path} is open for writing in a QEMU"
+
+
+def _claimed(image: Image, job: str | None) -> str:
+    """In words, who has the image, and what is to be done if that is an agent of `job` itself."""
+    holder, filling = claimant(image.path), _filled_by(image.path)
+    if job is None or filling != job:
+        told = ", ".join([*([f"job {filling}"] if filling else []), *([str(holder)] if holder else [])])
+        return f"{image.path} is the destination of another migration{told and f' ({told})'}"
+    who = f"{holder} on {socket.gethostname()}" if holder else f"some process on {socket.gethostname()}"
+    end = f"end it there (kill -KILL {holder.pid})" if holder else "end it there"
+    return (
+        f"{image.path} is still held by an agent of this very job that was lost and hangs, {who}, which would write to "
+        f"it once it goes on: {end}, and try again"
+    )
 
 
 def _told_otherwise(image: Image) -> str:
@@ -502,10 +521,10 @@ def _cannot_create(image: Image, error: OSError) -> errors.DestinationWriteError
 def _reason_to_keep(image: Created) -> str | None:
     if not _is_still(image):
         return "is not the file that was made"
+    if locks.in_use_by_job(image.path):
+        return f"is being written by an agent, {claimant(image.path) or 'which one cannot be seen'}"
     if locks.in_use(image.path):
         return "is open for writing in a QEMU"
-    if locks.in_use_by_job(image.path):
-        return "is being written by an agent"
     return None
 
 
@@ -524,10 +543,16 @@ def _is_same(found: Created, before: Created) -> bool:
 
 def _of_another(path: str, job: str | None) -> str | None:
     """In words, that a job other than `job` (None: any) has filled the image since, if one has."""
-    record = None
+    by = _filled_by(path)
+    return None if by is None or job in (None, by) else f"was filled by job {by} since"
+
+
+def _filled_by(path: str) -> str | None:
+    """The job that has filled, or is filling, the image; None: that is not known."""
     with contextlib.suppress(ownership.Damaged):
         record = ownership.read(path)
-    return None if record is None or job in (None, record.job) else f"was filled by job {record.job} since"
+        return None if record is None else record.job
+    return None
 
 
 def _was(image: Created) -> str:

@@ -15,14 +15,15 @@ from pathlib import Path
 _FLOCK = "hhqqi4x"
 _WRITES = 101
 _SHARES_NO_WRITING = 201
-_JOB = 1000
+JOB = 1000
+"""The byte that an agent locks of the image that it fills."""
 _QEMUS = range(100, 300)
 """All bytes that QEMU locks, for what it does (100 on) and for what it lets nobody do (200 on)."""
 
 
 def lock_job(descriptor: int) -> bool:
     """Claim the image for this agent until `descriptor` (open for writing) is closed; False if another has it."""
-    return _set(descriptor, fcntl.F_WRLCK, _JOB)
+    return _set(descriptor, fcntl.F_WRLCK, JOB)
 
 
 def lock_as_writer(descriptor: int) -> bool:
@@ -63,7 +64,7 @@ def in_use_by_job(path: str | Path) -> bool:
     """Whether an agent has claimed the image. Raises `OSError`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return _held_elsewhere(descriptor, _JOB)
+        return _held_elsewhere(descriptor, JOB)
     finally:
         os.close(descriptor)
 

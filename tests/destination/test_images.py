@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -163,7 +166,7 @@ def test_an_image_that_an_agent_is_about_to_let_go_of_is_removed_and_one_that_it
     monkeypatch.setattr(images, "_LAST_LOOK", 0.1)
     agents = os.open(path, os.O_RDWR)
     assert locks.lock_job(agents)
-    assert images.discard(made) == ([], [f"{path}: is being written by an agent"])
+    assert images.discard(made) == ([], [f"{path}: is being written by an agent, process {os.getpid()}"])
     monkeypatch.setattr(images, "_LAST_LOOK", 60.0)
     threading.Timer(0.3, os.close, (agents,)).start()
     assert images.discard(made) == ([str(path)], [])
@@ -204,6 +207,34 @@ def test_a_block_device_behind_a_symlink_is_fit(tmp_path: Path) -> None:
         assert "was replaced, or removed" in faults(new(tmp_path / "link", identity=identity))
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_an_agent_of_the_job_itself_that_hangs_on_an_image_is_named(tmp_path: Path, image_format: str) -> None:
+    path = tmp_path / "image"
+    program = (
+        "import sys, time; from qemu_blkmig.destination import images, protocol\n"
+        f"image = protocol.Image('d', {str(path)!r}, {image_format!r}, {MIB}, create=True)\n"
+        "kept = images.prepare([image], 'cafe')\n"
+        "print(kept[0].identity.device, kept[0].identity.inode, flush=True); time.sleep(1000)"
+    )
+    hangs = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert hangs.stdout is not None
+        device, inode = map(int, hangs.stdout.readline().split())
+        again = new(path, format=image_format, identity=Created(str(path), device, inode))
+        hangs.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, hangs.pid, os.WSTOPPED | os.WNOWAIT)
+        who = f"process {hangs.pid} (stopped by a signal) on {socket.gethostname()}"
+        [problem] = images.inspect([again], "cafe")[0]
+        assert f"an agent of this very job that was lost and hangs, {who}" in problem.what
+        assert f"kill -KILL {hangs.pid}" in problem.what
+        [problem] = images.inspect([new(path, format=image_format, create=False)], "beef")[0]
+        another = f"is the destination of another migration (job cafe, process {hangs.pid} (stopped by a signal))"
+        assert problem.what.endswith(another)
+    finally:
+        hangs.kill()
+        hangs.communicate()
 
 
 def test_an_image_behind_a_symlink_is_taken_up_again_as_long_as_that_leads_to_it(tmp_path: Path) -> None:
