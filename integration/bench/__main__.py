@@ -94,7 +94,10 @@ def main() -> None:
         cases = chosen(arguments.cases, quick=arguments.quick)
     except ValueError as error:
         parser.error(str(error))
-    names = [peer.name for peer in PEERS] if arguments.peers is None else arguments.peers.split(",")
+    there_are = [peer.name for peer in PEERS]
+    names = there_are if arguments.peers is None else arguments.peers.split(",")
+    if unknown := sorted(set(names) - set(there_are)):
+        parser.error(f"no such peer: {', '.join(unknown)}; there are {', '.join(there_are)}")
     size = arguments.size or (512 << 20 if arguments.quick else 1 << 30)
     measured: list[Measured] = []
     before = os.getloadavg()[0]
