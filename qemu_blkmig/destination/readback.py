@@ -16,8 +16,9 @@ MOST_DIFFER = 1024
 _AT_ONCE = 4 << 20
 """Bytes that are read at once."""
 _SAMPLES = 128
-_STRANGE = 0.25
-"""The part of the samples that may be otherwise than it was written."""
+_STRANGE, _MANY = 0.75, 8
+"""The part of the samples, and their number, from which on they are another's: what was on its way when one before us
+was killed is not as it was to be written either, and that may be all the data of a small disk's log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class ReadBack:
             holds_data = run.digests not in (None, nothing)
             read[holds_data] += 1
             strange[holds_data] += any(True for _ in self._bad_units(run))
-        return any(strange[kind] > _STRANGE * count for kind, count in read.items())
+        return any(strange[kind] >= max(_MANY, _STRANGE * count) for kind, count in read.items())
 
     def _bad_units(self, run: Run) -> Iterator[Extent]:
         if run.digests is None:

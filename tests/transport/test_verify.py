@@ -281,7 +281,9 @@ async def test_what_a_killed_agent_had_written_is_told_to_the_next_one_as_far_as
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-@pytest.mark.parametrize("holds", ["the same", "the same but for a byte", "nothing", "something else"])
+@pytest.mark.parametrize(
+    "holds", ["the same", "the same but for a byte", "the same but for a half", "nothing", "something else"]
+)
 async def test_an_image_that_holds_anothers_data_is_not_gone_on_with(
     tmp_path: Path, image_format: str, holds: str
 ) -> None:
@@ -299,6 +301,8 @@ async def test_an_image_that_holds_anothers_data_is_not_gone_on_with(
         await first.abandon()
         if holds.endswith("byte"):
             flip(destination, 5 * MIB + 1, image_format)
+        elif holds.endswith("half"):
+            write_over(destination, image_format, "write -P 7 0 4M")
         elif holds != "the same":
             write_over(destination, image_format, "write -z 0 8M" if holds == "nothing" else "write -P 7 0 8M")
         again = await LocalHost().start_agent()
