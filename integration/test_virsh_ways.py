@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import shutil
+from pathlib import Path
 
 from integration.hosts import PORT
 from integration.lab import Disk
@@ -140,3 +142,23 @@ def test_a_disk_that_arrives_in_plain_text_is_defined_so_whatever_the_user_s_xml
     virtlab.hosts.virsh("start", domain.name, far=True)
     assert domain.state(far=True) == "running"
     domain.destroy()
+
+
+def test_a_destination_whose_libvirt_knows_no_pools_is_moved_to_unless_one_is_named(
+    virtlab: VirtLab, domain: Domain
+) -> None:
+    (drivers,) = Path("/usr/lib").glob("*/libvirt/connection-driver")
+    without = virtlab.hosts.far / "drivers"
+    shutil.copytree(drivers, without, ignore=shutil.ignore_patterns("*storage*"))
+    virtlab.hosts.run("mount", "--bind", without, drivers, far=True)
+    virtlab.hosts.stop_libvirtd(far=True)
+    virtlab.hosts.start_libvirtd(far=True)
+    try:
+        why = "the destination's libvirt has no storage driver that answers"
+        virtlab.migrate(domain, "--target-pool", "vm").failed(3, why, "virtstoraged", now="nothing was touched")
+        virtlab.migrate(domain, "--persistent").succeeded()
+        virtlab.assert_arrived(domain)
+    finally:
+        virtlab.hosts.stop_libvirtd(far=True)
+        virtlab.hosts.run("umount", drivers, far=True)
+        virtlab.hosts.start_libvirtd(far=True)

@@ -127,11 +127,15 @@ async def missing(target: Connection, xml: str) -> list[str]:
         ("storage pool", pools, handle.storagePoolLookupByName),
     ):
         for name in sorted(each for each in names if each):
-            found = await _found(target, lookup, name, module.VIR_ERR_NO_NETWORK, module.VIR_ERR_NO_STORAGE_POOL)
-            if found is None:
-                lost.append(f"the destination has no {kind} {name}")
-            elif not await target.call(found.isActive):
-                lost.append(f"the destination's {kind} {name} is not active")
+            try:
+                found = await _found(target, lookup, name, module.VIR_ERR_NO_NETWORK, module.VIR_ERR_NO_STORAGE_POOL)
+                if found is None:
+                    lost.append(f"the destination has no {kind} {name}")
+                elif not await target.call(found.isActive):
+                    lost.append(f"the destination's {kind} {name} is not active")
+            except LibvirtError as error:
+                # As where the daemon that knows them is not there.
+                lost.append(f"the destination cannot tell of {kind} {name}: {error.words}")
     for uuid in sorted(each for each in secrets if each):
         if await _found(target, handle.secretLookupByUUIDString, uuid, module.VIR_ERR_NO_SECRET) is None:
             lost.append(f"the destination has no secret {uuid}")

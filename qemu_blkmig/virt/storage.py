@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,14 @@ from xml.etree import ElementTree
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 
+log = logging.getLogger(__name__)
+
 _DIRECTORIES = ("dir", "fs", "netfs")
 """Types of pools whose volumes are files."""
+
+
+class NoStorage(Refused):
+    """A libvirt has no storage driver, or none that answers, as where a modular one's virtstoraged is not there."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,13 @@ class _Pool:
 
 
 async def _active_pools(connection: Connection) -> list[_Pool]:
-    handles = await connection.call(
-        connection.handle.listAllStoragePools, libvirt().VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE
-    )
+    """Raises `NoStorage`."""
+    try:
+        handles = await connection.call(
+            connection.handle.listAllStoragePools, libvirt().VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE
+        )
+    except LibvirtError as error:
+        raise _no_storage(connection, error) or error from error
     told = await connection.call_all([handle.XMLDesc for handle in handles])
     # One that is gone meanwhile knows no volumes.
     return [_pool_of(handle, xml) for handle, xml in zip(handles, told, strict=True) if isinstance(xml, str)]
@@ -75,9 +86,25 @@ def _pool_of(handle: Any, xml: str) -> _Pool:
     return _Pool(str(handle.name()), handle, posixpath.normpath(path) if path else None, of_files)
 
 
+def _no_storage(connection: Connection, error: LibvirtError) -> NoStorage | None:
+    """What an error means, where that is that nobody knows of any pool."""
+    module = libvirt()
+    if error.code not in (module.VIR_ERR_NO_SUPPORT, module.VIR_ERR_NO_CONNECT, module.VIR_ERR_SYSTEM_ERROR):
+        return None
+    return NoStorage(
+        f"{connection.who} has no storage driver that answers: {error.words}",
+        advice="install and start it there (systemctl enable --now virtstoraged.socket), or name paths, no pools",
+    )
+
+
 async def directories(connection: Connection) -> dict[str, str]:
-    """The active pools whose volumes are files: name by directory."""
-    return {pool.directory: pool.name for pool in await _active_pools(connection) if pool.directory and pool.of_files}
+    """The active pools whose volumes are files: name by directory; none where there is no storage driver."""
+    try:
+        pools = await _active_pools(connection)
+    except NoStorage as error:
+        log.info("%s", error)
+        return {}
+    return {pool.directory: pool.name for pool in pools if pool.directory and pool.of_files}
 
 
 async def refresh_pools(connection: Connection, paths: Iterable[str]) -> None:
@@ -137,8 +164,10 @@ async def volume_path(connection: Connection, pool: str, volume: str) -> str:
 class Volumes:
     """What active pools know of their volumes: each pool is asked once. Make it by `known_to`."""
 
-    def __init__(self, connection: Connection, pools: Mapping[str, _Pool]) -> None:
+    def __init__(self, connection: Connection, pools: Mapping[str, _Pool], unknown: NoStorage | None = None) -> None:
+        """`unknown`: why nothing is known of any."""
         self._connection = connection
+        self._unknown = unknown
         self._pools = pools
         self._by_directory = {pool.directory: pool for pool in pools.values() if pool.directory}
         self._volumes: dict[str, Mapping[str, Any]] = {}
@@ -146,10 +175,15 @@ class Volumes:
     @classmethod
     async def known_to(cls, connection: Connection) -> Volumes:
         """Raises what `Connection.call` does."""
-        return cls(connection, {pool.name: pool for pool in await _active_pools(connection)})
+        try:
+            return cls(connection, {pool.name: pool for pool in await _active_pools(connection)})
+        except NoStorage as error:
+            return cls(connection, {}, error)
 
     async def files(self, named: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
-        """Where these lie, each named by pool and volume, as far as they are known."""
+        """Where these lie, each named by pool and volume, as far as they are known. Raises `NoStorage`."""
+        if named and self._unknown is not None:
+            raise self._unknown
         known = [
             (each, handle)
             for each in named
@@ -215,7 +249,7 @@ async def _pool(connection: Connection, name: str) -> Any:
         handle = await connection.call(connection.handle.storagePoolLookupByName, name)
     except LibvirtError as error:
         if error.code != module.VIR_ERR_NO_STORAGE_POOL:
-            raise
+            raise _no_storage(connection, error) or error from error
         raise Refused(
             f"{connection.who} has no storage pool {name}", advice=f"virsh -c {connection.uri} pool-list"
         ) from error

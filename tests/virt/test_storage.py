@@ -7,8 +7,11 @@ from xml.etree import ElementTree
 import pytest
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.virt.connection import Connection, LibvirtError
+from qemu_blkmig.virt.acceptance import missing
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.storage import (
+    NoStorage,
+    Volumes,
     VolumeSpec,
     create_volume,
     delete_volume,
@@ -73,3 +76,41 @@ async def test_a_domain_s_own_label_tells_whose_its_images_are(
     daemonless: Connection, label: str, owner: tuple[int, int] | None
 ) -> None:
     assert await qemu_owner(daemonless, DOMAIN.format(label=label)) == owner
+
+
+def _without_a_driver(daemonless: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libvirt 9.0 says it: without the driver's module; a modular one where virtstoraged is not there."""
+
+    def fails(*_words: object) -> None:
+        error = libvirt().libvirtError("")
+        error.err = (code, 0, words, 2, "", "", "", 0, 0)
+        raise error
+
+    code, words = libvirt().VIR_ERR_NO_SUPPORT, "this function is not supported by the connection driver"
+    for name in ("listAllStoragePools", "storagePoolLookupByName", "storageVolLookupByPath"):
+        monkeypatch.setattr(daemonless.handle, name, fails)
+
+
+async def test_a_libvirt_without_a_storage_driver_has_no_pools_where_none_is_needed(
+    daemonless: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_a_driver(daemonless, monkeypatch)
+    assert await directories(daemonless) == {}
+    await refresh_pools(daemonless, ["/vm/a"])
+    volumes = await Volumes.known_to(daemonless)
+    assert await volumes.files([]) == {} and await volumes.bases(["/vm/a"]) == {"/vm/a": []}
+
+
+async def test_what_needs_a_storage_driver_says_that_there_is_none(
+    daemonless: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_a_driver(daemonless, monkeypatch)
+    why = "libvirt has no storage driver that answers: this function is not supported"
+    with pytest.raises(NoStorage, match=why) as refused:
+        await pool_directory(daemonless, POOL)
+    assert "virtstoraged" in str(refused.value.advice)
+    with pytest.raises(NoStorage, match=why):
+        await (await Volumes.known_to(daemonless)).files([(POOL, "a")])
+    used = f"<domain><devices><disk type='volume'><source pool='{POOL}' volume='x'/></disk></devices></domain>"
+    (lost,) = await missing(daemonless, used)
+    assert lost.startswith(f"the destination cannot tell of storage pool {POOL}: this function is not supported")
