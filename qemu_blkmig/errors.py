@@ -35,6 +35,8 @@ class BlkmigError(Exception):
     exit_code = 1
     mendable = False
     """Whether what happened can pass, or be mended, so that the job is to be resumed rather than given up."""
+    lasting = False
+    """Whether another attempt, with nothing changed, would end the same way."""
     suspended: str | None = None
     """The job that can be resumed, where there is one."""
 

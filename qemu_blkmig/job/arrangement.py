@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Below, BelowReply, Files, FilesReply
@@ -31,10 +30,10 @@ from qemu_blkmig.virt.acceptance import (
     same_daemon,
     used_by_others,
 )
-from qemu_blkmig.virt.connection import Connection, libvirt
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
 from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, nvram_of, rewritten
-from qemu_blkmig.virt.rehearsal import would_refuse
+from qemu_blkmig.virt.rehearsal import is_of_xml, would_refuse
 from qemu_blkmig.virt.sharedfs import shared_file_system
 from qemu_blkmig.virt.storage import pool_directory, qemu_owner, volume_path
 
@@ -96,7 +95,10 @@ def _default(path: str | None, directory: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What is agreed with the destination's libvirt. `owner`: uid and gid of its QEMU, where they are known."""
+    """What is agreed with the destination's libvirt. `owner`: uid and gid of its QEMU, where they are known.
+
+    `lasting`: the problem is that libvirt itself, asked for the migration, refused the domain's XML.
+    """
 
     paths: Mapping[str, str]
     xml: str
@@ -105,6 +107,7 @@ class Arrangement:
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     owner: tuple[int, int] | None = None
+    lasting: bool = False
 
     def notes(self) -> list[str]:
         """What should be known, and which disks are left alone."""
@@ -168,27 +171,34 @@ async def arrange(
     lost, unsure = await certificates_tried.of_data(agent, options.transfer.data, options.place)
     problems += lost
     warnings += unsure
+    refused = None
     if not problems and not options.offline:
-        problems += await _rehearsed(options, source, handle, target, xml)
+        refused = await would_refuse(source, handle, target, xml, options.dname)
+        problems += [] if refused is None else [_refused(options, refused)]
     if await is_defined(target, domain.uuid):
         fate = "that definition is replaced" if options.persistent else "that definition stays as it is"
         warnings.append(f"the domain is defined at the destination already: {fate}")
     owner = await qemu_owner(target, xml)
     left = tuple((disk.target, disk.left_alone) for disk in domain.disks if disk.left_alone is not None)
-    return Arrangement(paths, xml, persistent, left, tuple(problems), tuple(warnings), owner)
+    return Arrangement(
+        paths,
+        xml,
+        persistent,
+        left,
+        tuple(problems),
+        tuple(warnings),
+        owner,
+        lasting=refused is not None and is_of_xml(refused),
+    )
 
 
-async def _rehearsed(
-    options: ManagedOptions, source: Connection, handle: Any, target: Connection, xml: str
-) -> list[str]:
+def _refused(options: ManagedOptions, error: LibvirtError) -> str:
     """What no look of ours finds, libvirt finds itself."""
-    why = await would_refuse(source, handle, target, xml, options.dname)
-    if why is None:
-        return []
+    why = error.words.strip()
     if options.xml is None:
-        return [f"libvirt would not migrate it: {why}"]
+        return f"libvirt would not migrate it: {why}"
     hint = f"begin with what virsh dumpxml --migratable {options.domain} prints"
-    return [f"libvirt would not migrate it with the XML of --xml: {why} ({hint})"]
+    return f"libvirt would not migrate it with the XML of --xml: {why} ({hint})"
 
 
 def variables_there(xml: str, persistent: str | None, *, runs: bool) -> str | None:

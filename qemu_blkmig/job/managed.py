@@ -141,7 +141,9 @@ class _Run:
         planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)
         self._plan: Plan = await planner.plan(monitor, None, record.prefix, with_ram=True)
         if problems := [*self._arrangement.problems, *self._plan.problems]:
-            raise Refused("; ".join(problems), state="nothing was touched", advice=self._mend(problems))
+            refused = Refused("; ".join(problems), state="nothing was touched", advice=self._mend(problems))
+            refused.lasting = self._arrangement.lasting
+            raise refused
         for warning in (*self._arrangement.notes(), *self._plan.warnings):
             self._reporter.note(warning)
         if options.on_stall is OnStall.THROTTLE:

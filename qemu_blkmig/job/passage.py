@@ -20,9 +20,10 @@ from qemu_blkmig.job.managed_options import ManagedOptions, name_for_tls, with_o
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import EventStream
 from qemu_blkmig.time_limit import time_limit
-from qemu_blkmig.virt.connection import LibvirtError, libvirt
+from qemu_blkmig.virt.connection import LibvirtError
 from qemu_blkmig.virt.gate import Gate
 from qemu_blkmig.virt.migration import DomainMigration, Wish
+from qemu_blkmig.virt.rehearsal import is_of_xml
 
 BROKEN_OFF = 10.0
 """Seconds in which libvirt must have noticed that the stream was broken off, before it is told to call it off."""
@@ -106,22 +107,11 @@ class Passage:
 def not_migrated(why: BlkmigError | None, other_xml: str | None) -> LibvirtFailed:
     """The error that tells that libvirt did not migrate the guest, with the advice `other_xml` if it refused that."""
     if isinstance(why, LibvirtError):
-        return LibvirtFailed(
-            f"libvirt, here or at the destination, could not migrate the guest: {why.words.strip()}",
-            advice=other_xml if _is_of_xml(why) else None,
-        )
+        failed = LibvirtFailed(f"libvirt, here or at the destination, could not migrate the guest: {why.words.strip()}")
+        if is_of_xml(why):
+            failed.advice, failed.lasting = other_xml, True
+        return failed
     return LibvirtFailed(f"libvirt could not migrate the guest: {why or 'it says that it has, too early'}")
-
-
-def _is_of_xml(error: LibvirtError) -> bool:
-    """With the same XML libvirt will say it again."""
-    module = libvirt()
-    return error.code in (
-        module.VIR_ERR_CONFIG_UNSUPPORTED,
-        module.VIR_ERR_XML_ERROR,
-        module.VIR_ERR_XML_DETAIL,
-        module.VIR_ERR_INVALID_ARG,
-    )
 
 
 async def _wish(life: Lifecycle, options: ManagedOptions, there: Arrangement, way: Gateway, *, live: bool) -> Wish:

@@ -36,7 +36,7 @@ async def persist(
             return await (first() if suspended is None else again(suspended))
         except BlkmigError as error:
             suspended = error.suspended
-            if suspended is None or number >= retries or isinstance(error, Interrupted):
+            if suspended is None or number >= retries or error.lasting or isinstance(error, Interrupted):
                 raise
             on_failure(error)
             seconds = WAITS[min(number, len(WAITS) - 1)]

@@ -18,13 +18,24 @@ NOWHERE = "blkmig-rehearsal://nowhere"
 
 async def would_refuse(
     source: Connection, domain: Any, target: Connection, xml: str, name: str | None = None
-) -> str | None:
-    """Why the two would not migrate the running `domain` with this XML, under this `name`, in their words; or None."""
+) -> LibvirtError | None:
+    """Why the two would not migrate the running `domain` with this XML, under this `name`; or None."""
     module = libvirt()
     wish = Wish(NOWHERE, xml, name=name)
     try:
         await source.call(domain.migrate3, target.handle, wish.parameters(), wish.flags())
     except LibvirtError as error:
         passing = (module.VIR_ERR_NO_SUPPORT, module.VIR_ERR_OPERATION_TIMEOUT)
-        return None if NOWHERE in error.words or error.code in passing else error.words.strip()
+        return None if NOWHERE in error.words or error.code in passing else error
     return None
+
+
+def is_of_xml(error: LibvirtError) -> bool:
+    """Whether a migration was refused for the XML: with the same, libvirt will say it again."""
+    module = libvirt()
+    return error.code in (
+        module.VIR_ERR_CONFIG_UNSUPPORTED,
+        module.VIR_ERR_XML_ERROR,
+        module.VIR_ERR_XML_DETAIL,
+        module.VIR_ERR_INVALID_ARG,
+    )

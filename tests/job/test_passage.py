@@ -42,5 +42,8 @@ def test_which_libvirt_could_not_is_not_told_where_it_is_not_known() -> None:
 
 def test_xml_that_was_refused_is_not_to_be_tried_again_as_it_is() -> None:
     refused = LibvirtError("the source's libvirt", "unsupported configuration", libvirt().VIR_ERR_CONFIG_UNSUPPORTED)
-    assert not_migrated(refused, "give other XML").advice == "give other XML"
-    assert not_migrated(LibvirtError("the source's libvirt", "no", 42), "give other XML").advice is None
+    told = not_migrated(refused, "give other XML")
+    assert told.advice == "give other XML" and told.lasting
+    told = not_migrated(LibvirtError("the source's libvirt", "no", 42), "give other XML")
+    assert told.advice is None and not told.lasting
+    assert not_migrated(refused, None).lasting, "what the next attempt makes of the same domain is no other XML"
