@@ -141,7 +141,6 @@ def _done(work: Work, asked: Asked, retries: int, first: First | None) -> Result
     import asyncio
 
     from qemu_blkmig.cli.clock import RealClock
-    from qemu_blkmig.job.interrupts import Interrupts
     from qemu_blkmig.job.persist import persist
     from qemu_blkmig.observe.watch import watching
 
@@ -152,19 +151,18 @@ def _done(work: Work, asked: Asked, retries: int, first: First | None) -> Result
     with watching(asked) as watch:
         reporter = watch.reporter
 
-        def interrupts() -> Interrupts:
-            return Interrupts(reporter.note)
+        async def again(job: str, interrupts: Interrupts) -> Result:
+            return await resume(job, Changes(), reporter, interrupts, clock)
 
-        async def again(job: str) -> Result:
-            return await resume(job, Changes(), reporter, interrupts(), clock)
-
-        async def persistently(work: Work) -> Result:
+        async def persistently(work: Work, *, more_follows: bool = False) -> Result:
             return await persist(
-                lambda: work(reporter, interrupts(), clock), again, retries, reporter, clock, watch.failed
-            )
+                lambda interrupts: work(reporter, interrupts, clock), again, retries, reporter, clock, watch.failed,
+                more_follows=more_follows,
+            )  # fmt: skip
 
         async def all_of_it() -> Result:
-            return await persistently(work if first is None else await first(reporter, persistently))
+            layers = partial(persistently, more_follows=True)
+            return await persistently(work if first is None else await first(reporter, layers))
 
         result = asyncio.run(all_of_it())
         watch.done(result)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from qemu_blkmig.engine.ports import Clock
@@ -32,7 +33,7 @@ _Options = MigrateOptions | CopyOptions | ManagedOptions
 Tell = Callable[[str], None]
 Work = Callable[[Reporter, Interrupts, Clock], Awaitable[Result]]
 Persist = Callable[[Work], Awaitable[Result]]
-"""Does the work, and goes on with it as often as was asked for."""
+"""Does the work, and goes on with it as often as was asked for; an interrupt that came too late for it is raised."""
 
 
 async def bring_layers(options: _Options, reporter: Reporter, persist: Persist) -> _Options:
@@ -61,23 +62,10 @@ async def bring_layers(options: _Options, reporter: Reporter, persist: Persist) 
     return replace(options, selection=replace(options.selection, base=None))
 
 
-@dataclass(frozen=True)
-class _Copying:
-    """The copy of a layer; an interrupt that it did not heed any more ends what follows it."""
-
-    options: CopyOptions
-
-    async def __call__(self, reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
-        result = await copy(self.options, reporter, interrupts, clock)
-        if (interrupt := interrupts.error()) is not None:
-            raise interrupt
-        return result
-
-
-def _work(options: _Options, plans: Sequence[Plan]) -> list[tuple[LayerThere, _Copying]]:
+def _work(options: _Options, plans: Sequence[Plan]) -> list[tuple[LayerThere, Work]]:
     """What is to be copied; a layer of several disks just once. Raises `Refused` where one cannot be read."""
     found = {
-        layer.path: (layer, _Copying(_copied(layer, path_here(layer.file, plan.process), options)))
+        layer.place: (layer, partial(copy, _copied(layer, path_here(layer.file, plan.process), options)))
         for plan in plans
         for layer in plan.layers
         if not layer.there

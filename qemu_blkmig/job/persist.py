@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from qemu_blkmig.errors import BlkmigError, Interrupted
+from qemu_blkmig.job.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from qemu_blkmig.engine.ports import Clock
@@ -19,21 +20,28 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
 
 async def persist(
-    first: Callable[[], Awaitable[Result]],
-    again: Callable[[str], Awaitable[Result]],
+    first: Callable[[Interrupts], Awaitable[Result]],
+    again: Callable[[str, Interrupts], Awaitable[Result]],
     retries: int,
     reporter: Reporter,
     clock: Clock,
     on_failure: Callable[[BlkmigError], None],
+    *,
+    more_follows: bool = False,
 ) -> Result:
     """Run `first`, and up to `retries` times `again` with the job's name while the job comes to be suspended.
 
-    `on_failure` is told of each failure that another attempt follows.
+    `on_failure` is told of each failure that another attempt follows. `more_follows`: other work does, which is ended
+    by an interrupt that came too late for this. Raises `Interrupted` then, and what the attempts raise.
     """
     suspended: str | None = None
     for number in itertools.count():
+        interrupts = Interrupts(reporter.note)
         try:
-            return await (first() if suspended is None else again(suspended))
+            result = await (first(interrupts) if suspended is None else again(suspended, interrupts))
+            if more_follows and (late := interrupts.error()) is not None:
+                raise late
+            return result
         except BlkmigError as error:
             suspended = error.suspended
             if suspended is None or number >= retries or error.lasting or isinstance(error, Interrupted):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from typing import cast
 
 import pytest
 
 from qemu_blkmig.errors import BlkmigError, Interrupted, LibvirtFailed, Refused
+from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.persist import persist
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
+
+QUIET = cast("Reporter", type("Quiet", (), {"note": lambda *_: None})())
 
 
 class Clock:
@@ -44,12 +48,39 @@ async def test_what_may_pass_is_tried_again_and_what_cannot_is_not(error: Blkmig
     tried: list[str | None] = []
     told: list[BlkmigError] = []
 
-    async def attempt(job: str | None = None) -> Result:
+    async def first(_: Interrupts) -> Result:
+        tried.append(None)
+        raise error
+
+    async def again(job: str, _: Interrupts) -> Result:
         tried.append(job)
         raise error
 
-    reporter = cast("Reporter", type("Quiet", (), {"note": lambda *_: None})())
     with pytest.raises(type(error)):
-        await persist(attempt, attempt, 2, reporter, Clock(), told.append)
+        await persist(first, again, 2, QUIET, Clock(), told.append)
     assert tried == [None, "job1", "job1"][:attempts]
     assert len(told) == attempts - 1
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+@pytest.mark.parametrize("more_follows", [False, True])
+async def test_an_interrupt_that_came_too_late_for_any_attempt_ends_what_follows(
+    failures: int, *, more_follows: bool
+) -> None:
+    done = cast("Result", object())
+
+    async def first(interrupts: Interrupts) -> Result:
+        if failures:
+            raise failing(LibvirtFailed("the network is gone"))
+        return await again("", interrupts)
+
+    async def again(_: str, interrupts: Interrupts) -> Result:
+        interrupts.received = signal.SIGINT
+        return done
+
+    work = persist(first, again, 2, QUIET, Clock(), lambda _: None, more_follows=more_follows)
+    if more_follows:
+        with pytest.raises(Interrupted):
+            await work
+    else:
+        assert await work is done
