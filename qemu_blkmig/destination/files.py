@@ -37,6 +37,17 @@ def file_id_for(process: int | None, name: str) -> FileId | None:
     return file_id(path_for(process, name)) if name else None
 
 
+def real_path(process: int | None, name: str) -> str:
+    """Where links, `..` and the like in a name, as `process` uses it, lead to, whether anything is there or not."""
+    try:
+        path = os.path.realpath(path_for(process, name))
+        # POSIX lets a system give two slashes at the beginning a meaning; Linux does not.
+        return f"/{path.lstrip('/')}"
+    except ValueError:
+        # No name of a file.
+        return name
+
+
 def opened_by(process: int | None) -> set[FileId]:
     """The files that `process` has open, as far as we may know."""
     found: set[FileId | None] = set()

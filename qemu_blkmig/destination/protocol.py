@@ -554,9 +554,12 @@ class HeldReply(Message, frozen=True, tag="held"):
 
 
 class FilesReply(Message, frozen=True, tag="files"):
-    """In the order asked for; None: neither a regular file nor a block device is there."""
+    """In the order asked for. `ids`: None where neither a regular file nor a block device is there. `real`: their
+    paths, with links and what else leads there by a way round resolved, also of what is not there.
+    """
 
     ids: list[FileId | None]
+    real: list[str]
 
 
 class CertificatesReply(Message, frozen=True, tag="certificates"):

@@ -254,7 +254,8 @@ class Service:
                 return protocol.HeldReply([path for path in op.paths if not _in_use(path)])
             case protocol.Files():
                 pid = op.process.pid if op.process else None
-                return protocol.FilesReply([files.file_id_for(pid, name) for name in op.names])
+                ids = [files.file_id_for(pid, name) for name in op.names]
+                return protocol.FilesReply(ids, [files.real_path(pid, name) for name in op.names])
             case protocol.Below():
                 found = await asyncio.to_thread(
                     lambda: [backing_files(each, self._bounds.permits) for each in op.images]

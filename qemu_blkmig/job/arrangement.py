@@ -64,7 +64,7 @@ def image_paths(
             raise Refused(
                 "its XML names no file or block device", disk=disk.target, advice="name its path at the destination"
             )
-        if path in paths.values():
+        if posixpath.normpath(path) in map(posixpath.normpath, paths.values()):
             raise Refused(f"another disk of the domain goes to {path} too", disk=disk.target)
         paths[disk.target] = path
     return paths

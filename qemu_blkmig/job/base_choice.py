@@ -26,7 +26,8 @@ from qemu_blkmig.transport.client import AgentClient
 class LayerThere:
     """A layer of a disk's chain that is to be at the destination, as `path`; `there`: it is.
 
-    `file`: the source's, by its plain name, of `format`. `owner`: uid and gid that it is to have there.
+    `file`: the source's, by its plain name, of `format`. `owner`: uid and gid that it is to have there. `place`: where
+    `path` leads there; two paths may lead to one.
     """
 
     disk: str
@@ -35,6 +36,7 @@ class LayerThere:
     path: str
     owner: tuple[int, int] | None
     there: bool
+    place: str
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,22 @@ class _Chosen:
     kept: Sequence[Base] = ()
 
 
-def apart(layers: Sequence[LayerThere], images: Mapping[str, Image]) -> list[str]:
-    """What keeps these layers and images from being at one destination: each has a place of its own.
+def apart(layers: Sequence[LayerThere], images: Mapping[str, Image], places: Mapping[str, str]) -> list[str]:
+    """What keeps these layers and images from being at one destination: each has a place of its own (`places`: the
+    images', by disk).
 
     Whether a layer that is there is what each disk has, is proven by its content.
     """
-    names = {posixpath.normpath(image.path): name for name, image in images.items()}
+    names = {places.get(name, posixpath.normpath(image.path)): name for name, image in images.items()}
     first: dict[str, LayerThere] = {}
     problems = []
     for layer in layers:
-        path = posixpath.normpath(layer.path)
-        if (image := names.get(path)) is not None:
+        if (image := names.get(layer.place)) is not None:
             problems.append(
                 f"disk {layer.disk}: its layer {layer.file} would come to {layer.path}, where the image of disk "
                 f"{image} goes"
             )
-        other = first.setdefault(path, layer)
+        other = first.setdefault(layer.place, layer)
         if not layer.there and os.path.realpath(other.file) != os.path.realpath(layer.file):
             problems.append(
                 f"disk {layer.disk}: its layer {layer.file} would come to {layer.path}, and so would {other.file}, a "
@@ -98,6 +100,8 @@ class BaseChoice:
         self._layers_first = layers_first
         self._chosen: dict[str, _Chosen] = {}
         self._layers: dict[str, list[LayerThere]] = {}
+        self.places: dict[str, str] = {}
+        """Where the images' paths lead at the destination, by disk, where there may be layers (--flatten no)."""
 
     @property
     def private(self) -> Mapping[str, int]:
@@ -107,8 +111,8 @@ class BaseChoice:
     @property
     def layers(self) -> list[LayerThere]:
         """Those that are to be at the destination below the disks' own images, each once, the lowest first."""
-        by_path = {layer.path: layer for layers in self._layers.values() for layer in reversed(layers)}
-        return list(by_path.values())
+        by_place = {layer.place: layer for layers in self._layers.values() for layer in reversed(layers)}
+        return list(by_place.values())
 
     def upon(self, disk: Disk) -> SharedBase | None:
         """What the disk's image is made, or found, upon."""
@@ -126,8 +130,7 @@ class BaseChoice:
             return
         flatten, bases = self._selection.flatten, bases_of(disk)
         paths = paths_there(bases, image, flatten=flatten)
-        # Whether a single one is there is told when the image that stands upon it is looked at.
-        there = [len(bases) == 1 or await self._is_there(self._agent, path) for path in paths]
+        there, places = await self._looked_at(self._agent, paths)
         found = [number for number, base in enumerate(bases) if base in wanted and there[number]]
         if not found:
             missing = ", ".join(path for base, path in zip(bases, paths, strict=True) if base in wanted)
@@ -140,12 +143,13 @@ class BaseChoice:
         if not flatten:
             kept = bases[: number + 1]
             self._layers[disk.name] = [
-                LayerThere(disk.name, each.file, each.layer.format, path, owner, is_there)
-                for each, path, is_there in zip(kept, paths, there, strict=False)
+                LayerThere(disk.name, each.file, each.layer.format, path, owner, is_there, place)
+                for each, path, is_there, place in zip(kept, paths, there, places, strict=False)
             ]
+            self._check_readable(disk, kept, there)
             await self._check_layers(self._agent, disk, self._layers[disk.name])
         if self._layers_first and not flatten:
-            made = there[0] or await self._is_there(self._agent, str(image))
+            made = there[0] or (await self._look(self._agent, str(image)))[0]
             upon = bases[0].shared if made else None
         self._chosen[disk.name] = _Chosen(base, paths[number], base.shared.format, upon, kept)
 
@@ -179,9 +183,13 @@ class BaseChoice:
         elif (chosen := self._chosen.get(disk.name)) is not None:
             self._check_chosen(disk, chosen)
 
-    def check_apart(self, images: Mapping[str, Image]) -> None:
+    async def check_apart(self, images: Mapping[str, Image]) -> None:
         """See `apart`."""
-        self._problems += apart([layer for layers in self._layers.values() for layer in layers], images)
+        layers = [layer for layers in self._layers.values() for layer in layers]
+        if self._agent is not None and not self._selection.flatten:
+            for name, image in images.items():
+                _, self.places[name] = await self._look(self._agent, image.path)
+        self._problems += apart(layers, images, self.places)
 
     async def prove(
         self, disks: Sequence[Disk], images: Mapping[str, Image], process: int | None, tell: Callable[[str], None]
@@ -249,11 +257,27 @@ class BaseChoice:
                 "JOB, of that job, goes on with it: then run the same command again (cleanup JOB removes it)"
             )
 
-    async def _is_there(self, agent: AgentClient, path: str) -> bool:
+    def _check_readable(self, disk: Disk, kept: Sequence[Base], there: Sequence[bool]) -> None:
+        """QEMU has the keys of what it has open; a layer's own job has none."""
+        self._problems += [
+            f"disk {disk.name}: its layer {each.file} is encrypted, and cannot be copied by itself (--flatten no): "
+            "bring that file there, or let --flatten yes have what it holds in the disk's own image"
+            for each, is_there in zip(kept, there, strict=False)
+            if each.layer.encrypted and not is_there
+        ]
+
+    async def _looked_at(self, agent: AgentClient, paths: Sequence[str]) -> tuple[list[bool], list[str]]:
+        """Which are there, and where they lead."""
+        found = [await self._look(agent, path) for path in paths]
+        # Whether a single one is there is told when the image that stands upon it is looked at.
+        return [len(paths) == 1 or is_there for is_there, _ in found], [place for _, place in found]
+
+    async def _look(self, agent: AgentClient, path: str) -> tuple[bool, str]:
         """What is out of a confined agent's bounds is not there."""
         with contextlib.suppress(Refused):
-            return (await agent.expect(Files([path]), FilesReply)).ids[0] is not None
-        return False
+            found = await agent.expect(Files([path]), FilesReply)
+            return found.ids[0] is not None, found.real[0]
+        return False, posixpath.normpath(path)
 
     def _wanted(self, disk: Disk) -> list[Base]:
         bases = bases_of(disk)

@@ -18,7 +18,7 @@ from qemu_blkmig.destination.qemu_nbd import KEEPING_MEMORY
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.nbd.address import Export, UnixAddress
-from qemu_blkmig.qmp.disks import Disk, Layer, data_file_of, named_backing, snapshots_in
+from qemu_blkmig.qmp.disks import Disk, Layer, data_file_of, is_encrypted, named_backing, snapshots_in
 from qemu_blkmig.time_limit import time_limit
 
 START = 10.0
@@ -272,10 +272,11 @@ async def describe(path: str, image_format: str | None) -> Disk:
         filename=path,
         backing=backing,
         layers=tuple(
-            Layer("", each["format"], each["filename"], filter=False, backing=named_backing(each)) for each in chain
+            Layer("", each["format"], each["filename"], False, named_backing(each), encrypted=is_encrypted(each))
+            for each in chain
         ),
         cluster_size=info.get("cluster-size"),
-        encrypted=bool(info.get("encrypted")) or info["format"] == "luks",
+        encrypted=is_encrypted(info),
         allocated=info.get("actual-size"),
         snapshots=snapshots_in(info),
         data_file=data_file,

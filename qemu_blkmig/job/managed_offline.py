@@ -158,7 +158,9 @@ async def plan_offline(
         planner = Planner(agent, wanted, Path("/"), tell, begun, layers_first=layers_first)
         plans.append(await planner.plan_image(source, image.placed))
     whole = together(plans)
-    if plans and (crossed := [each for each in apart(whole.layers, whole.images) if each not in whole.problems]):
+    if plans and (
+        crossed := [each for each in apart(whole.layers, whole.images, whole.places) if each not in whole.problems]
+    ):
         plans[-1] = replace(plans[-1], problems=(*plans[-1].problems, *crossed))
     return plans
 

@@ -45,7 +45,8 @@ class Plan:
 
     `process`: the source QEMU's process id, where it has one and it is known. `private`: by disk, how many layers of
     its chain lie above its shared base, filters included (see `Disk.layers`), where it has one. `layers`: those that
-    are to be at the destination below the images, the lowest first.
+    are to be at the destination below the images, the lowest first; `places`: where the images' paths lead there, by
+    disk, where there may be any.
     """
 
     disks: tuple[Disk, ...]
@@ -56,6 +57,7 @@ class Plan:
     process: int | None = None
     private: Mapping[str, int] = field(default_factory=dict)
     layers: tuple[LayerThere, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
 
     def source_images(self, host: str) -> list[SourceImage]:
         """The source's own image files and devices, with where they go to on `host`."""
@@ -159,11 +161,11 @@ class Planner:
             self._check_disk(disk)
         if images:
             await self._check_destination(disks, images)
-            self._bases.check_apart(images)
+            await self._bases.check_apart(images)
             await self._bases.prove(disks, images, self._process, self._tell)
         return Plan(
             disks, skipped, images, tuple(self._problems), tuple(self._warnings), self._process, self._bases.private,
-            tuple(self._bases.layers),
+            tuple(self._bases.layers), self._bases.places,
         )  # fmt: skip
 
     def _as_placed(self, found: Inventory) -> Inventory:
@@ -377,6 +379,7 @@ def together(plans: Sequence[Plan]) -> Plan:
         warnings=tuple(warning for plan in plans for warning in plan.warnings),
         private={name: layers for plan in plans for name, layers in plan.private.items()},
         layers=tuple(layer for plan in plans for layer in plan.layers),
+        places={name: place for plan in plans for name, place in plan.places.items()},
     )
 
 

@@ -41,7 +41,7 @@ class Backing:
 class Layer:
     """One node of a disk's chain. `filter`: it only passes requests on (throttle, ...), and has no image of its own.
 
-    `backing`: what its image names; QEMU may use something else.
+    `backing`: what its image names; QEMU may use something else. `encrypted`: by LUKS or qcow2, in this very image.
     """
 
     node: str
@@ -49,6 +49,7 @@ class Layer:
     filename: str
     filter: bool
     backing: Backing | None = None
+    encrypted: bool = False
 
     @property
     def format(self) -> str:
@@ -313,7 +314,7 @@ def _disk(name: str, drive: Mapping[str, Any], chain: Sequence[str], nodes: Mapp
         backing=named_backing(image),
         layers=layers,
         cluster_size=image.get("cluster-size"),
-        encrypted=any(_encrypted(nodes[layer.node]) for layer in layers),
+        encrypted=any(layer.encrypted or nodes[layer.node]["encrypted"] for layer in layers),
         allocated=image.get("actual-size"),
         snapshots=snapshots_in(image),
         # Options may name another than the image does.
@@ -333,7 +334,11 @@ def data_file_of(image: Mapping[str, Any]) -> str | None:
 
 
 def _layer(node: Mapping[str, Any]) -> Layer:
-    return Layer(node["node-name"], node["drv"], node["file"], node["drv"] in _FILTERS, named_backing(node["image"]))
+    driver = node["drv"]
+    backing = named_backing(node["image"])
+    return Layer(
+        node["node-name"], driver, node["file"], driver in _FILTERS, backing, encrypted=is_encrypted(node["image"])
+    )
 
 
 def plain_filename(told: str) -> str:
@@ -359,5 +364,6 @@ def named_backing(image: Mapping[str, Any]) -> Backing | None:
     return Backing(filename, image.get("full-backing-filename", filename), image.get("backing-filename-format"))
 
 
-def _encrypted(node: Mapping[str, Any]) -> bool:
-    return bool(node["encrypted"] or node["image"].get("encrypted"))
+def is_encrypted(image: Mapping[str, Any]) -> bool:
+    """By what QEMU or qemu-img tells of an image (ImageInfo)."""
+    return bool(image.get("encrypted")) or image["format"] == "luks"

@@ -56,6 +56,11 @@ def test_two_disks_that_would_share_one_file_are_refused() -> None:
         image_paths(_domain(vda="/a/root", vdb="/b/root"), {}, directory="/pool")
 
 
+def test_two_spellings_of_a_path_are_one_file() -> None:
+    with pytest.raises(Refused, match=r"goes to /vm//a/\. too"):
+        image_paths(_domain(), {"vda": "/vm/a", "vdb": "/vm//a/."})
+
+
 def test_a_volume_whose_path_the_xml_does_not_say_is_refused() -> None:
     xml = "<domain><devices><disk type='volume'><source pool='p'/><target dev='vda'/></disk></devices></domain>"
     with pytest.raises(Refused, match="names no file or block device"):
@@ -105,7 +110,7 @@ class Confined:
         """See `AgentClient`."""
         if not all(name.startswith("/ours/") for name in op.names):
             raise Refused("out of bounds")
-        return FilesReply([("file", 1, int(name.rpartition("/")[2])) for name in op.names])
+        return FilesReply([("file", 1, int(name.rpartition("/")[2])) for name in op.names], op.names)
 
 
 async def test_a_file_out_of_a_confined_agent_s_bounds_does_not_hide_the_others() -> None:

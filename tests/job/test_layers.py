@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import posixpath
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -50,25 +51,40 @@ class _Agent:
     files: frozenset[str]
     incomplete: frozenset[str] = frozenset()
     directories: frozenset[str] = frozenset({"/there", "/src"})
+    links: Mapping[str, str] = field(default_factory=dict)
 
     async def expect(self, op: Files | Inspect, _reply: type) -> FilesReply | InspectReply:
         if isinstance(op, Files):
-            return FilesReply([("file", 1, 1) if path in self.files else None for path in op.names])
+            real = [self._followed(name) for name in op.names]
+            return FilesReply([("file", 1, 1) if path in self.files else None for path in real], real)
         told = [f"{image.path} was not filled" for image in op.images if image.path in self.incomplete]
-        folders = {image.path: image.path.rpartition("/")[0] for image in op.images if image.path not in self.files}
+        missing = [path for image in op.images if (path := self._followed(image.path)) not in self.files]
+        folders = {path: path.rpartition("/")[0] for path in missing}
         faults = [
             Problem("vda", f"{each} is not a directory") for each in folders.values() if each not in self.directories
         ]
         return InspectReply(faults, None, [], told)
 
+    def _followed(self, path: str) -> str:
+        directory, _, name = path.rpartition("/")
+        directory = posixpath.normpath(self.links.get(directory, directory))
+        return f"/{directory.lstrip('/')}/{name}"
+
 
 class _Chosen:
     """What `BaseChoice` says of disks whose images are to be /there/DISK."""
 
-    def __init__(self, files: Iterable[str], base: str | None = None, incomplete: str | None = None, **how: bool):
+    def __init__(
+        self,
+        files: Iterable[str],
+        base: str | None = None,
+        incomplete: str | None = None,
+        links: Mapping[str, str] | None = None,
+        **how: bool,
+    ):
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        agent = _Agent(frozenset(files), frozenset({incomplete} if incomplete else ()))
+        agent = _Agent(frozenset(files), frozenset({incomplete} if incomplete else ()), links=links or {})
         selection = Selection(shared_base=True, base=base, flatten=False)
         self.choice = BaseChoice(
             cast(AgentClient, agent), selection, self.problems, self.warnings, **{"layers_first": True, **how}
@@ -117,6 +133,33 @@ async def test_a_layer_of_two_disks_is_brought_once() -> None:
     assert await chosen.of(_chain(), _chain("vdb", "other")) == ["/there/third", "/there/second"]
 
 
+@pytest.mark.parametrize("directory", ["/there/.", "//there", "/there/x/..", "/link"])
+async def test_a_layer_that_two_disks_spell_in_two_ways_is_brought_once(directory: str) -> None:
+    chosen = _Chosen({"/there/base"}, links={"/link": "/there"})
+    other = _chain("vdb", "other", named=lambda name: f"{directory}/{name}")
+    layers = tuple(
+        replace(layer, backing=Backing(f"{directory}/{below}", f"/src/{below}", "qcow2"))
+        for layer, below in zip(other.layers, (*NAMES[1:], "nothing"), strict=True)
+    )
+    found = await chosen.of(_chain(), replace(other, layers=layers, backing=layers[0].backing))
+    assert [posixpath.basename(path) for path in found] == ["third", "second"]
+    image = Image("vdc", f"{directory}/second", "qcow2", 1 << 20, create=True)
+    await chosen.choice.check_apart({"vdc": image})
+    assert "its layer /src/second would come to " in chosen.problems[0]
+    assert chosen.problems[0].endswith(", where the image of disk vdc goes")
+
+
+async def test_a_layer_that_cannot_be_read_without_a_key_is_refused_unless_it_is_there() -> None:
+    disk = _chain()
+    locked = replace(disk, layers=(*disk.layers[:2], replace(disk.layers[2], encrypted=True), disk.layers[3]))
+    chosen = _Chosen({"/there/base"})
+    await chosen.of(locked)
+    (problem,) = chosen.problems
+    assert problem.startswith("disk vda: its layer /src/third is encrypted, and cannot be copied by itself")
+    chosen = _Chosen({"/there/base", "/there/third"})
+    assert await chosen.of(locked) == ["/there/second"] and chosen.problems == []
+
+
 async def test_layers_that_are_named_by_their_whole_path_come_to_that_path() -> None:
     chosen = _Chosen({"/src/base"})
     assert await chosen.of(_chain(named=lambda name: f"/src/{name}")) == ["/src/third", "/src/second"]
@@ -148,7 +191,7 @@ async def test_two_layers_that_would_come_to_one_path_are_refused_unless_they_ar
     elsewhere = tuple(replace(layer, filename=layer.filename.replace("/src", "/other")) for layer in other.layers)
     await chosen.of(_chain(), replace(other, layers=elsewhere))
     before = len(chosen.problems)
-    chosen.choice.check_apart({})
+    await chosen.choice.check_apart({})
     told = chosen.problems[before:]
     assert len(told) == (0 if base_is_there else 2)
     if told:
@@ -179,7 +222,7 @@ async def test_no_layer_comes_to_where_an_image_goes() -> None:
     chosen = _Chosen({"/there/base"})
     await chosen.of(_chain())
     image = Image("vdb", "/there/x/../second", "qcow2", 1 << 20, create=True)
-    chosen.choice.check_apart({"vdb": image})
+    await chosen.choice.check_apart({"vdb": image})
     assert "its layer /src/second would come to /there/second, where the image of disk vdb goes" in chosen.problems[0]
 
 
@@ -209,8 +252,10 @@ def brought(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[CopyOptions
         copied.append(options)
 
     (tmp_path / "third").touch()
-    found = LayerThere("vda", str(tmp_path / "third"), "qcow2", "/there/third", OWNER, there=False)
-    there = LayerThere("vda", "/src/base", "qcow2", "/there/base", OWNER, there=True)
+    found = LayerThere(
+        "vda", str(tmp_path / "third"), "qcow2", "/there/third", OWNER, there=False, place="/there/third"
+    )
+    there = LayerThere("vda", "/src/base", "qcow2", "/there/base", OWNER, there=True, place="/there/base")
     plan = Plan((), (), {}, (), (), layers=(there, found))
 
     async def looked_at(*_: object) -> tuple[list[str], list[Plan]]:

@@ -41,7 +41,7 @@ def test_where_uefi_variables_are_written_to_is_where_another_domain_s_are_looke
 
 async def test_a_layer_that_would_come_to_where_another_disk_goes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each image has a plan of its own, which knows nothing of the others."""
-    layers = {"vda": (LayerThere("vda", "/here/mid", "qcow2", "/there/mid", None, there=False),)}
+    layers = {"vda": (LayerThere("vda", "/here/mid", "qcow2", "/there/mid", None, there=False, place="/there/mid"),)}
 
     class _Planner:
         def __init__(self, *_: object, **__: object) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qemu_blkmig.errors import Refused, TopologyChanged
+from qemu_blkmig.job.imagefile import describe
 from qemu_blkmig.qmp.disks import Backing, Disk, Inventory, inventory, obstacles, select
 from qemu_blkmig.qmp.features import Schema, probe
 from qemu_blkmig.qmp.topology import Topology
@@ -85,23 +86,27 @@ async def test_drive_and_blockdev_guests_show_names_nodes_and_chains(
         select(await inventory(qemu.monitor), ["x"])
 
 
-async def test_encryption_within_qcow2_is_seen(start_qemu: StartQemu, tmp_path: Path) -> None:
+async def test_encryption_within_qcow2_is_seen_and_in_which_layer(start_qemu: StartQemu, tmp_path: Path) -> None:
     create = f"cd {tmp_path} && qemu-img create -q --object secret,id=s,data=abc"
     qcow2 = f"{create} -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 e.qcow2 1M"
     # qemu-img gives up where a thread's CPU time stands still for a moment ("Unable to get accurate CPU usage").
     patiently = f"for n in 1 2 3 4 5 6 7 8; do ({qcow2}) && exit; done; exit 1"
-    await asyncio.to_thread(subprocess.run, patiently, shell=True, check=True)
+    overlay = f"qemu-img create -q -f qcow2 -u -b e.qcow2 -F qcow2 {tmp_path}/top.qcow2 1M"
+    await asyncio.to_thread(subprocess.run, f"({patiently}) && {overlay}", shell=True, check=True)
+    at_rest = await describe(f"{tmp_path}/top.qcow2", "qcow2")
+    assert [layer.encrypted for layer in at_rest.layers] == [False, True]
     qemu = await start_qemu(
         *SECRET,
         *(
             "-blockdev",
-            "driver=qcow2,node-name=e,encrypt.format=luks,encrypt.key-secret=s,file.driver=file,"
+            "driver=qcow2,node-name=e,read-only=on,encrypt.format=luks,encrypt.key-secret=s,file.driver=file,"
             f"file.filename={tmp_path}/e.qcow2",
         ),
-        *("-device", "virtio-blk,drive=e,id=e"),
+        *("-blockdev", f"driver=qcow2,node-name=top,backing=e,file.driver=file,file.filename={tmp_path}/top.qcow2"),
+        *("-device", "virtio-blk,drive=top,id=e"),
     )
-    disks = await disks_of(qemu)
-    assert [(disk.format, disk.encrypted) for disk in disks.values()] == [("qcow2", True)]
+    (disk,) = (await disks_of(qemu)).values()
+    assert (disk.format, disk.encrypted, [layer.encrypted for layer in disk.layers]) == ("qcow2", True, [False, True])
 
 
 async def test_a_guest_without_drives_has_nothing_to_migrate() -> None:
