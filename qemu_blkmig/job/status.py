@@ -141,7 +141,9 @@ def at_rest(record: Record, directory: Path, *, busy: bool) -> Status:
         next=advice,
         domain=_domain(record),
     )
-    return _with_journal(status, Chronicle(directory / FILE))
+    journal = directory / FILE
+    # It is begun a moment after the record: a coordinator may have been killed in between.
+    return _with_journal(status, Chronicle(journal)) if journal.exists() else status
 
 
 def past(path: Path) -> Status:

@@ -60,6 +60,15 @@ def test_a_domains_job_that_is_over_still_names_it(job: Job, tmp_path: Path) -> 
     assert told.source == "libvirt:web1"
 
 
+def test_a_job_whose_coordinator_was_killed_before_it_kept_a_journal_has_told_nothing(job: Job) -> None:
+    told = at_rest(job.record, job.directory, busy=False)
+    assert told.note is None and told.next == (
+        f"qemu-blkmig cleanup {job.record.job} brings it to rest and removes what it made"
+    )
+    (job.directory / FILE).write_text("no database")
+    assert "cannot be read" in str(at_rest(job.record, job.directory, busy=False).note)
+
+
 def test_a_job_that_has_found_no_guest_yet_does_not_claim_that_there_is_none(job: Job) -> None:
     job.record.managed = None
     assert at_rest(job.record, job.directory, busy=True).guest == "nothing was done to a guest"
