@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,15 @@ THERE = "qemu+ssh://hostb/system"
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     """A job that moves the domain web1, which is to be called web2 at the destination."""
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
     made = Job.create()
     place = Ssh("hostb", "/")
     made.record.managed = Managed(ManagedOptions("web1", THERE, place), UUID, "web1", "web2")
     made.record.target_place = place
-    return made
+    yield made
+    made.remove()
 
 
 def test_a_domains_job_names_the_domain_and_tells_who_has_it(job: Job) -> None:
