@@ -137,6 +137,12 @@ class Record(msgspec.Struct):
         domain = self.managed or self.offline
         return self.migrate or self.copy or (domain.options if domain is not None else None)
 
+    @property
+    def untouched_guest(self) -> str:
+        """What to say of the guest as long as no QEMU and no running domain is found yet, or none is concerned."""
+        image = self.copy is not None and self.copy.image is not None
+        return "no guest is concerned" if image or self.offline is not None else "nothing was done to a guest"
+
     def rest(self, *, target_ended: bool) -> None:
         """Forget what is gone now that the job is suspended: all that was made but images and bitmaps."""
         if self.target_launched and target_ended:

@@ -170,7 +170,7 @@ class Qemus:
         """See `Sides`."""
         record = self._job.record
         if record.source_qmp is None:
-            settlement.facts.append("no guest is concerned, the source is as it was")
+            settlement.facts.append(f"{record.untouched_guest}, the source is as it was")
             return
         source = await self._here.monitor()
         if source is None:

@@ -235,8 +235,7 @@ def _destination(record: Record) -> str | None:
 
 def _guest(record: Record, *, alive: bool) -> str:
     if record.source_qmp is None and record.managed is None:
-        image = record.copy is not None and record.copy.image is not None
-        return "no guest is concerned" if image or record.offline is not None else "nothing was done to a guest"
+        return record.untouched_guest
     if record.owner is Owner.DESTINATION:
         return "the guest is the destination's"
     if record.owner is Owner.UNDECIDED:

@@ -12,7 +12,8 @@ import pytest
 from qemu_blkmig.destination import ownership
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
-from qemu_blkmig.job.options import Afterwards
+from qemu_blkmig.job.options import Afterwards, CopyOptions, Target
+from qemu_blkmig.job.place import Local
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.job.settlement import Settlement, unsettled
@@ -28,6 +29,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 async def test_an_image_that_was_there_and_is_half_written_is_told(job: Job) -> None:
     job.record.images = ["/there/before"]
+    assert (await settle(job)).facts == ["nothing was done to a guest, the source is as it was"]
+    job.record.copy = CopyOptions(Target(Local("/there")), image="/disk.raw")
     assert (await settle(job)).facts == ["no guest is concerned, the source is as it was"]
     job.record.filling = True
     assert (await settle(job)).facts[1:] == ["what was at the destination before is partly overwritten: /there/before"]
