@@ -17,6 +17,7 @@ from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import BlkmigError, Refused
 from qemu_blkmig.job.base_choice import LayerThere
 from qemu_blkmig.job.base_proof import path_here
+from qemu_blkmig.job.certificates_tried import of_data
 from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.host import looking_at
 from qemu_blkmig.job.imagefile import describe
@@ -108,7 +109,9 @@ async def _plan(options: MigrateOptions | CopyOptions, stack: contextlib.AsyncEx
     monitor = await SocketMonitor.connect(str(options.source), who="source QEMU")
     stack.push_async_callback(monitor.close)
     with_ram = isinstance(options, MigrateOptions) and not options.pause_only
-    return await planner.plan(monitor, None, "blkmig-(none)", with_ram=with_ram)
+    plan = await planner.plan(monitor, None, "blkmig-(none)", with_ram=with_ram)
+    lost, _ = await of_data(agent, options.transfer.data, options.place)
+    return replace(plan, problems=(*plan.problems, *lost))
 
 
 async def _let_pools_know(options: ManagedOptions, paths: Sequence[str], tell: Tell) -> None:

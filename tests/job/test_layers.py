@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -19,7 +20,7 @@ from qemu_blkmig.job.base_choice import BaseChoice, LayerThere
 from qemu_blkmig.job.bases import bases_of, paths_there
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.managed_options import ManagedOptions
-from qemu_blkmig.job.options import CopyOptions, Selection
+from qemu_blkmig.job.options import CopyOptions, Selection, Target
 from qemu_blkmig.job.place import Ssh
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.reporting import Reporter
@@ -316,3 +317,19 @@ async def test_what_would_fail_of_the_guest_s_own_job_is_told_before_a_layer_is_
     with pytest.raises(Refused, match="a snapshot; no network") as failure:
         await _bring(_persist)
     assert failure.value.state == "nothing was touched" and not brought
+
+
+async def test_certificates_that_the_guest_s_own_job_would_fail_by_are_told_before_a_layer_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = LayerThere("d", "/src/a", "qcow2", "/there/a", None, there=False, place="/there/a")
+    socket = AsyncMock()
+    planner = AsyncMock(plan=AsyncMock(return_value=Plan((), (), {}, (), (), layers=(found,))))
+    monkeypatch.setattr(layers, "looking_at", AsyncMock(return_value=(None, None)))
+    monkeypatch.setattr(layers, "SocketMonitor", AsyncMock(connect=AsyncMock(return_value=socket)))
+    monkeypatch.setattr(layers, "Planner", lambda *_, **__: planner)
+    monkeypatch.setattr(layers, "of_data", AsyncMock(return_value=(["it has expired"], [])))
+    selection = Selection(shared_base=True, flatten=False)
+    wanted = CopyOptions(Target(Ssh("hostb", "/there")), source="/qmp", selection=selection)
+    with pytest.raises(Refused, match="it has expired"):
+        await layers.bring_layers(wanted, cast(Reporter, _Reporter()), AsyncMock(side_effect=AssertionError))
