@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -317,6 +318,29 @@ async def test_an_image_that_holds_anothers_data_is_not_gone_on_with(
         with pytest.raises(errors.Refused, match="beyond"):
             await again.request(protocol.Recognize("d", size + 512))
         await again.abandon()
+
+
+async def test_hashes_of_an_earlier_recording_are_gone_before_a_new_one_can_begin(tmp_path: Path) -> None:
+    """They would prove that what was read then lies there, and nobody knows what the guest has written since."""
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(os.urandom(MIB))
+    new = image(destination, MIB)
+    with qemu_export(tmp_path, source) as (listening, _):
+        first = await LocalHost().start_agent()
+        prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
+        await first.request(opening(listening, hash="xxh3-128"))
+        await first.request(protocol.Keep())
+        await first.request(bulk((0, MIB)))
+        await first.abandon()
+        again = structs.replace(new, identity=prepared.identities[0])
+        for compared, prevented in ((True, None), (False, errors.Refused)):
+            agent = await LocalHost().start_agent()
+            await agent.request(protocol.Prepare([structs.replace(again, compared=compared)], "cafe"))
+            with pytest.raises(prevented) if prevented else contextlib.nullcontext():
+                await agent.request(opening(listening, hash="xxh3-128"))
+            # Killed before it was told to keep anything.
+            agent.kill("by the test")
+            await agent.abandon()
 
 
 async def test_nothing_is_verified_where_nothing_was_hashed(agent: AgentClient, tmp_path: Path) -> None:
