@@ -363,7 +363,9 @@ class Handshake(Message, frozen=True, tag="handshake"):
 
 
 class Below(Message, frozen=True, tag="below"):
-    """The backing files of each of these qcow2 images; an agent looks into none that is out of its bounds."""
+    """The backing files of each of these qcow2 images, and those that have their data; an agent looks into none that is
+    out of its bounds.
+    """
 
     images: list[str]
 

@@ -7,8 +7,10 @@ destination (seen on libvirt 9.0 with QEMU 7.2 and swtpm 0.7: files equal, also 
 
 from __future__ import annotations
 
+import os
 import posixpath
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +34,10 @@ from qemu_blkmig.virt.acceptance import (
 )
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
-from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, nvram_of, rewritten
+from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, lasting_memory, nvram_of, rewritten
 from qemu_blkmig.virt.rehearsal import is_of_xml, would_refuse
 from qemu_blkmig.virt.sharedfs import shared_file_system
-from qemu_blkmig.virt.storage import pool_directory, qemu_owner, volume_path
+from qemu_blkmig.virt.storage import Volumes, pool_directory, qemu_owner, volume_path
 
 VARIABLES = "UEFI variables"
 """What the image of a UEFI's variables is called, among the disks."""
@@ -135,34 +137,39 @@ async def arrange(
     directory = options.directory if options.pool is None else await pool_directory(target, options.pool)
     paths = image_paths(domain, options.paths, given, directory)
     flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
-    xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths, as_they_are=options.offline)
+    block = await block_devices(agent, paths.values())
+    xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths, block, as_they_are=options.offline)
     name = options.dname or domain.name
     persistent, told, trouble = None, list[str](), list[str]()
     if options.persistent:
         own = await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE)
         if options.persistent_xml is None:
-            persistent, told = _definition(options, domain, own, paths)
+            others = await other_images(Domain.parse(own), domain, source)
+            persistent, told = _definition(options, domain, own, paths, block, others)
+            absent = await absent_files(agent, persistent, {*paths.values(), *files_needed(xml)}, "--persistent-xml")
+            told += [f"in the definition, not in the running domain: {each}" for each in absent]
         else:
             persistent, told, trouble = await definition_given(
-                options.persistent_xml, options, domain, own, paths, target
+                options.persistent_xml, options, domain, own, paths, target, block
             )
             told += await _lacking(agent, target, persistent, paths)
-    # Named after a domain, perhaps another one of that name there.
-    nvram = variables_there(xml, persistent, runs=not options.offline)
-    written = paths if nvram is None else {**paths, VARIABLES: nvram}
+    written = {**paths, **_written_by_qemu(xml, persistent, runs=not options.offline)}
     problems = [
         *await hindrances(source, handle, domain.xml, runs=not options.offline),
         *await conflicts(target, domain.uuid, name),
         *await lacks(target, Domain.parse(xml), None if options.offline else domain),
         *await missing(target, xml),
         *await used_by_others(target, domain.uuid, written, partial(identified, agent), partial(backing_files, agent)),
-        *await absent_files(agent, xml, paths),
+        *await absent_files(agent, xml, paths.values()),
         *(differing(given, domain, "--xml") if given else ()),
         *(misread(given, domain, "--xml", as_they_are=options.offline) if given else ()),
         *(() if options.unsafe or options.offline else left_to_chance(domain)),
+        *(() if options.unsafe else memory_left(domain, runs=not options.offline)),
         *trouble,
     ]
     warnings = [*taken_along(domain.xml), *told]
+    if await source.call(handle.autostart):
+        warnings += _autostart(options, domain.name, target)
     # Those of a user's own (qemu:///session) have another configuration.
     if options.tls and not any(each.uri.endswith("/session") for each in (source, target)):
         lost, unsure = await certificates_tried.of_migration(agent, name_for_tls(options))
@@ -190,6 +197,24 @@ async def arrange(
         owner,
         lasting=refused is not None and is_of_xml(refused),
     )
+
+
+def _written_by_qemu(xml: str, persistent: str | None, *, runs: bool) -> dict[str, str]:
+    """What else is overwritten there, by what it is, when QEMU takes over, or we copy: perhaps another domain's."""
+    nvram = variables_there(xml, persistent, runs=runs)
+    found = {} if nvram is None else {VARIABLES: nvram}
+    lasting = [memory for memory in lasting_memory(xml) if memory.written] if runs else []
+    return found | {f"{memory.what} {number}": memory.path for number, memory in enumerate(lasting)}
+
+
+def _autostart(options: ManagedOptions, name: str, target: Connection) -> Iterator[str]:
+    """libvirt keeps that beside the definition, and takes it nowhere."""
+    if options.persistent:
+        there = shlex.join(["virsh", "-c", target.uri, "autostart", options.dname or name])
+        yield f"the domain starts with this host (autostart), and at the destination only after: {there}"
+    if not options.undefine_source:
+        here = shlex.join(["virsh", "autostart", "--disable", name])
+        yield f"it still would start with this host, from the images that it leaves here: {here}"
 
 
 def _refused(options: ManagedOptions, error: LibvirtError) -> str:
@@ -254,8 +279,40 @@ def left_to_chance(domain: Domain) -> Iterator[str]:
             )
 
 
-def _definition(options: ManagedOptions, domain: Domain, own: str, paths: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The XML that is to be defined, made of the domain's `own`, and warnings."""
+def memory_left(domain: Domain, *, runs: bool) -> Iterator[str]:
+    """Memory that outlasts the guest, in files whose content does not come to the destination along with its RAM."""
+    for memory in lasting_memory(domain.xml):
+        if not (runs and memory.written) and not shared_file_system(memory.path):
+            yield (
+                f"its {memory.what} lies in {memory.path}, which is not copied: at the destination it would start "
+                "with another one (copy it, and --unsafe permits that)"
+            )
+
+
+async def other_images(definition: Domain, running: Domain, source: Connection) -> dict[str, str]:
+    """Where the definition has other images than the running domain, by target: it is to start with those."""
+    now = {disk.target: disk for disk in running.disks if disk.left_alone is None}
+    found = {}
+    for disk in definition.disks:
+        used = now.get(disk.target)
+        if used is None or used.path is None or (disk.volume is not None and disk.volume == used.volume):
+            continue
+        volumes = {} if disk.volume is None else await (await Volumes.known_to(source)).files({disk.volume})
+        path = disk.path if disk.volume is None else volumes.get(disk.volume)
+        if path is None or os.path.realpath(path) != os.path.realpath(used.path):
+            found[disk.target] = path or "none"
+    return found
+
+
+def _definition(
+    options: ManagedOptions,
+    domain: Domain,
+    own: str,
+    paths: Mapping[str, str],
+    block: Mapping[str, bool],
+    others: Mapping[str, str],
+) -> tuple[str, list[str]]:
+    """The XML that is to be defined, made of the domain's `own`, and warnings. `others`: see `other_images`."""
     parsed = Domain.parse(own)
     running = {disk.target for disk in domain.disks}
     warnings = [
@@ -263,13 +320,24 @@ def _definition(options: ManagedOptions, domain: Domain, own: str, paths: Mappin
         for disk in parsed.disks
         if disk.target not in running and disk.left_alone is None
     ]
+    warnings += [
+        f"disk {target}: the definition has another image than the running domain, {path}, and keeps it: it is not "
+        "copied, and that with which the guest runs on is in no definition (--persistent-xml can name it)"
+        for target, path in others.items()
+    ]
     has = {disk.target for disk in parsed.disks}
-    moved = {target: path for target, path in paths.items() if target in has}
-    return rewritten(own, moved, as_they_are=options.offline), warnings
+    moved = {target: path for target, path in paths.items() if target in has and target not in others}
+    return rewritten(own, moved, block, as_they_are=options.offline), warnings
 
 
 async def definition_given(
-    xml: str, options: ManagedOptions, domain: Domain, own: str, paths: Mapping[str, str], target: Connection
+    xml: str,
+    options: ManagedOptions,
+    domain: Domain,
+    own: str,
+    paths: Mapping[str, str],
+    target: Connection,
+    block: Mapping[str, bool] | None = None,
 ) -> tuple[str, list[str], list[str]]:
     """What is to be defined of --persistent-xml, warnings, problems: libvirt does not compare it with what runs.
 
@@ -297,7 +365,7 @@ async def definition_given(
         for each in plain
     ]
     moved = {each: paths[each] for each, disk in has.items() if disk.volume is None or each in plain}
-    return rewritten(xml, moved, as_they_are=options.offline), warnings, problems
+    return rewritten(xml, moved, block, as_they_are=options.offline), warnings, problems
 
 
 async def _path_there(disk: DomainDisk, target: Connection) -> str | None:
@@ -308,21 +376,31 @@ async def _path_there(disk: DomainDisk, target: Connection) -> str | None:
 
 
 async def _lacking(agent: AgentClient, target: Connection, xml: str, paths: Mapping[str, str]) -> list[str]:
-    lost = [*await missing(target, xml), *await absent_files(agent, xml, paths)]
+    lost = [*await missing(target, xml), *await absent_files(agent, xml, paths.values())]
     return [f"--persistent-xml: {each}; the domain would not start anew there" for each in lost]
 
 
-async def absent_files(agent: AgentClient, xml: str, paths: Mapping[str, str]) -> list[str]:
-    """What it uses besides its images, and is not there: kernel, firmware, bridges, what disks left alone lie in."""
-    needed = {path: what for path, what in files_needed(xml).items() if path not in paths.values()}
+async def absent_files(agent: AgentClient, xml: str, paths: Container[str], option: str = "--xml") -> list[str]:
+    """What it uses besides `paths`, and is not there: kernel, firmware, bridges, what disks left alone lie in.
+
+    `option`: that which takes other XML.
+    """
+    needed = {path: what for path, what in files_needed(xml).items() if path not in paths}
     problems = []
     for path, what in needed.items():
         if not await _is_there(agent, path):
-            problems.append(f"{what}: {path} is not there at the destination; --xml can name another")
+            problems.append(f"{what}: {path} is not there at the destination; {option} can name another")
     template, nvram = nvram_of(xml)
     if template and nvram and not await _is_there(agent, nvram) and not await _is_there(agent, template):
         problems.append(f"the template of its UEFI variables, {template}, is not there at the destination")
     return problems
+
+
+async def block_devices(agent: AgentClient, paths: Iterable[str]) -> dict[str, bool]:
+    """Whether a block device is there, for each of these paths where anything is."""
+    asked = [*paths]
+    found = zip(asked, await identified(agent, asked), strict=True)
+    return {path: each[0] == "device" for path, each in found if each is not None}
 
 
 async def identified(agent: AgentClient, paths: list[str]) -> list[FileId | None]:

@@ -138,7 +138,8 @@ class _Run:
         record.managed = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
         self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target, agent)
         placed = self._arrangement.placed(domain)
-        planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed)
+        known = None if options.unsafe else domain.aliases
+        planner = Planner(agent, options.selection, Path("/"), self._reporter.note, record.identities, placed, known)
         self._plan: Plan = await planner.plan(monitor, None, record.prefix, with_ram=True)
         if problems := [*self._arrangement.problems, *self._plan.problems]:
             refused = Refused("; ".join(problems), state="nothing was touched", advice=self._mend(problems))

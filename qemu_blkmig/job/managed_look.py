@@ -31,7 +31,6 @@ async def look_at_domain(
     arrangement = await arrange(options, ends.domain, ends.source, ends.target, agent)
     monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
     stack.push_async_callback(monitor.close)
-    planner = Planner(
-        agent, options.selection, Path("/"), tell, placed=arrangement.placed(ends.domain), layers_first=True
-    )
+    placed, known = arrangement.placed(ends.domain), None if options.unsafe else ends.domain.aliases
+    planner = Planner(agent, options.selection, Path("/"), tell, placed=placed, known=known, layers_first=True)
     return arrangement, [await planner.plan(monitor, None, "blkmig-(none)", with_ram=True)]

@@ -106,10 +106,20 @@ async def arrange_offline(options: ManagedOptions, ends: Ends, agent: AgentClien
         for disk in ends.domain.disks
         if disk.target in found.paths and disk.encrypted and disk.format != "raw"
     ]
-    states = TPM_STATES / ends.domain.uuid
-    if ends.domain.tpm and states.is_dir() and any(states.iterdir()):
-        problems.append(f"its TPM has a state ({states}), which only the migration of a running domain carries along")
-    return replace(found, problems=(*found.problems, *problems))
+    if (state := tpm_state(ends.domain)) is not None:
+        problems.append(f"its TPM has a state ({state}), which only the migration of a running domain carries along")
+    shared = [
+        f"{directory}, which is shared with it, is not copied: without a directory there it does not start"
+        for directory in ends.domain.shared
+    ]
+    return replace(found, problems=(*found.problems, *problems), warnings=(*found.warnings, *shared))
+
+
+def tpm_state(domain: Domain, states: Path = TPM_STATES) -> Path | None:
+    """Where its emulated TPM has its state, if it has one."""
+    place = states / domain.uuid if domain.tpm_state is None else Path(domain.tpm_state)
+    kept = place.is_file() or (place.is_dir() and any(place.iterdir()))
+    return place if domain.tpm and kept else None
 
 
 @dataclass(frozen=True)

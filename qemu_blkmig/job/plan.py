@@ -24,6 +24,7 @@ from qemu_blkmig.qmp.disks import (
     SkippedKind,
     device_id,
     inventory,
+    is_firmware,
     obstacles,
     select,
 )
@@ -34,6 +35,7 @@ from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.ram import unfit_capabilities
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.units import show_bytes
+from qemu_blkmig.virt.sharedfs import shared_file_system
 
 MIGRATABLE = ("running", "paused", "io-error", "watchdog", "prelaunch", "postmigrate")
 """Run states that a guest can be migrated in, and that its destination can be left in."""
@@ -98,6 +100,7 @@ class Planner:
         tell: Callable[[str], None] = lambda _: None,
         begun: Sequence[Created] = (),
         placed: Mapping[str, Placed] | None = None,
+        known: Collection[str] | None = None,
         *,
         layers_first: bool = False,
     ) -> None:
@@ -106,7 +109,9 @@ class Planner:
         `tell`: where it is told what takes long. `begun`: the images of a job that is resumed, and no others.
         `layers_first`: the plan is only looked at, and `layers` would bring what is between a base and the top layer.
         `placed`: by the device's id, the disks that take part, and no others; without it images go to `directory`.
+        `known`: with `placed`, the ids of all that libvirt knows of; another disk is refused. None: it stays behind.
         """
+        self._known = known
         self._placed = placed
         self._begun = {created.path: created for created in begun}
         self._agent = agent
@@ -127,7 +132,9 @@ class Planner:
         """
         self._process = source.peer_pid
         await self._check_source(source, with_ram)
-        found = self._as_placed(await inventory(source))
+        all_there = await inventory(source)
+        await self._check_known(source, all_there.disks)
+        found = self._as_placed(all_there)
         try:
             disks = tuple(select(found, self._selection.disks))
         except Refused as error:
@@ -182,6 +189,19 @@ class Planner:
         missing = {placed.target for placed in self._placed.values()} - self._paths.keys()
         self._problems += [f"disk {target}: the source QEMU has no such disk that could be read" for target in missing]
         return Inventory(tuple(disks), tuple(left))
+
+    async def _check_known(self, source: Monitor, found: Sequence[Disk]) -> None:
+        """Who gives a domain's QEMU arguments of its own, gives it disks that libvirt knows nothing of."""
+        for disk in found if self._known is not None else ():
+            path = absolute(disk.filename, self._process)
+            if device_id(disk.qdev) in (self._known or ()) or not path or shared_file_system(path):
+                continue
+            if not await is_firmware(source, disk):
+                self._problems.append(
+                    f"disk {disk.name} ({path}) is none that libvirt knows of, and would be left here: the guest would "
+                    "go on with what is at the destination under that path; make it a <disk> of the domain "
+                    "(--unsafe leaves it)"
+                )
 
     def _place(self, disk: str, placed: Placed) -> None:
         self._paths[disk] = Path(placed.path)

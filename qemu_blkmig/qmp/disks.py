@@ -227,6 +227,11 @@ async def _on_iothread(monitor: Monitor, qdev: str) -> bool:
     return False
 
 
+async def is_firmware(monitor: Monitor, disk: Disk) -> bool:
+    """Whether it is flash memory, whose content QEMU migrates along with RAM, and writes at the destination."""
+    return (await _property(monitor, disk.qdev, "type")).startswith("cfi.pflash")
+
+
 async def _property(monitor: Monitor, path: str, name: str) -> str:
     try:
         return str(await monitor.execute("qom-get", {"path": path, "property": name}))
@@ -259,8 +264,12 @@ def _unique_name(drive: Mapping[str, Any], taken: set[str]) -> str:
 
 
 def device_id(qdev: str) -> str:
-    """The id of the device at a QOM path; the last part of the path where it has none."""
-    return qdev.removesuffix("/virtio-backend").rpartition("/")[2]
+    """The id of the device at a QOM path, or of that which it is part of; the path's last part where there is none.
+
+    A disk on USB is such a part: /machine/peripheral/ID/ID.0/legacy[0].
+    """
+    named = qdev.removeprefix("/machine/peripheral/")
+    return named.partition("/")[0] if named != qdev else qdev.removesuffix("/virtio-backend").rpartition("/")[2]
 
 
 def _device_name(drive: Mapping[str, Any]) -> str:

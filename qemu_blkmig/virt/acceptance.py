@@ -165,14 +165,18 @@ async def used_by_others(
 
 
 async def _images_of_others(target: Connection, uuid: str, below: Below) -> list[tuple[str, str]]:
-    """Each with the name of its domain. A call for each domain, and few besides: they may be hundreds, far away."""
+    """Each with the name of its domain. A call for each domain, two for one that runs, and few besides: they may be
+    hundreds, far away.
+    """
     others = await _other_domains(target, uuid)
     disks = [(disk, other.name) for other in others for disk in other.disks]
     volumes = await Volumes.known_to(target)
     files = await volumes.files({disk.volume for disk, _ in disks if disk.volume is not None})
     images = [(path, other.name) for other in others for path in sorted(image_files(other.xml))]
     images += [(files[disk.volume], name) for disk, name in disks if disk.volume in files]
-    overlays = sorted({disk.path for disk, _ in disks if disk.path and disk.format == "qcow2"})
+    stacked = [disk for disk, _ in disks if disk.format == "qcow2"]
+    named = {disk.path if disk.volume is None else files.get(disk.volume) for disk in stacked}
+    overlays = sorted(path for path in named if path)
     told = dict(zip(overlays, await below(overlays), strict=True))
     untold = {path for path, _ in images if path not in told or not told[path][1]}
     known = await volumes.bases(untold)
@@ -185,10 +189,13 @@ async def _images_of_others(target: Connection, uuid: str, below: Below) -> list
 
 
 async def _other_domains(target: Connection, uuid: str) -> list[Domain]:
+    """As they are, and once more as they will be the next time where they run."""
     handles = await target.call(target.handle.listAllDomains, 0)
     others = [handle for handle in handles if handle.UUIDString() != uuid]
+    asked = [partial(handle.XMLDesc, 0) for handle in others]
+    asked += [partial(handle.XMLDesc, libvirt().VIR_DOMAIN_XML_INACTIVE) for handle in others if handle.ID() != -1]
     found = []
-    for told in await target.call_all([partial(handle.XMLDesc, 0) for handle in others]):
+    for told in await target.call_all(asked):
         if isinstance(told, LibvirtError):
             if told.code != libvirt().VIR_ERR_NO_DOMAIN:
                 raise told

@@ -5,17 +5,25 @@ Read: libvirt's "Domain XML format", sections "Hard drives, floppy disks, CDROMs
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from xml.etree import ElementTree
 
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.virt.places import places
 
 _SOURCE = {"file": "file", "block": "dev"}
 """Attribute of <source> that names the image, by the disk's type."""
 _OF_THE_PLACE = ("seclabel", "reservations")
 _OF_THE_CONTENTS = ("encryption", "slices")
 """Children of <source>."""
+_DECLARATION = re.compile(r"^\s*<\?xml\s.*?\?>", re.DOTALL)
+"""It may name another encoding than that in which libvirt gets the XML."""
+_QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
+_NAMED = re.compile(r"""(?:^|[=:"])(/(?:[^,"]|,,)+)""")
+"""A file that an argument of QEMU's names, such as file=/x,format=raw or {"filename": "/x"}."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,9 @@ class DomainDisk:
 
 @dataclass(frozen=True)
 class Domain:
-    """What a domain's XML says. `nvram`: path of its UEFI variables; `tpm`: it has an emulated TPM."""
+    """What a domain's XML says. `nvram`: path of its UEFI variables; `tpm`: it has an emulated TPM, `tpm_state`: whose
+    state it wants there; `shared`: directories of the host that are shared with it.
+    """
 
     name: str
     uuid: str
@@ -45,11 +55,15 @@ class Domain:
     nvram: str | None
     tpm: bool
     xml: str
+    tpm_state: str | None = None
+    shared: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, xml: str) -> Domain:
         """Raises `Refused` when it is not a domain's XML."""
         root = rooted(xml)
+        tpm_source = root.find("./devices/tpm/backend[@type='emulator']/source")
+        shared = [source.get("dir") for source in root.findall("./devices/filesystem/source")]
         return cls(
             name=root.findtext("name", ""),
             uuid=root.findtext("uuid", ""),
@@ -57,44 +71,83 @@ class Domain:
             nvram=_nvram(root),
             tpm=root.find("./devices/tpm/backend[@type='emulator']") is not None,
             xml=xml,
+            tpm_state=tpm_source.get("path") if tpm_source is not None else None,
+            shared=tuple(each for each in shared if each),
         )
 
-    def for_destination(self, paths: Mapping[str, str], name: str | None = None) -> str:
-        """The XML with the images of these disks (path by target) in other places, and perhaps another name.
-
-        Raises `Refused` when it has no such disk.
-        """
-        return rewritten(self.xml, paths, name)
+    @property
+    def aliases(self) -> set[str]:
+        """The ids of its disks' devices, where it runs."""
+        return {disk.alias for disk in self.disks if disk.alias is not None}
 
 
-def rewritten(xml: str, paths: Mapping[str, str], name: str | None = None, *, as_they_are: bool = False) -> str:
-    """A domain's XML with the images of these disks (path by target) in other places, and perhaps another name.
+def rewritten(
+    xml: str, paths: Mapping[str, str], block: Mapping[str, bool] | None = None, *, as_they_are: bool = False
+) -> str:
+    """A domain's XML with the images of these disks (path by target) in other places, all else byte for byte.
 
-    What libvirt adds for a running domain's chain of backing files goes: the destination finds its own. So does what
-    tells how its image is read (encryption, slices), for what arrives is what the guest sees of it, unless images are
-    copied `as_they_are`. Raises `Refused` when there is no such disk.
+    `block`: of paths, whether a block device is there; of others their names tell. What libvirt adds for a running
+    domain's chain of backing files goes: the destination finds its own. So does what tells how its image is read
+    (encryption, slices), for what arrives is what the guest sees of it, unless images are copied `as_they_are`. Raises
+    `Refused` when there is no such disk.
     """
-    root = rooted(xml)
-    disks = {_target(disk): disk for disk in root.findall("./devices/disk")}
+    elements = rooted(xml).findall("./devices/disk")
+    disks = {_target(disk): number for number, disk in enumerate(elements)}
+    text = _DECLARATION.sub("", xml).encode()
+    spans = places(text, "domain/devices/disk")
+    kept = _OF_THE_PLACE + (_OF_THE_CONTENTS if as_they_are else ())
+    edits = []
     for target, path in paths.items():
         if target not in disks:
             raise Refused(f"the domain's XML has no disk {target} (it has: {', '.join(disks) or 'none'})", disk=target)
-        _move(disks[target], path, _OF_THE_PLACE + (_OF_THE_CONTENTS if as_they_are else ()))
-    if name is not None:
-        element = root.find("name")
-        if element is not None:
-            element.text = name
-    return ElementTree.tostring(root, encoding="unicode")
+        disk = elements[disks[target]]
+        _move(disk, path, kept, block=(block or {}).get(path, _is_device(path)))
+        disk.tail = None
+        edits.append((*spans[disks[target]], ElementTree.tostring(disk, encoding="unicode").encode()))
+    for begin, end, moved in sorted(edits, reverse=True):
+        text = text[:begin] + moved + text[end:]
+    return text.decode()
 
 
 def image_files(xml: str) -> set[str]:
-    """All files and devices that its disks and their backing chains, as far as libvirt tells them, and its UEFI
-    variables lie in.
+    """All files and devices that its disks and their backing chains, as far as libvirt tells them, its UEFI variables
+    and its memory that lasts lie in, and those that its own arguments for QEMU name.
     """
     root = rooted(xml)
     sources = [source for disk in root.findall("./devices/disk") for source in disk.iter("source")]
     found = {source.get("file") or source.get("dev") or "" for source in sources}
+    found |= {memory.path for memory in lasting_memory(xml)}
+    for argument in root.iter(f"{_QEMU}arg"):
+        found |= {name.replace(",,", ",") for name in _NAMED.findall(argument.get("value", ""))}
     return (found | {_nvram(root) or ""}) - {""}
+
+
+@dataclass(frozen=True)
+class LastingMemory:
+    """What of a domain's memory outlasts it, in the file or device `path`. `what`: in words. `written`: whatever the
+    guest writes to it comes to that file, as its RAM does at the destination of a migration.
+    """
+
+    what: str
+    path: str
+    written: bool
+
+
+def lasting_memory(xml: str) -> list[LastingMemory]:
+    """NVDIMMs, other persistent memory, and where the guest's system keeps its last words (pstore)."""
+    root = rooted(xml)
+    cells = {cell.get("id"): cell.get("memAccess") for cell in root.findall("./cpu/numa/cell")}
+    common = root.find("./memoryBacking/access")
+    found = []
+    for memory in root.findall("./devices/memory"):
+        path = memory.findtext("./source/path")
+        if path:
+            access = memory.get("access") or cells.get(memory.findtext("./target/node"))
+            access = access or (common.get("mode") if common is not None else None)
+            found.append(LastingMemory(memory.get("model", "memory"), path.strip(), access == "shared"))
+    if path := root.findtext("./devices/pstore/path"):
+        found.append(LastingMemory("pstore", path.strip(), written=True))
+    return found
 
 
 _FILES = {
@@ -188,8 +241,11 @@ def _why_left_alone(disk: ElementTree.Element, source: ElementTree.Element | Non
     return None
 
 
-def _move(disk: ElementTree.Element, path: str, kept: Container[str]) -> None:
-    block = path.startswith("/dev/") and not path.startswith("/dev/shm/")
+def _is_device(path: str) -> bool:
+    return PurePosixPath(path).is_relative_to("/dev") and not PurePosixPath(path).is_relative_to("/dev/shm")
+
+
+def _move(disk: ElementTree.Element, path: str, kept: Container[str], *, block: bool) -> None:
     disk.set("type", "block" if block else "file")
     old = disk.find("source")
     place = list(disk).index(old) if old is not None else len(disk)

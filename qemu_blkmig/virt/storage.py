@@ -162,7 +162,7 @@ async def volume_path(connection: Connection, pool: str, volume: str) -> str:
 
 
 class Volumes:
-    """What active pools know of their volumes: each pool is asked once. Make it by `known_to`."""
+    """What pools know of their volumes: each is asked once. Make it by `known_to`."""
 
     def __init__(self, connection: Connection, pools: Mapping[str, _Pool], unknown: NoStorage | None = None) -> None:
         """`unknown`: why nothing is known of any."""
@@ -181,7 +181,9 @@ class Volumes:
             return cls(connection, {}, error)
 
     async def files(self, named: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
-        """Where these lie, each named by pool and volume, as far as they are known. Raises `NoStorage`."""
+        """Where these lie, each named by pool and volume, as far as they are known; or would, as far as their pool
+        tells, if that is not active, or does not know them (yet). Raises `NoStorage`.
+        """
         if named and self._unknown is not None:
             raise self._unknown
         known = [
@@ -190,7 +192,23 @@ class Volumes:
             if each[0] in self._pools and (handle := (await self._of(self._pools[each[0]])).get(each[1]))
         ]
         paths = await self._connection.call_all([handle.path for _, handle in known])
-        return {each: path for (each, _), path in zip(known, paths, strict=True) if isinstance(path, str)}
+        found = {each: path for (each, _), path in zip(known, paths, strict=True) if isinstance(path, str)}
+        unknown = [each for each in named if each not in found]
+        directories = {pool: await self._directory(pool) for pool in {pool for pool, _ in unknown}}
+        return found | {
+            (pool, volume): posixpath.join(directory, volume)
+            for pool, volume in unknown
+            if (directory := directories[pool]) is not None
+        }
+
+    async def _directory(self, pool: str) -> str | None:
+        if pool in self._pools:
+            return self._pools[pool].directory
+        try:
+            handle = await self._connection.call(self._connection.handle.storagePoolLookupByName, pool)
+            return _pool_of(handle, await self._connection.call(handle.XMLDesc)).directory
+        except LibvirtError:
+            return None
 
     async def bases(self, images: Iterable[str]) -> dict[str, list[str]]:
         """The backing files, from the top, that pools know of those of these images that are their volumes."""

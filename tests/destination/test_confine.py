@@ -355,6 +355,22 @@ async def test_of_certificates_it_uses_those_within_only(root: Path) -> None:
     assert isinstance(await confined.perform(protocol.Certificates(str(root), True)), protocol.CertificatesReply)
 
 
+@pytest.fixture
+def with_data(root: Path) -> list[Path]:
+    """An image, its base, and the file with the base's data."""
+    top, base, data = found = [root / "top", root / "base", root / "base.data"]
+    made = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    subprocess.run([*made, "-o", f"data_file={data},data_file_raw=on", base, "1M"], check=True)
+    subprocess.run([*made, "-b", f"file:{base}", "-F", "qcow2", top], check=True)
+    return found
+
+
+async def test_of_an_image_the_file_with_its_data_is_told_as_well(with_data: list[Path]) -> None:
+    top, base, data = map(str, with_data)
+    told = await Service(tell, NO_BOUNDS).perform(protocol.Below([top, base]))
+    assert told == protocol.BelowReply([[base, data], [data]], [True, True])
+
+
 async def test_the_name_of_a_job_is_no_path(root: Path) -> None:
     service = Service(tell, Bounds([str(root)]))
     for name in ("../x", "*", "", "a/b", "x" * 100):

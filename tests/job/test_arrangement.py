@@ -10,7 +10,15 @@ import pytest
 
 from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job.arrangement import definition_given, identified, image_paths, left_to_chance
+from qemu_blkmig.job.arrangement import (
+    block_devices,
+    definition_given,
+    identified,
+    image_paths,
+    left_to_chance,
+    memory_left,
+    other_images,
+)
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.transport.client import AgentClient
@@ -127,3 +135,37 @@ def test_a_disk_that_is_left_out_and_not_shared_is_told_and_one_left_alone_for_a
     left_out = tuple(replace(disk, left_alone="it is not chosen by --migrate-disks") for disk in domain.disks)
     (told,) = left_to_chance(replace(domain, disks=left_out))
     assert told.startswith("disk vda is left out of --migrate-disks") and "--unsafe" in told
+
+
+class Named:
+    """An agent with a file, a device, and nothing else."""
+
+    async def expect(self, op: Files, _: type[FilesReply]) -> FilesReply:
+        """See `AgentClient`."""
+        known = {"/file": ("file", 1, 1), "/device": ("device", 2, 0)}
+        return FilesReply([known.get(name) for name in op.names], op.names)
+
+
+async def test_of_what_is_there_it_is_known_whether_it_is_a_block_device() -> None:
+    found = await block_devices(cast("AgentClient", Named()), ["/device", "/none", "/file"])
+    assert found == {"/device": True, "/file": False}
+
+
+async def test_where_the_definition_has_another_image_than_the_running_domain_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a.raw")
+    running = _domain(vda=str(tmp_path / "a.raw"))
+    for named, told in (("a.raw", {}), ("link", {}), ("b.raw", {"vda": str(tmp_path / "b.raw")})):
+        definition = _domain(vda=str(tmp_path / named))
+        assert await other_images(definition, running, cast("Connection", None)) == told
+
+
+@pytest.mark.parametrize(("access", "runs", "told"), [("shared", True, 0), ("shared", False, 1), ("private", True, 1)])
+def test_memory_that_outlasts_the_guest_is_not_left_behind_unless_it_comes_along_with_its_ram(
+    access: str, runs: bool, told: int
+) -> None:
+    memory = f"<memory model='nvdimm' access='{access}'><source><path>/pm/a</path></source></memory>"
+    domain = Domain.parse(f"<domain><devices>{memory}</devices></domain>")
+    found = [*memory_left(domain, runs=runs)]
+    assert len(found) == told
+    assert all(each.startswith("its nvdimm lies in /pm/a, which is not copied") for each in found)

@@ -11,7 +11,7 @@ import pytest
 
 from qemu_blkmig.destination import ownership
 from qemu_blkmig.job.options import Selection
-from qemu_blkmig.job.plan import Plan, Planner
+from qemu_blkmig.job.plan import Placed, Plan, Planner
 from qemu_blkmig.transport.local import LocalHost
 from tests.qmp.conftest import MakeImage, Qemu, StartQemu
 
@@ -83,6 +83,27 @@ async def test_the_format_of_a_base_is_known_where_the_overlay_does_not_tell_it(
     assert planned.problems == ()
     backing = planned.images["d"].backing
     assert backing is not None and backing.format == "qcow2"
+
+
+async def test_a_disk_that_libvirt_knows_nothing_of_is_not_left_behind_unless_it_is_firmware_or_that_is_wanted(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    arguments = ["-drive", f"if=pflash,format=raw,file={make_image('f.img', '4M', 'raw')}"]
+    for name in "xyz":
+        arguments += ["-drive", f"if=none,id={name},format=raw,file={make_image(name, format='raw')}"]
+        arguments += ["-device", f"virtio-blk,drive={name},id=dev{name}"]
+    qemu = await start_qemu(*arguments)
+    agent = await LocalHost().start_agent()
+    try:
+        for known in ({"devx", "devy"}, None):
+            placed = {"devx": Placed("vda", str(tmp_path / "there" / "x"))}
+            planner = Planner(agent, Selection(), tmp_path, placed=placed, known=known)
+            problems = (await planner.plan(qemu.monitor, None, "blkmig-test", with_ram=False)).problems
+            told = [problem for problem in problems if "none that libvirt knows of" in problem]
+            assert len(told) == (known is not None)
+            assert all(each.startswith(f"disk z ({tmp_path}/z)") and "--unsafe" in each for each in told)
+    finally:
+        await agent.close()
 
 
 @pytest.mark.parametrize("instead", ["other", "null"])

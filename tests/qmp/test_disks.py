@@ -10,7 +10,7 @@ import pytest
 
 from qemu_blkmig.errors import Refused, TopologyChanged
 from qemu_blkmig.job.imagefile import describe
-from qemu_blkmig.qmp.disks import Backing, Disk, Inventory, inventory, obstacles, select
+from qemu_blkmig.qmp.disks import Backing, Disk, Inventory, device_id, inventory, obstacles, select
 from qemu_blkmig.qmp.features import Schema, probe
 from qemu_blkmig.qmp.topology import Topology
 from tests.qmp.conftest import MakeImage, Qemu, StartQemu
@@ -84,6 +84,14 @@ async def test_drive_and_blockdev_guests_show_names_nodes_and_chains(
     assert [disk.name for disk in select(await inventory(qemu.monitor), ["top", "d0"])] == ["d0", "top"]
     with pytest.raises(Refused, match="no disk 'x'; its disks are: d0, pflash0"):
         select(await inventory(qemu.monitor), ["x"])
+
+
+async def test_a_disk_on_usb_is_known_by_the_id_of_its_device(start_qemu: StartQemu, make_image: MakeImage) -> None:
+    """Its disk is a device of its own within the one that bears the id."""
+    drive = f"if=none,id=d0,format=raw,file={make_image('usb.img', format='raw')}"
+    qemu = await start_qemu("-drive", drive, "-device", "qemu-xhci", "-device", "usb-storage,drive=d0,id=stick")
+    (disk,) = (await disks_of(qemu)).values()
+    assert disk.qdev != "stick" and device_id(disk.qdev) == "stick"
 
 
 async def test_encryption_within_qcow2_is_seen_and_in_which_layer(start_qemu: StartQemu, tmp_path: Path) -> None:

@@ -112,6 +112,45 @@ async def test_a_volume_of_another_domain_is_in_use_and_so_is_its_backing_file(d
     ]
 
 
+async def test_what_another_domain_that_runs_is_to_have_next_time_is_in_use(daemonless: Connection) -> None:
+    await _define(daemonless, "other", OTHER)
+    other = await daemonless.domain("other")
+    other.create()
+    await daemonless.call(
+        daemonless.handle.defineXML, DEFINED.format(name="other", uuid=OTHER).replace("/vm/a.", "/vm/next.")
+    )
+    for path in ("/vm/a.qcow2", "/vm/next.qcow2"):
+        (found,) = await used_by_others(daemonless, "another", {"vda": path}, _unknown, _alone)
+        assert found == f"disk vda: {path} is used by domain other at the destination"
+
+
+@pytest.mark.parametrize("active", [True, False])
+async def test_a_volume_of_another_domain_is_in_use_though_its_pool_is_not_active_or_does_not_know_it(
+    daemonless: Connection, active: bool
+) -> None:
+    async def below(images: list[str]) -> list[tuple[list[str], bool]]:
+        return [(["/bases/debian.qcow2"] if image.endswith("/x.qcow2") else [], True) for image in images]
+
+    disk = (
+        f"<disk type='volume'><driver type='qcow2'/><source pool='{POOL}' volume='x.qcow2'/><target dev='vdb'/></disk>"
+        "<disk type='volume'><source pool='none' volume='x'/><target dev='vdc'/></disk>"
+    )
+    xml = DEFINED.format(name="other", uuid=OTHER).replace("</devices>", f"{disk}</devices>")
+    await daemonless.call(daemonless.handle.defineXML, xml)
+    pool = daemonless.handle.storagePoolLookupByName(POOL)
+    directory = ElementTree.fromstring(pool.XMLDesc()).findtext("./target/path")
+    if not active:
+        pool.destroy()
+    found = [
+        await used_by_others(daemonless, "another", {"vda": path}, _unknown, below)
+        for path in (f"{directory}/x.qcow2", "/bases/debian.qcow2")
+    ]
+    if not active:
+        pool.create()
+    assert [len(each) for each in found] == [1, 1]
+    assert all("is used by domain other" in told for (told,) in found)
+
+
 async def test_a_volume_of_another_domain_that_libvirt_cannot_read_hinders_nobody(
     daemonless: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +191,8 @@ async def test_libvirt_is_asked_for_each_domain_once_and_for_what_the_agent_cann
     found = await used_by_others(daemonless, "another", {"vda": "/vm/base", "vdb": "/vm/other"}, _unknown, below)
     assert len(found) == 41
     assert calls == {
-        "listAllDomains": 1, "virDomain.XMLDesc": 41, "listAllStoragePools": 1, "virStoragePool.XMLDesc": 1,
+        # Libvirt's own test domain runs, and is asked for its definition, too.
+        "listAllDomains": 1, "virDomain.XMLDesc": 42, "listAllStoragePools": 1, "virStoragePool.XMLDesc": 1,
         "listAllVolumes": 1, "path": 1, "virStorageVol.XMLDesc": 2,
     }  # fmt: skip
 

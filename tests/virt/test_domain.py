@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.virt.domain import Domain, image_files, nvram_of, rewritten
+from qemu_blkmig.virt.domain import Domain, image_files, lasting_memory, nvram_of, rewritten
 
 XML = """
 <domain type='kvm' id='3'>
@@ -72,8 +72,7 @@ def test_what_is_left_alone_and_why(disk: str, why: str) -> None:
 
 def test_only_the_named_disks_move_and_the_rest_stays_as_it_was() -> None:
     domain = Domain.parse(XML.format(more=""))
-    moved = Domain.parse(domain.for_destination({"vda": "/new/web1.qcow2"}, name="web2"))
-    assert moved.name == "web2"
+    moved = Domain.parse(rewritten(domain.xml, {"vda": "/new/web1.qcow2"}))
     assert [disk.path for disk in moved.disks] == ["/new/web1.qcow2", "/dev/vg/web1"]
     first = ElementTree.fromstring(moved.xml).find("./devices/disk")
     assert first is not None
@@ -89,6 +88,55 @@ def test_a_file_may_become_a_block_device_and_the_other_way_round() -> None:
     kinds = [(disk.get("type"), dict(source.attrib)) for disk in ElementTree.fromstring(text).findall("./devices/disk")
              if (source := disk.find("source")) is not None]  # fmt: skip
     assert kinds == [("block", {"dev": "/dev/vg/new"}), ("file", {"file": "/new/b.raw"})]
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_what_is_known_of_a_path_counts_not_its_name(block: bool) -> None:
+    """Block devices have links in other directories, and what lies in /dev may be a file."""
+    paths = {"vda": "/srv/lun1", "vdb": "/dev/image"}
+    text = rewritten(XML.format(more=""), paths, dict.fromkeys(paths.values(), block))
+    kinds = {disk.get("type") for disk in ElementTree.fromstring(text).findall("./devices/disk")}
+    assert kinds == {"block" if block else "file"}
+    assert [disk.path for disk in Domain.parse(text).disks] == [*paths.values()]
+
+
+def test_all_but_the_disks_that_move_stays_byte_for_byte() -> None:
+    told = "<metadata><!-- ours --><a:x xmlns:a='urn:a' xmlns:b='urn:b' of='b:y'><![CDATA[<é>]]></a:x></metadata>"
+    xml = "<?xml version='1.0' encoding='ISO-8859-1'?>\n" + XML.format(more="<disk/>").strip().replace(
+        "<os>", f"{told}<os>"
+    )
+    text = rewritten(xml, {"vdb": "/new/é"})
+    begin, end = xml.index("<disk type='block'"), xml.index("<disk/>")
+    assert text.startswith(xml[xml.index("\n<domain") : begin]) and text.endswith(xml[end:])
+    assert [disk.path for disk in Domain.parse(text).disks] == ["/vm/web1.qcow2", "/new/é", None]
+
+
+PERSISTENT = """<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <cpu><numa><cell id='0' memAccess='shared'/><cell id='1'/></numa></cpu>
+  <devices>
+    <memory model='nvdimm'><source><path>/pm/a</path></source><target><node>0</node></target></memory>
+    <memory model='nvdimm' access='private'><source><path>/pm/b</path></source><target><node>0</node></target></memory>
+    <memory model='virtio-pmem'><source><path>/pm/c</path></source><target/></memory>
+    <memory model='dimm'><target><node>0</node></target></memory>
+    <pstore backend='acpi-erst'><path>/pm/d</path></pstore>
+  </devices>
+  <qemu:commandline>
+    <qemu:arg value='-drive'/><qemu:arg value='if=none,format=raw,file=/q/a,,b'/>
+    <qemu:arg value='-blockdev'/><qemu:arg value='{"driver": "file", "filename":"/q/c"}'/>
+    <qemu:arg value='-hda'/><qemu:arg value='/q/d'/><qemu:arg value='virtio-blk-pci,drive=x/y'/>
+  </qemu:commandline>
+</domain>"""
+
+
+def test_memory_that_outlasts_the_guest_is_found_and_whether_its_file_gets_what_is_written() -> None:
+    found = [(each.path, each.written) for each in lasting_memory(PERSISTENT)]
+    assert found == [("/pm/a", True), ("/pm/b", False), ("/pm/c", False), ("/pm/d", True)]
+    common = PERSISTENT.replace("<cpu>", "<memoryBacking><access mode='shared'/></memoryBacking><cpu>")
+    assert [each.written for each in lasting_memory(common)] == [True, False, True, True]
+
+
+def test_files_of_lasting_memory_and_of_arguments_for_qemu_are_in_use() -> None:
+    assert image_files(PERSISTENT) == {"/pm/a", "/pm/b", "/pm/c", "/pm/d", "/q/a,b", "/q/c", "/q/d"}
 
 
 def test_what_a_source_says_of_the_place_stays_and_of_the_contents_where_they_are_copied_as_they_are() -> None:
