@@ -224,6 +224,8 @@ def _volume(disk: ElementTree.Element, source: ElementTree.Element | None) -> tu
 
 def _why_left_alone(disk: ElementTree.Element, source: ElementTree.Element | None) -> str | None:
     device, kind = disk.get("device", "disk"), disk.get("type", "file")
+    if device == "floppy" and source is not None and disk.find("readonly") is None:
+        return "it is a floppy; what the guest has written to it stays here"
     if device in ("cdrom", "floppy"):
         return f"it is a {device}"
     if source is None:

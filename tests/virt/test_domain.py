@@ -56,6 +56,8 @@ def test_uefi_variables_are_named_as_text_or_as_a_disk_s_image_is() -> None:
     ("disk", "why"),
     [
         ("<disk type='file' device='cdrom'><source file='/iso'/><target dev='sda'/></disk>", "cdrom"),
+        ("<disk device='floppy'><source file='/f'/><target dev='fda'/></disk>", "it is a floppy; what the guest has"),
+        ("<disk device='floppy'><target dev='fda'/></disk>", "it is a floppy"),
         ("<disk type='file' device='disk'><target dev='vdc'/></disk>", "empty"),
         ("<disk type='file'><source file='/x'/><target dev='vdc'/><readonly/></disk>", "read-only"),
         ("<disk type='file'><source file='/x'/><target dev='vdc'/><shareable/></disk>", "shared"),
