@@ -34,7 +34,7 @@ from qemu_blkmig.virt.acceptance import (
 )
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
-from qemu_blkmig.virt.domain import Domain, DomainDisk, files_needed, lasting_memory, nvram_of, rewritten
+from qemu_blkmig.virt.domain import NVME, Domain, DomainDisk, files_needed, lasting_memory, nvram_of, rewritten
 from qemu_blkmig.virt.rehearsal import is_of_xml, would_refuse
 from qemu_blkmig.virt.sharedfs import shared_file_system
 from qemu_blkmig.virt.storage import Volumes, pool_directory, qemu_owner, volume_path
@@ -264,10 +264,15 @@ async def _as_chosen(
 
 
 def left_to_chance(domain: Domain) -> Iterator[str]:
-    """Disks of a running domain that are not chosen, and lie on no shared storage: of what the guest writes to them the
-    destination can know nothing.
+    """Disks of a running domain that are not chosen, or cannot be copied, and lie on no shared storage: of what the guest
+    writes to them the destination can know nothing.
     """
     for disk in domain.disks:
+        if disk.left_alone == NVME:
+            yield (
+                f"disk {disk.target} cannot be copied: {NVME}; at the destination the guest would go on with another one "
+                "(--unsafe permits it)"
+            )
         if (
             disk.left_alone == _NOT_CHOSEN
             and Path(disk.path or "").is_file()

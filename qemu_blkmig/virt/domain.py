@@ -16,6 +16,8 @@ from qemu_blkmig.virt.places import places
 
 _SOURCE = {"file": "file", "block": "dev"}
 """Attribute of <source> that names the image, by the disk's type."""
+NVME = "it is an NVMe device of this host, driven by QEMU itself"
+"""Why such a disk is left alone, in words."""
 _OF_THE_PLACE = ("seclabel", "reservations")
 _OF_THE_CONTENTS = ("encryption", "slices")
 """Children of <source>."""
@@ -232,6 +234,8 @@ def _why_left_alone(disk: ElementTree.Element, source: ElementTree.Element | Non
         return "it is empty"
     if device == "lun":
         return "it is a SCSI device passed through"
+    if kind == "nvme":
+        return NVME
     if kind not in ("file", "block", "volume"):
         return f"its storage is not on this host (type {kind})"
     if disk.find("readonly") is not None:

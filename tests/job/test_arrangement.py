@@ -137,6 +137,13 @@ def test_a_disk_that_is_left_out_and_not_shared_is_told_and_one_left_alone_for_a
     assert told.startswith("disk vda is left out of --migrate-disks") and "--unsafe" in told
 
 
+def test_an_nvme_device_of_the_host_which_libvirt_would_take_for_the_destination_s_is_told() -> None:
+    source = "<source type='pci' namespace='1'><address domain='0' bus='1' slot='0' function='0'/></source>"
+    disk = f"<disk type='nvme' device='disk'>{source}<target dev='vdc'/></disk>"
+    (told,) = left_to_chance(Domain.parse(f"<domain><devices>{disk}</devices></domain>"))
+    assert told.startswith("disk vdc cannot be copied") and "--unsafe" in told
+
+
 class Named:
     """An agent with a file, a device, and nothing else."""
 
