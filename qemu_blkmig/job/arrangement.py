@@ -264,13 +264,13 @@ async def _as_chosen(
 
 
 def left_to_chance(domain: Domain) -> Iterator[str]:
-    """Disks of a running domain that are not chosen, or cannot be copied, and lie on no shared storage: of what the guest
+    """Disks of a running domain that are not chosen, or cannot be copied, and lie on no shared storage: of what it
     writes to them the destination can know nothing.
     """
     for disk in domain.disks:
         if disk.left_alone == NVME:
             yield (
-                f"disk {disk.target} cannot be copied: {NVME}; at the destination the guest would go on with another one "
+                f"disk {disk.target} cannot be copied: {NVME}; at the destination it would go on with another one "
                 "(--unsafe permits it)"
             )
         if (
