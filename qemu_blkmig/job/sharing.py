@@ -102,10 +102,17 @@ class Circle:
         with self._turn():
             return self._living()
 
-    def tell(self, descriptor: int, member: Member) -> dict[str, Member]:
-        """What the member that `join` gave `descriptor` to has to say; those that live."""
+    def tell(self, name: str, member: Member) -> dict[str, Member]:
+        """What the member of this name has to say; those that live.
+
+        By its name: the descriptor that makes it one may be closed, and be another file's, before it is its turn.
+        """
         with self._turn():
-            _write(descriptor, member)
+            descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                _write(descriptor, member)
+            finally:
+                os.close(descriptor)
             return self._living()
 
     @contextlib.contextmanager
@@ -260,23 +267,23 @@ class Sharing:
         if member is None:
             raise RuntimeError("a group admits everybody")
         self._held.append(member)
-        least = await self._divide(group, member, rate)
+        least = await self._divide(group, rate)
         if least < rate:
             self._reporter.note(f"group {name} has {show_rate(least)} in all, as another of its jobs asked for")
-        self._watching = asyncio.create_task(self._watch(group, member, rate))
+        self._watching = asyncio.create_task(self._watch(group, rate))
 
-    async def _watch(self, group: Circle, member: int, rate: int) -> None:
+    async def _watch(self, group: Circle, rate: int) -> None:
         while True:
             await asyncio.sleep(POLL)
             try:
-                await self._divide(group, member, rate)
+                await self._divide(group, rate)
             except (OSError, BlkmigError) as error:
                 log.warning("the share of bandwidth could not be found out or set: %s", error)
 
-    async def _divide(self, group: Circle, descriptor: int, rate: int) -> int:
+    async def _divide(self, group: Circle, rate: int) -> int:
         """Tell what this job makes use of, and take its share; the budget, which is the smallest of all."""
         wants = await self._appetite.wants()
-        members = await asyncio.to_thread(group.tell, descriptor, Member(rate, wants))
+        members = await asyncio.to_thread(group.tell, self._job, Member(rate, wants))
         members[self._job] = Member(rate, wants)
         share, least = divide(members)[self._job], min(member.worth for member in members.values())
         before = self._steering.share

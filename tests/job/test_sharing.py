@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.options import Transfer
-from qemu_blkmig.job.sharing import Circle, Member, Sharing, divide
+from qemu_blkmig.job.sharing import TURN, Circle, Member, Sharing, divide
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.places import STATE_VARIABLE
 
@@ -181,3 +182,23 @@ async def test_slots_are_bounded_taken_in_turn_and_waiting_is_told() -> None:
 def test_a_group_that_makes_no_sense_is_refused(group: tuple[str, int]) -> None:
     with pytest.raises(UsageError):
         Transfer(group=group)
+
+
+async def test_what_is_told_as_a_job_ends_goes_into_no_file_that_has_its_descriptor_since(state: Path) -> None:
+    group = state / "sharing" / "group-wan"
+    sharing, _ = job("a", Transfer(group=("wan", 100 * MIB)))
+    turns = []
+    async with sharing:
+        turns.append(os.open(group / TURN, os.O_RDWR))
+        fcntl.flock(turns[0], fcntl.LOCK_EX)
+        # The next look is on its way, and waits for its turn.
+        await asyncio.sleep(0.1)
+    others = [os.open(state / f"record{number}", os.O_RDWR | os.O_CREAT, 0o600) for number in range(8)]
+    for other in others:
+        os.write(other, b"undecided")
+    os.close(turns.pop())
+    await asyncio.get_running_loop().shutdown_default_executor()
+    found = {(state / f"record{number}").read_bytes() for number in range(8)}
+    for other in others:
+        os.close(other)
+    assert found == {b"undecided"}
