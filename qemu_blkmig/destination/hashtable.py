@@ -170,7 +170,7 @@ class HashTable:
         if self._is_kept:
             return
         self._path.unlink(missing_ok=True)
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = _open_directory(self._path.parent)
         try:
             # Only with a directory does Python call linkat, which alone follows the link in /proc (proc(5)).
             os.link(f"/proc/self/fd/{self._descriptor}", self._path, src_dir_fd=directory)
@@ -260,8 +260,24 @@ def table_path(image: str) -> Path:
 
 
 def forget(image: str) -> None:
-    """Remove the table that was kept of an image, if any: the work on it has come to its end. Raises `OSError`."""
-    table_path(image).unlink(missing_ok=True)
+    """Remove the table that was kept of an image, if any: the work on it has come to its end. Raises `OSError`.
+
+    No crash of the host brings it back: it would vouch for what was read before a newer recording began.
+    """
+    path = table_path(image)
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    directory = _open_directory(path.parent)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _open_directory(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _nameless(path: Path) -> tuple[int, bool]:

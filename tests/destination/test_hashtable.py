@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from qemu_blkmig.destination.hashtable import HashTable, table_path
+from qemu_blkmig.destination.hashtable import HashTable, forget, table_path
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.hashing import Algorithm
@@ -110,6 +110,25 @@ def test_a_kept_table_is_taken_up_again_and_trusts_nothing_that_was_read_back(tm
     path.unlink()
     with pytest.raises(Refused, match="cannot be read"):
         HashTable.reopen(path, size, UNIT, "xxh3-128")
+
+
+def test_a_table_that_is_forgotten_does_not_come_back_when_the_host_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would prove that what an earlier recording has brought over lies there, and nobody copied it anew."""
+    table = made(tmp_path)
+    table.keep()
+    table.close()
+    stable: list[tuple[str, list[str]]] = []
+
+    def fsync(descriptor: int) -> None:
+        place = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        stable.append((place, os.listdir(descriptor)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    forget(str(tmp_path / "image"))
+    assert stable == [(str(tmp_path), [])]
+    forget(str(tmp_path / "image"))
 
 
 @pytest.mark.parametrize("damage", ["cut off", "states"])
