@@ -26,7 +26,10 @@ CLIENT = ("client-cert.pem", "client-key.pem")
 _CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", re.DOTALL)
 _VERSION = 0xA0
 _UTC_TIME = 0x17
+_EXTENSIONS, _NUMBER = 0xA3, 0x82
 """Tags of ASN.1."""
+_AUTHORITY_KEY = bytes((0x55, 0x1D, 0x23))
+"""The identifier of the extension that tells whose key has signed (RFC 5280, 4.2.1.1)."""
 
 
 def look(directory: str | None, *, server: bool) -> CertificatesReply:
@@ -38,7 +41,7 @@ def look(directory: str | None, *, server: bool) -> CertificatesReply:
     files = [place / name for name in (AUTHORITY, *(SERVER if server else CLIENT))]
     missing = [str(path) for path in files if not path.exists()]
     dated = [told for path in files[:2] if path.exists() and (told := out_of_date(path, datetime.now(UTC)))]
-    return CertificatesReply(str(place), missing, dated)
+    return CertificatesReply(str(place), missing, dated, files[1].exists() and _names_authority_by_number(files[1]))
 
 
 def configuration() -> str:
@@ -87,6 +90,26 @@ def out_of_date(path: Path, now: datetime) -> str | None:
     if now > end:
         return f"{path} expired on {_shown(end)}"
     return f"{path} is valid from {_shown(begin)} on, and the host's clock says {_shown(now)}"
+
+
+def _names_authority_by_number(path: Path) -> bool:
+    """Whether it, or one that it comes with, does; False, too, where that cannot be told."""
+    try:
+        found = [base64.b64decode(encoded) for encoded in _CERTIFICATE.findall(path.read_text(errors="replace"))]
+        return any(names_authority_by_number(each) for each in found)
+    except (ValueError, IndexError, StopIteration):
+        return False
+
+
+def names_authority_by_number(certificate: bytes) -> bool:
+    """Whether a certificate (in DER) names the serial number of the one that has signed it. Raises as `validity`."""
+    signed = next(_elements(next(_elements(certificate))[1]))[1]
+    for listed in (content for tag, content in _elements(signed) if tag == _EXTENSIONS):
+        for _, extension in _elements(next(_elements(listed))[1]):
+            (_, identifier), *_, (_, value) = _elements(extension)
+            if identifier == _AUTHORITY_KEY:
+                return any(tag == _NUMBER for tag, _ in _elements(next(_elements(value))[1]))
+    return False
 
 
 def _shown(moment: datetime) -> str:

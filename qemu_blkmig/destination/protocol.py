@@ -566,12 +566,14 @@ class FilesReply(Message, frozen=True, tag="files"):
 
 class CertificatesReply(Message, frozen=True, tag="certificates"):
     """`directory`: where they are looked for. `missing`: paths of files that are not there. `dated`: of certificates
-    that are not valid now, in words that begin with their paths.
+    that are not valid now, in words that begin with their paths. `by_number`: its own names the serial number of its
+    authority's certificate.
     """
 
     directory: str
     missing: list[str]
     dated: list[str]
+    by_number: bool
 
 
 class Fault(Message, frozen=True):

@@ -125,7 +125,8 @@ async def _tried(agent: AgentClient, link: _Link, near: _Side, far: _Side) -> tu
             # An address that stands for a name, which GnuTLS takes.
             return [], []
     for fault, side, other in ((near_fault, near, far), (far_fault, far, near)):
-        if fault is not None and fault.kind == "unclear":
+        # After an authority has renewed its own, OpenSSL minds the old one's number, GnuTLS the key alone.
+        if fault is not None and (fault.kind == "unclear" or (fault.kind == "authority" and other.has.by_number)):
             return [], [_not_tried(link, f"{side.who}: {fault.words}")]
         if fault is not None:
             return [f"{link.option}: {_told(fault, side, other, link, names)}"], []

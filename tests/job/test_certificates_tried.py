@@ -17,7 +17,7 @@ from qemu_blkmig.job.datapath import DataPath
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.local import LocalHost
-from tests.certificates import make_certificates
+from tests.certificates import make_certificates, make_with_renewed_authority
 
 HERE = Local("/")
 
@@ -77,6 +77,15 @@ async def test_one_of_another_authority_is_told_whichever_side_it_is_of(
         shutil.copyfile(pki / "other" / name, pki / name)
     (problem,), _ = await of_data(agent, data(pki), HERE)
     assert problem.startswith(f"--tls-creds: {whose} {pki}/{strange}-cert.pem is not signed by an authority that ")
+
+
+async def test_one_that_an_authority_has_signed_whose_own_was_renewed_since_is_not_refused(
+    agent: AgentClient, tmp_path: Path
+) -> None:
+    """GnuTLS takes it: the key is the same."""
+    make_with_renewed_authority(tmp_path, "IP:127.0.0.1")
+    problems, (warning,) = await of_data(agent, data(tmp_path), HERE)
+    assert problems == [] and "could not be tried beforehand (the destination: unable to get local issuer" in warning
 
 
 async def test_a_key_of_another_certificate_is_told(agent: AgentClient, pki: Path) -> None:
