@@ -124,7 +124,7 @@ def _look(wanted: ManagedOptions, arguments: argparse.Namespace) -> int:
 
 def wish(arguments: argparse.Namespace) -> ManagedOptions:
     """What the command line asks for. Raises `UsageError`, with the reason, for what cannot be honoured."""
-    domain, target_uri = _end(arguments, "domain"), _end(arguments, "desturi")
+    domain, target_uri, migrate_uri = _ends(arguments)
     if domain is None or target_uri is None:
         raise UsageError("name a domain and the destination's libvirt", advice="see virsh-blkmigrate --help")
     _check_together(arguments)
@@ -155,7 +155,7 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
         graphics_uri=arguments.graphicsuri,
         xml=_contents("--xml", arguments.xml),
         persistent_xml=_contents("--persistent-xml", arguments.persistent_xml),
-        migrate_uri=_end(arguments, "migrateuri"),
+        migrate_uri=migrate_uri,
         listen_address=arguments.listen_address,
         timeout=arguments.timeout,
         paths=disk_paths(arguments.disk),
@@ -171,12 +171,15 @@ def _connections(arguments: argparse.Namespace) -> int | None:
     return PARALLEL if given is None else given
 
 
-def _end(arguments: argparse.Namespace, name: str) -> str | None:
-    placed, named = getattr(arguments, name), getattr(arguments, f"{name}_option")
-    if placed is not None and named is not None:
-        raise UsageError(f"{name.upper()} is given twice: {placed}, and --{name} {named}")
-    given: str | None = named if placed is None else placed
-    return given
+def _ends(arguments: argparse.Namespace) -> list[str | None]:
+    """DOMAIN, DESTURI and MIGRATEURI: as in virsh, words without an option are those of them that no option gives."""
+    names = ("domain", "desturi", "migrateuri")
+    placed = [word for name in names if (word := getattr(arguments, name)) is not None]
+    given = [getattr(arguments, f"{name}_option") for name in names]
+    ends = [(placed.pop(0) if placed else None) if named is None else str(named) for named in given]
+    if placed:
+        raise UsageError(f"there is no use for {placed[0]}: DOMAIN, DESTURI and MIGRATEURI are all given without it")
+    return ends
 
 
 def _check_together(arguments: argparse.Namespace) -> None:

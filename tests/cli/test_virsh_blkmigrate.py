@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,17 @@ def test_options_may_stand_between_the_domain_and_its_destination_as_with_virsh(
     assert wanted.persistent and wanted.suspend
 
 
-def test_domain_and_destination_may_be_named_as_options() -> None:
-    wanted = _wish("--desturi", URI, "--domain", "web1", "--migrateuri", "tcp://hostb")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--desturi", URI, "--domain", "web1", "--migrateuri", "tcp://hostb"),
+        ("--domain", "web1", URI, "tcp://hostb"),
+        ("web1", "--desturi", URI, "tcp://hostb"),
+        ("web1", URI, "--migrateuri", "tcp://hostb"),
+    ],
+)
+def test_domain_and_destination_may_be_named_as_options(words: Sequence[str]) -> None:
+    wanted = _wish(*words)
     assert (wanted.domain, wanted.target_uri, wanted.migrate_uri) == ("web1", URI, "tcp://hostb")
 
 
@@ -100,7 +110,7 @@ def test_the_agent_is_reached_as_libvirt_is_unless_it_is_named(uri: str, agent: 
     [
         ([], "name a domain and the destination's libvirt"),
         (["web1", URI, "a", "b"], "unrecognized arguments: b"),
-        (["web1", URI, "--domain", "web2"], "DOMAIN is given twice"),
+        (["web1", URI, "a", "--domain", "web2"], "there is no use for a: DOMAIN, DESTURI and MIGRATEURI are all given"),
         (["web1", URI, "--pers"], "unrecognized arguments: --pers"),
         (["web1", "qemu+tcp://hostb/system"], "does not tell how the host's storage is reached"),
         (["web1", "qemu:///system"], "does not tell how the host's storage is reached"),
