@@ -24,30 +24,33 @@ class Holder(NamedTuple):
 def claimant(path: str) -> Holder | None:
     """The process that holds an agent's lock on the image; None: nobody does, or we may not see it. Raises `OSError`.
 
-    Told by the locks that the kernel shows of each open file (proc(5), fdinfo).
+    Told by the locks that the kernel shows of each open file (proc(5), fdinfo). Only a file that has such a lock is
+    looked at itself: others may lie on storage that hangs.
     """
     status = Path(path).stat()
     for process in Path("/proc").iterdir():
-        if process.name.isdigit() and any(_claims(each) for each in _opened(process, status)):
+        if process.name.isdigit() and any(_leads_to(each, status) for each in _claimed(process)):
             return Holder(int(process.name), _is_stopped(process))
     return None
 
 
-def _opened(process: Path, status: os.stat_result) -> Iterator[Path]:
+def _claimed(process: Path) -> Iterator[Path]:
+    """Its descriptors that hold an agent's lock."""
     with contextlib.suppress(OSError):
-        for descriptor in (process / "fd").iterdir():
+        for information in (process / "fdinfo").iterdir():
             with contextlib.suppress(OSError):
-                found = descriptor.stat()
-                if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
-                    yield process / "fdinfo" / descriptor.name
+                if any(map(_is_claim, information.read_text().splitlines())):
+                    yield process / "fd" / information.name
 
 
-def _claims(information: Path) -> bool:
+def _is_claim(line: str) -> bool:
+    return line.startswith("lock:") and line.split()[-2:] == [str(locks.JOB)] * 2 and " WRITE " in line
+
+
+def _leads_to(descriptor: Path, status: os.stat_result) -> bool:
     with contextlib.suppress(OSError):
-        return any(
-            line.startswith("lock:") and line.split()[-2:] == [str(locks.JOB)] * 2 and " WRITE " in line
-            for line in information.read_text().splitlines()
-        )
+        found = descriptor.stat()
+        return (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino)
     return False
 
 

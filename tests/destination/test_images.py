@@ -16,7 +16,7 @@ import pytest
 from msgspec import structs
 
 from qemu_blkmig import errors
-from qemu_blkmig.destination import images, locks
+from qemu_blkmig.destination import holders, images, locks
 from qemu_blkmig.destination.protocol import Backing, Created, Image
 
 MIB = 1 << 20
@@ -235,6 +235,26 @@ def test_an_agent_of_the_job_itself_that_hangs_on_an_image_is_named(tmp_path: Pa
     finally:
         hangs.kill()
         hangs.communicate()
+
+
+def test_whoever_looks_for_the_holder_of_an_image_does_not_touch_what_else_is_open_and_may_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touched: list[str] = []
+    look = Path.stat
+
+    def stat_of(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if "/fd/" in str(path):
+            touched.append(str(path.readlink()))
+        return look(path, follow_symlinks=follow_symlinks)
+
+    with (tmp_path / "another").open("wb"):
+        [prepared] = images.prepare([new(tmp_path / "image")])
+        monkeypatch.setattr(Path, "stat", stat_of)
+        assert holders.claimant(str(tmp_path / "image")) == (os.getpid(), False)
+        monkeypatch.undo()
+        images.give_up(prepared)
+    assert touched == [str(tmp_path / "image")]
 
 
 def test_an_image_behind_a_symlink_is_taken_up_again_as_long_as_that_leads_to_it(tmp_path: Path) -> None:
