@@ -8,6 +8,7 @@ used for) nothing is said to be wrong.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import ssl
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +64,8 @@ class End:
             with contextlib.suppress(ssl.SSLWantReadError):
                 tls.do_handshake()
                 self._names = _names(tls)
+                if tls.server_hostname is not None and _is_only_for_others(tls):
+                    return Fault("name", "the common name does not count beside an address")
                 # Tickets come afterwards, and a client's being refused.
                 tls.read(1)
         except ssl.SSLCertVerificationError as error:
@@ -104,6 +107,21 @@ def _kind(code: int) -> Literal["dates", "authority", "name", "unclear"]:
     if code in _AUTHORITY:
         return "authority"
     return "name" if code in _NAME else "unclear"
+
+
+def _is_only_for_others(tls: ssl.SSLObject) -> bool:
+    """Whether it was its common name that OpenSSL took, where GnuTLS goes by what else it is for."""
+    told: dict[str, Any] = tls.getpeercert() or {}
+    kinds = {kind for kind, _ in told.get("subjectAltName", ())}
+    return bool(kinds & {"IP Address", "URI"}) and "DNS" not in kinds and not _is_address(str(tls.server_hostname))
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _names(tls: ssl.SSLObject) -> list[str]:

@@ -121,9 +121,6 @@ async def _tried(agent: AgentClient, link: _Link, near: _Side, far: _Side) -> tu
     if "name" in (kind_of(near_fault), kind_of(far_fault)):
         # Whoever is asked for any name learns what names there are.
         *_, names = await _handshake(agent, replace(link, name=""))
-        if link.name in names:
-            # An address that stands for a name, which GnuTLS takes.
-            return [], []
     for fault, side, other in ((near_fault, near, far), (far_fault, far, near)):
         # After an authority has renewed its own, OpenSSL minds the old one's number, GnuTLS the key alone.
         if fault is not None and (fault.kind == "unclear" or (fault.kind == "authority" and other.has.by_number)):
@@ -150,6 +147,11 @@ def _told(fault: Fault, side: _Side, other: _Side, link: _Link, names: list[str]
         case "none-shown":
             lacks = " and no ".join(other.has.missing)
             return f"{side.who} asks {other.who} for a certificate, which has no {lacks}{link.where}"
+        case "name" if link.name in names:
+            return (
+                f"{other.certificate} has {link.name} as a name, but that is an address, and has to be one there, too "
+                f"(subjectAltName=IP:{link.name}): {link.another}"
+            )
         case "name":
             return f"{other.certificate} is for {', '.join(names)}, and it is asked for by {link.name}: {link.another}"
         case "dates":
