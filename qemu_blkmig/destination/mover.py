@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination.hashtable import HashTable
-from qemu_blkmig.destination.readback import ReadBack, Verified
+from qemu_blkmig.destination.readback import ReadBack, Sample, Verified, are_strange
 from qemu_blkmig.destination.sink import Copying, CopySink, write_error
 from qemu_blkmig.destination.writers import Writer
 from qemu_blkmig.engine.extents import Extent
@@ -169,11 +169,23 @@ class DiskMover:
         return self._reading(lambda read_back: read_back.arrived(offset, most, interrupted))
 
     def recognize(self, end: int) -> None:
-        """Raises `Refused` if samples of what lies before `end` are not what one before us wrote there; as `verify`."""
+        """Raises `Refused` if samples of what lies before `end` are not what one before us wrote there; as `verify`.
+
+        What the source has there now is no other's: the host may have crashed when the guest had written much anew, and
+        kept that, but not the hashes of it. Raises `ConnectionLost` of the source.
+        """
         if not 0 <= end <= self._size:
             raise errors.Refused(f"byte {end} is beyond the {self._size} bytes", disk=self._disk)
-        if self._reading(lambda read_back: read_back.is_strange(end)):
+        samples = self._reading(lambda read_back: read_back.samples(end))
+        if are_strange(samples) and are_strange([self._unless_at_source(sample) for sample in samples]):
             raise errors.Refused("what lies there is not what was written, but another's", disk=self._disk)
+
+    def _unless_at_source(self, sample: Sample) -> Sample:
+        if sample.otherwise is None:
+            return sample
+        there = memoryview(bytearray(len(sample.otherwise)))
+        error = self._sources[0].read_now(there, sample.offset)
+        return sample if error or there != sample.otherwise else replace(sample, otherwise=None)
 
     def _flush_for_reading(self) -> None:
         with self._flushing:

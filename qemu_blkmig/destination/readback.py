@@ -33,6 +33,27 @@ class Verified:
     differ: list[Extent]
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A unit that was written, at byte `offset`. `holds_data`: that was data, not zeroes. `otherwise`: what lies there,
+    where that is something else.
+    """
+
+    holds_data: bool
+    offset: int
+    otherwise: bytes | None
+
+
+def are_strange(samples: Sequence[Sample]) -> bool:
+    """Whether what lies there is not what was written, of data or of zeroes.
+
+    A part of it may have been changed, and is found later; what is another's has another's data, or none.
+    """
+    read = Counter(each.holds_data for each in samples)
+    strange = Counter(each.holds_data for each in samples if each.otherwise is not None)
+    return any(strange[kind] >= max(_MANY, _STRANGE * count) for kind, count in read.items())
+
+
 class ReadBack:
     """One go at what a table says was written through `writer`. Raises `OSError`, `ConnectionLost`."""
 
@@ -76,20 +97,21 @@ class ReadBack:
                 break
         return list(found[:MOST_DIFFER])
 
-    def is_strange(self, end: int) -> bool:
-        """Whether what lies before byte `end`, by samples, is not what was written, of data or of zeroes.
-
-        A part of it may have been changed, and is found later; what is another's has another's data, or none.
-        """
+    def samples(self, end: int) -> list[Sample]:
+        """Of what was written before byte `end`, data and zeroes, from all over."""
         runs = list(self._table.samples(end, _SAMPLES, random.Random()))
         self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
         nothing = self._table.digest(memoryview(self._zeroes))
-        read, strange = Counter[bool](), Counter[bool]()
-        for run in runs:
-            holds_data = run.digests not in (None, nothing)
-            read[holds_data] += 1
-            strange[holds_data] += any(True for _ in self._bad_units(run))
-        return any(strange[kind] >= max(_MANY, _STRANGE * count) for kind, count in read.items())
+        return [
+            Sample(run.digests not in (None, nothing), run.extent.offset, self._found(run.extent) if is_bad else None)
+            for run in runs
+            for is_bad in [any(True for _ in self._bad_units(run))]
+        ]
+
+    def _found(self, extent: Extent) -> bytes:
+        view = self._buffer[: extent.length]
+        self._writer.read(view, extent.offset)
+        return bytes(view)
 
     def _bad_units(self, run: Run) -> Iterator[Extent]:
         if run.digests is None:

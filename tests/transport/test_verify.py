@@ -320,6 +320,38 @@ async def test_an_image_that_holds_anothers_data_is_not_gone_on_with(
         await again.abandon()
 
 
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_what_the_guest_had_written_anew_before_the_host_crashed_is_not_anothers(
+    tmp_path: Path, image_format: str
+) -> None:
+    """The host had stored the data of a round that was not flushed, but not yet the hashes of it."""
+    size = 8 * MIB
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(os.urandom(size))
+    new = image(destination, size, format=image_format)
+    with qemu_export(tmp_path, source) as (listening, _):
+        first = await LocalHost().start_agent()
+        prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
+        await first.request(opening(listening, hash="xxh3-128"))
+        await first.request(protocol.Keep())
+        await first.request(bulk((0, size)))
+        await first.request(protocol.Flush("d"))
+        (hashes,) = tmp_path.glob(".*-hashes")
+        before = hashes.read_bytes()
+        with source.open("r+b") as file:
+            file.write(os.urandom(size))
+        await first.request(dirty((0, size)))
+        await first.abandon()
+        with hashes.open("r+b") as file:
+            file.write(before)
+        again = await LocalHost().start_agent()
+        await again.request(protocol.Prepare([structs.replace(new, identity=prepared.identities[0])], "cafe"))
+        await again.request(opening(listening, hash="xxh3-128"))
+        await again.request(protocol.Recognize("d", size))
+        assert not (await again.expect(protocol.Arrived("d", 0, size), protocol.ArrivedReply)).extents
+        await again.abandon()
+
+
 async def test_hashes_of_an_earlier_recording_are_gone_before_a_new_one_can_begin(tmp_path: Path) -> None:
     """They would prove that what was read then lies there, and nobody knows what the guest has written since."""
     source, destination = tmp_path / "source", tmp_path / "destination"
