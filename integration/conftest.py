@@ -11,6 +11,7 @@ import pytest
 
 from integration.lab import Lab, laboratory
 from integration.luck import Bench
+from integration.unpacked import unpacked
 from integration.virthosts import VirtHosts, two_virt_hosts
 from integration.virtlab import Domain, VirtLab
 from qemu_blkmig.demo.guest import Kernel, build_initramfs, find_kernel
@@ -30,9 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def kernel() -> Kernel:
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     """The kernel that the guests boot."""
-    return find_kernel()
+    return unpacked(find_kernel(), tmp_path_factory.mktemp("kernel") / "vmlinux")
 
 
 @pytest.fixture(scope="session")
