@@ -24,6 +24,7 @@ from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.hashing import SIZES, Algorithm, hash_function
 from qemu_blkmig.places import state_directory
+from qemu_blkmig.stable import remove_for_good
 
 _MAGIC = b"blkmig hashes 1\n"
 _HEADER = struct.Struct("<16s16sQQ")
@@ -131,14 +132,13 @@ class HashTable:
         for low, high in ((start, self._count), (0, start)):
             for first, kind, count in self._runs(low, high, most // self.unit):
                 self._next = first + count
-                extent = self._extent(first, count)
-                yield Run(extent, self._digests(first, count) if kind == _DATA else None)
+                yield self._run(first, kind, count)
             self._next = 0
 
     def unread_from(self, offset: int, most: int) -> Iterator[Run]:
         """Runs to be read back from `offset` on, which is one of a unit; see `unread`, which they do not concern."""
         for first, kind, count in self._runs(offset // self.unit, self._count, most // self.unit):
-            yield Run(self._extent(first, count), self._digests(first, count) if kind == _DATA else None)
+            yield self._run(first, kind, count)
 
     def samples(self, end: int, count: int, dice: random.Random) -> Iterator[Run]:
         """Units before byte `end` that are to be read back, `count` at most, from all over."""
@@ -148,8 +148,7 @@ class HashTable:
             for start, stop in ((dice.randrange(low, high) if high > low else low, high), (low, high)):
                 found = next(self._runs(start, stop, 1), None)
                 if found is not None:
-                    first, kind, length = found
-                    yield Run(self._extent(first, length), self._digests(first, length) if kind == _DATA else None)
+                    yield self._run(*found)
                     break
 
     def good(self, extent: Extent) -> None:
@@ -170,7 +169,7 @@ class HashTable:
         if self._is_kept:
             return
         self._path.unlink(missing_ok=True)
-        directory = _open_directory(self._path.parent)
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # Only with a directory does Python call linkat, which alone follows the link in /proc (proc(5)).
             os.link(f"/proc/self/fd/{self._descriptor}", self._path, src_dir_fd=directory)
@@ -236,6 +235,9 @@ class HashTable:
                 yield low, states
                 low += len(states)
 
+    def _run(self, first: int, kind: int, count: int) -> Run:
+        return Run(self._extent(first, count), self._digests(first, count) if kind == _DATA else None)
+
     def _digests(self, first: int, count: int) -> bytes:
         return os.pread(self._descriptor, count * self.digest_size, self._entries + first * self.digest_size)
 
@@ -264,20 +266,7 @@ def forget(image: str) -> None:
 
     No crash of the host brings it back: it would vouch for what was read before a newer recording began.
     """
-    path = table_path(image)
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return
-    directory = _open_directory(path.parent)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _open_directory(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    remove_for_good(table_path(image))
 
 
 def _nameless(path: Path) -> tuple[int, bool]:

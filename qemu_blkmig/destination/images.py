@@ -22,6 +22,7 @@ from qemu_blkmig.destination import devices, hashtable, locks, ownership
 from qemu_blkmig.destination.holders import claimant
 from qemu_blkmig.destination.programs import SERVING, missing
 from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Space
+from qemu_blkmig.stable import sync_entry
 
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
 
@@ -245,15 +246,6 @@ def incomplete(paths: Sequence[str]) -> list[str]:
     return told
 
 
-def sync_directory(path: str) -> None:
-    """Make the directory entry of `path` stable. Raises `OSError`."""
-    descriptor = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _faults(image: Image, job: str | None) -> Iterator[str]:
     if image.format not in WRITABLE_FORMATS:
         yield f"format {image.format!r} cannot be written; possible are {', '.join(sorted(WRITABLE_FORMATS))}"
@@ -467,7 +459,7 @@ def _create(image: Image) -> Prepared:
             with contextlib.suppress(PermissionError):
                 os.fchown(descriptor, *image.owner)
         os.fsync(descriptor)
-        sync_directory(image.path)
+        sync_entry(Path(image.path))
     except OSError as error:
         give_up(prepared, untouched=True)
         raise _cannot_create(image, error) from error

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from qemu_blkmig.hooks import qemu as hook
 from qemu_blkmig.hooks.qemu import Damaged as Damaged
 from qemu_blkmig.places import state_directory
+from qemu_blkmig.stable import remove_for_good, sync_entry
 
 
 class Ownership(NamedTuple):
@@ -117,12 +118,7 @@ def withdraw(image: str, job: str | None = None) -> None:
 
 def remove(image: str) -> None:
     """Forget the image: it is no more. Raises `OSError`."""
-    place = path_of(image)
-    try:
-        place.unlink()
-    except FileNotFoundError:
-        return
-    _sync(place.parent)
+    remove_for_good(path_of(image))
 
 
 def _devices() -> Path:
@@ -145,15 +141,7 @@ def _write(record: Ownership) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
-    _sync(place.parent)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_entry(place)
 
 
 def _of(record: Ownership, guest: Guest | None) -> Ownership:

@@ -9,6 +9,8 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from qemu_blkmig.stable import sync_entry
+
 
 class DurableFile:
     """Versions of the file at `path` come to be in the order in which they were told, by one thread."""
@@ -37,11 +39,4 @@ class DurableFile:
                 os.fsync(file.fileno())
         aside.rename(self._path)
         if synced:
-            self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            sync_entry(self._path)

@@ -16,6 +16,7 @@ from qemu_blkmig.destination.writers import NbdWriter, RawWriter
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, DestinationWriteError, Refused
 from qemu_blkmig.job.load_options import LoadOptions
 from qemu_blkmig.nbd.control import Control
+from qemu_blkmig.stable import sync_entry
 from qemu_blkmig.stream.blocking import run_blocking
 from qemu_blkmig.stream.events import CHUNK
 from qemu_blkmig.stream.receiver import Landing, grower
@@ -90,7 +91,7 @@ class LoadImage:
         self._was_marked = self.prepared.created is None and self._mark.exists()
         try:
             self._mark.write_text(f"qemu-blkmig is loading {self.path} from {source}\n")
-            images.sync_directory(self.path)
+            sync_entry(Path(self.path))
         except OSError as error:
             raise Refused(f"{self._mark} cannot be made: {error.strerror}", disk=self.device) from error
 
@@ -121,7 +122,7 @@ class LoadImage:
         os.close(self.prepared.descriptor)
         self._closed = True
         self._mark.unlink(missing_ok=True)
-        images.sync_directory(self.path)
+        sync_entry(Path(self.path))
 
     async def give_up(self) -> str:
         """After a failure: let go of it, and remove it if we made it. What has become of it, in words."""

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from qemu_blkmig.destination import images
 from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.device import DiskSpec
 from qemu_blkmig.engine.extents import Extent
@@ -26,6 +25,7 @@ from qemu_blkmig.nbd.plan import ALLOCATION, DEPTH, Action, Classify
 from qemu_blkmig.nbd.pump import Limits
 from qemu_blkmig.nbd.throttle import Throttle
 from qemu_blkmig.qmp.disks import Disk
+from qemu_blkmig.stable import sync_entry
 from qemu_blkmig.stream.blocking import run_blocking
 from qemu_blkmig.stream.channel import Channel, check, open_target
 from qemu_blkmig.stream.disk_sender import DiskSender, require_loadable_tail, zero_or_data
@@ -188,7 +188,7 @@ class StreamCarriage:
         try:
             self._file.hardlink_to(self._partial)
             self._partial.unlink()
-            images.sync_directory(str(self._file.absolute()))
+            sync_entry(self._file.absolute())
         except OSError as error:
             raise MigrationError(f"{self._partial} cannot be renamed to {self._file}: {error.strerror}") from error
 
