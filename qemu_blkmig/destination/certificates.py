@@ -103,8 +103,7 @@ def _names_authority_by_number(path: Path) -> bool:
 
 def names_authority_by_number(certificate: bytes) -> bool:
     """Whether a certificate (in DER) names the serial number of the one that has signed it. Raises as `validity`."""
-    signed = next(_elements(next(_elements(certificate))[1]))[1]
-    for listed in (content for tag, content in _elements(signed) if tag == _EXTENSIONS):
+    for listed in (content for tag, content in _signed(certificate) if tag == _EXTENSIONS):
         for _, extension in _elements(next(_elements(listed))[1]):
             (_, identifier), *_, (_, value) = _elements(extension)
             if identifier == _AUTHORITY_KEY:
@@ -118,11 +117,15 @@ def _shown(moment: datetime) -> str:
 
 def validity(certificate: bytes) -> tuple[datetime, datetime]:
     """From when to when a certificate (X.509 in DER) is valid. Raises `ValueError` or the like for what is none."""
-    signed = next(_elements(next(_elements(certificate))[1]))[1]
-    fields = [each for each in _elements(signed) if each[0] != _VERSION]
+    fields = [each for each in _signed(certificate) if each[0] != _VERSION]
     # RFC 5280, 4.1: serial number, signature, issuer, validity.
     begin, end = _elements(fields[3][1])
     return _moment(*begin), _moment(*end)
+
+
+def _signed(certificate: bytes) -> Iterator[tuple[int, bytes]]:
+    """The fields of what the authority has signed."""
+    return _elements(next(_elements(next(_elements(certificate))[1]))[1])
 
 
 def _moment(tag: int, content: bytes) -> datetime:

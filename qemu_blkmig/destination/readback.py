@@ -65,32 +65,20 @@ class ReadBack:
 
     def run(self, most: int, interrupted: Callable[[], bool]) -> Verified:
         """Read back about `most` bytes, at least some; fewer once `interrupted`, or when too much differs."""
-        runs = _gather(self._table.unread(_AT_ONCE), most)
-        self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
         checked = 0
         differ: list[Extent] = []
-        for run in runs:
-            bad = union(self._bad_units(run), ())
-            for extent in bad:
-                self._table.amiss(extent)
-            self._table.good(run.extent)
+        for extent, bad in self._judged(_gather(self._table.unread(_AT_ONCE), most)):
             differ += bad
-            checked += run.extent.length
+            checked += extent.length
             if interrupted() or len(differ) >= MOST_DIFFER:
                 break
         return Verified(checked, self._table.left, differ)
 
     def arrived(self, offset: int, most: int, interrupted: Callable[[], bool]) -> list[Extent]:
         """Of about `most` bytes from `offset` on, what lies there as it was to be written; fewer once `interrupted`."""
-        runs = _gather(self._table.unread_from(offset, _AT_ONCE), most)
-        self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
         found: Sequence[Extent] = ()
-        for run in runs:
-            bad = union(self._bad_units(run), ())
-            for extent in bad:
-                self._table.amiss(extent)
-            self._table.good(run.extent)
-            left = Remainder([run.extent])
+        for extent, bad in self._judged(_gather(self._table.unread_from(offset, _AT_ONCE), most)):
+            left = Remainder([extent])
             left.take_out(bad)
             found = union(found, left.rest())
             if interrupted() or len(found) >= MOST_DIFFER:
@@ -100,18 +88,30 @@ class ReadBack:
     def samples(self, end: int) -> list[Sample]:
         """Of what was written before byte `end`, data and zeroes, from all over."""
         runs = list(self._table.samples(end, _SAMPLES, random.Random()))
-        self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
+        self._expect(runs)
         nothing = self._table.digest(memoryview(self._zeroes))
-        return [
-            Sample(run.digests not in (None, nothing), run.extent.offset, self._found(run.extent) if is_bad else None)
-            for run in runs
-            for is_bad in [any(True for _ in self._bad_units(run))]
-        ]
+        return [Sample(run.digests not in (None, nothing), run.extent.offset, self._otherwise(run)) for run in runs]
 
-    def _found(self, extent: Extent) -> bytes:
-        view = self._buffer[: extent.length]
-        self._writer.read(view, extent.offset)
+    def _otherwise(self, run: Run) -> bytes | None:
+        """What lies where a unit was written, if that is something else."""
+        if next(self._bad_units(run), None) is None:
+            return None
+        view = self._buffer[: run.extent.length]
+        self._writer.read(view, run.extent.offset)
         return bytes(view)
+
+    def _judged(self, runs: Sequence[Run]) -> Iterator[tuple[Extent, Sequence[Extent]]]:
+        """Each run's extent, and what of it is amiss; the table knows it by then."""
+        self._expect(runs)
+        for run in runs:
+            bad = union(self._bad_units(run), ())
+            for extent in bad:
+                self._table.amiss(extent)
+            self._table.good(run.extent)
+            yield run.extent, bad
+
+    def _expect(self, runs: Sequence[Run]) -> None:
+        self._writer.expect_reads([run.extent for run in runs if run.digests is not None])
 
     def _bad_units(self, run: Run) -> Iterator[Extent]:
         if run.digests is None:

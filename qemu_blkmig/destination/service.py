@@ -477,23 +477,24 @@ class Service:
         return protocol.Done()
 
     async def _verify(self, op: protocol.Verify) -> protocol.VerifyReply:
-        disk, mover = self._opened(op.disk)
-        if not 0 < op.limit <= protocol.MOST_READ_BACK:
-            raise errors.Refused(f"{op.limit} bytes cannot be read back at once", disk=op.disk)
-        async with disk.turn:
-            self._still(disk, mover)
-            found = await disk.run(lambda: mover.verify(op.limit, lambda: self._ended or disk.urgent > 0))
+        found = await self._read_back(op, lambda mover, interrupted: mover.verify(op.limit, interrupted))
         differ = [(extent.offset, extent.length) for extent in found.differ]
         return protocol.VerifyReply(found.checked, found.left, differ)
 
     async def _arrived(self, op: protocol.Arrived) -> protocol.ArrivedReply:
+        found = await self._read_back(op, lambda mover, interrupted: mover.arrived(op.offset, op.limit, interrupted))
+        return protocol.ArrivedReply([(extent.offset, extent.length) for extent in found])
+
+    async def _read_back(
+        self, op: protocol.Verify | protocol.Arrived, read: Callable[[DiskMover, Callable[[], bool]], _T]
+    ) -> _T:
+        """What `read` finds; copies that wait interrupt it."""
         disk, mover = self._opened(op.disk)
         if not 0 < op.limit <= protocol.MOST_READ_BACK:
             raise errors.Refused(f"{op.limit} bytes cannot be read back at once", disk=op.disk)
         async with disk.turn:
             self._still(disk, mover)
-            found = await disk.run(lambda: mover.arrived(op.offset, op.limit, lambda: self._ended or disk.urgent > 0))
-        return protocol.ArrivedReply([(extent.offset, extent.length) for extent in found])
+            return await disk.run(lambda: read(mover, lambda: self._ended or disk.urgent > 0))
 
     async def _recognize(self, op: protocol.Recognize) -> protocol.Done:
         disk, mover = self._opened(op.disk)
