@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import subprocess
@@ -249,6 +248,23 @@ async def test_extents_that_are_not_whole_units_and_tables_that_make_no_sense_ar
                 await agent.request(protocol.Verify("d", limit))
 
 
+async def begun(new: protocol.Image, listening: Path) -> tuple[AgentClient, protocol.Image]:
+    """An agent that fills the image, and keeps it; the image as the next agent is to take it up."""
+    first = await LocalHost().start_agent()
+    prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
+    await first.request(opening(listening, hash="xxh3-128"))
+    await first.request(protocol.Keep())
+    return first, structs.replace(new, identity=prepared.identities[0])
+
+
+async def taken_up(kept: protocol.Image, listening: Path) -> AgentClient:
+    """The next agent, that goes on with it."""
+    again = await LocalHost().start_agent()
+    await again.request(protocol.Prepare([kept], "cafe"))
+    await again.request(opening(listening, hash="xxh3-128"))
+    return again
+
+
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 async def test_what_a_killed_agent_had_written_is_told_to_the_next_one_as_far_as_it_lies_there(
     tmp_path: Path, image_format: str
@@ -257,21 +273,14 @@ async def test_what_a_killed_agent_had_written_is_told_to_the_next_one_as_far_as
     source, destination = tmp_path / "source", tmp_path / "destination"
     source.write_bytes(os.urandom(7 * MIB) + bytes(2 * MIB) + os.urandom(7 * MIB))
     new = image(destination, size, format=image_format)
-    open_ = functools.partial(opening, hash="xxh3-128")
     with qemu_export(tmp_path, source) as (listening, _):
-        first = await LocalHost().start_agent()
-        prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
-        await first.request(open_(listening))
-        await first.request(protocol.Keep())
+        first, kept = await begun(new, listening)
         await first.request(bulk((0, 12 * MIB)))
         await first.request(protocol.Flush("d"))
         first.kill("by the test")
         await first.abandon()
         flip(destination, 5 * MIB + 1, image_format)
-        again = await LocalHost().start_agent()
-        taken_up = structs.replace(new, identity=prepared.identities[0])
-        await again.request(protocol.Prepare([taken_up], "cafe"))
-        await again.request(open_(listening))
+        again = await taken_up(kept, listening)
         reply = await again.expect(protocol.Arrived("d", 4 * MIB, 256 * MIB), protocol.ArrivedReply)
         assert reply.extents[0] == (4 * MIB, MIB) and reply.extents[1][0] == 5 * MIB + UNIT
         assert sum(reply.extents[-1]) == 12 * MIB
@@ -293,10 +302,7 @@ async def test_an_image_that_holds_anothers_data_is_not_gone_on_with(
     source.write_bytes(os.urandom(size))
     new = image(destination, size, format=image_format)
     with qemu_export(tmp_path, source) as (listening, _):
-        first = await LocalHost().start_agent()
-        prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
-        await first.request(opening(listening, hash="xxh3-128"))
-        await first.request(protocol.Keep())
+        first, kept = await begun(new, listening)
         await first.request(bulk((0, 8 * MIB)))
         await first.request(protocol.Flush("d"))
         await first.abandon()
@@ -306,9 +312,7 @@ async def test_an_image_that_holds_anothers_data_is_not_gone_on_with(
             write_over(destination, image_format, "write -P 7 0 4M")
         elif holds != "the same":
             write_over(destination, image_format, "write -z 0 8M" if holds == "nothing" else "write -P 7 0 8M")
-        again = await LocalHost().start_agent()
-        await again.request(protocol.Prepare([structs.replace(new, identity=prepared.identities[0])], "cafe"))
-        await again.request(opening(listening, hash="xxh3-128"))
+        again = await taken_up(kept, listening)
         recognized = again.request(protocol.Recognize("d", 8 * MIB))
         if holds.startswith("the same"):
             await recognized
@@ -330,10 +334,7 @@ async def test_what_the_guest_had_written_anew_before_the_host_crashed_is_not_an
     source.write_bytes(os.urandom(size))
     new = image(destination, size, format=image_format)
     with qemu_export(tmp_path, source) as (listening, _):
-        first = await LocalHost().start_agent()
-        prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
-        await first.request(opening(listening, hash="xxh3-128"))
-        await first.request(protocol.Keep())
+        first, kept = await begun(new, listening)
         await first.request(bulk((0, size)))
         await first.request(protocol.Flush("d"))
         (hashes,) = tmp_path.glob(".*-hashes")
@@ -344,9 +345,7 @@ async def test_what_the_guest_had_written_anew_before_the_host_crashed_is_not_an
         await first.abandon()
         with hashes.open("r+b") as file:
             file.write(before)
-        again = await LocalHost().start_agent()
-        await again.request(protocol.Prepare([structs.replace(new, identity=prepared.identities[0])], "cafe"))
-        await again.request(opening(listening, hash="xxh3-128"))
+        again = await taken_up(kept, listening)
         await again.request(protocol.Recognize("d", size))
         assert not (await again.expect(protocol.Arrived("d", 0, size), protocol.ArrivedReply)).extents
         await again.abandon()
@@ -358,16 +357,12 @@ async def test_hashes_of_an_earlier_recording_are_gone_before_a_new_one_can_begi
     source.write_bytes(os.urandom(MIB))
     new = image(destination, MIB)
     with qemu_export(tmp_path, source) as (listening, _):
-        first = await LocalHost().start_agent()
-        prepared = await first.expect(protocol.Prepare([new], "cafe"), protocol.PrepareReply)
-        await first.request(opening(listening, hash="xxh3-128"))
-        await first.request(protocol.Keep())
+        first, kept = await begun(new, listening)
         await first.request(bulk((0, MIB)))
         await first.abandon()
-        again = structs.replace(new, identity=prepared.identities[0])
         for compared, prevented in ((True, None), (False, errors.Refused)):
             agent = await LocalHost().start_agent()
-            await agent.request(protocol.Prepare([structs.replace(again, compared=compared)], "cafe"))
+            await agent.request(protocol.Prepare([structs.replace(kept, compared=compared)], "cafe"))
             with pytest.raises(prevented) if prevented else contextlib.nullcontext():
                 await agent.request(opening(listening, hash="xxh3-128"))
             # Killed before it was told to keep anything.
