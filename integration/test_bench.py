@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from integration.bench import __main__ as bench
-from integration.bench.cases import CASES
-from integration.bench.images import make, spoil
-from integration.bench.peers import Setting
+from integration.bench.cases import CASES, Case
+from integration.bench.images import spoil
+from integration.bench.measuring import Usage
+from integration.bench.peers import Files, Setting
+from integration.bench.table import rows, table
 
 
 def test_the_benchmark_compares_us_with_a_mirror_and_leaves_figures_and_a_picture(
@@ -27,11 +29,30 @@ def test_the_benchmark_compares_us_with_a_mirror_and_leaves_figures_and_a_pictur
     assert "scattered-tcp" in capsys.readouterr().out
 
 
-def test_a_copy_that_differs_from_its_source_ends_the_benchmark(tmp_path: Path) -> None:
-    for name in ("source", "target"):
-        (tmp_path / name).mkdir()
-    image = make("full", tmp_path / "source" / "disk.raw", "raw", 1 << 20)
-    setting = Setting(CASES[0], [image], tmp_path / "target", tmp_path)
-    spoil(tmp_path / "target" / "disk.raw", image.size)
-    with pytest.raises(RuntimeError, match="differs"):
-        setting.check()
+class _Losing:
+    """A tool that copies nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def applies(self, case: Case) -> bool:
+        return True
+
+    def copy(self, setting: Setting) -> dict[str, Usage]:
+        for image in setting.images:
+            spoil(setting.arrived(image), image.size)
+        return {self.name: Usage(1.0, 1.0, 1.0, 1, 1, 1)}
+
+
+def test_what_another_tool_loses_is_told_and_not_counted(tmp_path: Path) -> None:
+    case = CASES[0]
+    measured = list(bench.measure(case, [Files(), _Losing("nobody")], 1 << 20, 2, tmp_path))
+    told = table(measured, {case.name: "dd"})
+    assert "nobody: not what was there, 2 of 2 times" in told
+    assert rows(measured, case.name) == ["dd"]
+
+
+def test_a_comparison_with_a_tool_that_loses_data_is_none(tmp_path: Path) -> None:
+    case = CASES[0]
+    with pytest.raises(RuntimeError, match=f"what {case.baseline} copied is not what was there"):
+        list(bench.measure(case, [_Losing(case.baseline)], 1 << 20, 1, tmp_path))

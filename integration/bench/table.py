@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,13 +17,17 @@ OURS, OTHERS = "#1b6ca8", "#a5b1b8"
 
 @dataclass(frozen=True)
 class Measured:
-    """One copy: which case, by whom (a row of the table), in which round; `data`: bytes that had to be written."""
+    """One copy: which case, by whom (a row of the table), in which round; `data`: bytes that had to be written.
+
+    `intact`: whether what arrived is what was there. What a copy took that is not says nothing.
+    """
 
     case: str
     row: str
     round: int
     data: int
     usage: Usage
+    intact: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,22 @@ def spread(values: Iterable[float]) -> Spread:
 def ratios(measured: Sequence[Measured], case: str, row: str, baseline: str) -> Spread:
     """How many times as fast as `baseline` it was, compared within each round."""
     base = {each.round: each.usage.seconds for each in measured if (each.case, each.row) == (case, baseline)}
-    own = [each for each in measured if (each.case, each.row) == (case, row)]
+    own = [each for each in measured if (each.case, each.row) == (case, row) and each.intact]
     return spread(base[each.round] / each.usage.seconds for each in own)
 
 
 def rows(measured: Sequence[Measured], case: str) -> list[str]:
-    """The rows of a case, in order of their first appearance sorted by name."""
-    return sorted({each.row for each in measured if each.case == case}, key=lambda row: ("blkmig" not in row, row))
+    """The rows of a case that have anything to tell, ours first, by name."""
+    told = {each.row for each in measured if each.case == case and each.intact}
+    return sorted(told, key=lambda row: ("blkmig" not in row, row))
+
+
+def losses(measured: Sequence[Measured], case: str) -> list[str]:
+    """Which rows of a case had copies that were not what was to be copied, in how many rounds."""
+    of_case = [each for each in measured if each.case == case]
+    lost = Counter(each.row for each in of_case if not each.intact)
+    return [f"{row}: not what was there, {count} of {sum(each.row == row for each in of_case)} times"
+            for row, count in sorted(lost.items())]  # fmt: skip
 
 
 def table(measured: Sequence[Measured], baselines: Mapping[str, str]) -> str:
@@ -65,7 +79,7 @@ def table(measured: Sequence[Measured], baselines: Mapping[str, str]) -> str:
             f"{'CPU-s/GiB here':>16}{'there':>7}{'MiB here':>10}{'there':>7}{'begun':>7}"
         )
         for row in rows(measured, case):
-            own = [each for each in measured if (each.case, each.row) == (case, row)]
+            own = [each for each in measured if (each.case, each.row) == (case, row) and each.intact]
             gib = own[0].data / GIB
             used = [each.usage for each in own]
             lines.append(
@@ -77,6 +91,7 @@ def table(measured: Sequence[Measured], baselines: Mapping[str, str]) -> str:
                 f"{max(each.destination_memory for each in used) >> 20:7}"
                 f"{max(each.begun_memory for each in used) >> 20:7}"
             )
+        lines += [f"  {loss}" for loss in losses(measured, case)]
     return "\n".join(lines)
 
 
