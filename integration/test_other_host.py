@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.devices import called, loop_device
 from integration.far import FarLab, far_laboratory
 from integration.hosts import ADDRESSES, PORT
 from integration.lab import Disk, Guest, compare_images
@@ -75,6 +76,14 @@ def test_a_disk_is_copied_to_another_host(lab: FarLab, disk: Disk) -> None:
     copy(lab, disk, "--verify", "full").succeeded()
     compare_images(disk, replace(disk, path=lab.target / "disk"))
     lab.assert_no_leftovers()
+
+
+def test_a_lun_that_both_hosts_see_is_not_copied_onto_itself(lab: FarLab, tmp_path: Path) -> None:
+    with loop_device(tmp_path / "lun", 16 * MIB, 512) as device, called(lab.hosts, device, "naa.6001405abcdef0123"):
+        words = ["copy", f"image:{device}", f"ssh://root@hostb:{PORT}/dev"]
+        finish(start([*lab.entering, *COMMAND, *words])).failed(
+            3, "the same device at both hosts (device/wwid naa.6001"
+        )
 
 
 @pytest.mark.parametrize("option", ["PermitOpen none", "AllowStreamLocalForwarding remote"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.devices import loop_device
+from integration.devices import called, loop_device
 from integration.lab import Disk
 from integration.virtlab import IMAGES, VirtLab
 
@@ -57,6 +57,23 @@ def test_a_disk_that_only_qemu_s_own_arguments_name_is_not_left_behind_unawares(
     virtlab.hosts.virsh("start", domain.name, far=True)
     domain.wait_for_writing(far=True)
     domain.destroy()
+
+
+def test_a_lun_that_both_hosts_see_is_not_copied_onto_itself_but_stays_where_it_is(virtlab: VirtLab) -> None:
+    image, wwid = virtlab.outside(IMAGES / "odd-san.raw", far=False), "naa.6001405abcdef0123456789abcdef012"
+    with loop_device(image, 32 * MIB, 512) as device, called(virtlab.hosts, device, wwid):
+        more = (
+            f"<disk type='block'><driver name='qemu' type='raw' cache='none'/><source dev='{device}'/>"
+            "<target dev='vdb' bus='virtio'/></disk>"
+        )
+        root = virtlab.disk("odd-local.qcow2", 64 * MIB, data=[(MIB, 8 * MIB)])
+        domain = virtlab.boot(root, alter=lambda xml: xml.replace("<serial", f"{more}<serial", 1))
+        told = f"disk vdb: {device} is the same device at both hosts (device/wwid {wwid})"
+        virtlab.migrate(domain).failed(3, told, "--migrate-disks", now="nothing was touched")
+        result = virtlab.migrate(domain, "--migrate-disks", "vda", "--output", "json").succeeded().result
+        assert [disk["name"] for disk in result["disks"]] == ["vda"]
+        virtlab.assert_arrived(replace(domain, disks=(*domain.disks, Disk(device, "raw", 32 * MIB))))
+        domain.destroy()
 
 
 def test_the_definition_keeps_an_image_of_its_own_and_metadata_byte_for_byte(virtlab: VirtLab) -> None:

@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from qemu_blkmig.destination import devices
+
 FileId = tuple[str, int, int]
 """Holds until the host is booted anew (`boot_id`), and among hosts of one kernel."""
 
@@ -25,6 +27,12 @@ def file_id(path: str | Path) -> FileId | None:
         if stat.S_ISREG(status.st_mode):
             return "file", status.st_dev, status.st_ino
     return None
+
+
+def device_names(process: int | None, name: str) -> list[str]:
+    """What the block device at `name`, as `process` uses it, is called on all hosts (`devices.names`)."""
+    found = file_id_for(process, name)
+    return devices.names(found[1]) if found is not None and found[0] == "device" else []
 
 
 def path_for(process: int | None, name: str) -> Path:

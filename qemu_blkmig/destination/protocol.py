@@ -24,7 +24,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.hashing import Algorithm
 from qemu_blkmig.nbd.address import TcpAddress, UnixAddress
 
-PROTOCOL = 4
+PROTOCOL = 5
 LINE_LIMIT = 4 << 20
 BATCH_LIMIT = 16_384
 """Most extents in one copy request."""
@@ -557,11 +557,13 @@ class HeldReply(Message, frozen=True, tag="held"):
 
 class FilesReply(Message, frozen=True, tag="files"):
     """In the order asked for. `ids`: None where neither a regular file nor a block device is there. `real`: their
-    paths, with links and what else leads there by a way round resolved, also of what is not there.
+    paths, with links and what else leads there by a way round resolved, also of what is not there. `devices`: what
+    those of them that are block devices are called on all hosts (`devices.names`).
     """
 
     ids: list[FileId | None]
     real: list[str]
+    devices: list[list[str]]
 
 
 class CertificatesReply(Message, frozen=True, tag="certificates"):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from qemu_blkmig.destination import devices
 from qemu_blkmig.destination.files import FileId, boot_id, file_id, file_id_for, opened_by
 from qemu_blkmig.destination.protocol import Created, Files, FilesReply, Image, Inspect, InspectReply
 from qemu_blkmig.errors import Refused
@@ -23,6 +24,7 @@ from qemu_blkmig.qmp.disks import (
     Skipped,
     SkippedKind,
     device_id,
+    files_of,
     inventory,
     is_firmware,
     obstacles,
@@ -148,7 +150,7 @@ class Planner:
         self._check_one_file_each(source.peer_pid, disks, found.disks)
         self._tell_left_out(found.disks, disks, found.skipped)
         images = await self._target_images(disks, target) if target else await self._directory_images(disks)
-        own = {file_id_for(source.peer_pid, layer.filename) for disk in found.disks for layer in disk.layers}
+        own = {file_id_for(source.peer_pid, name) for name in await files_of(source)}
         await self._check_apart(images, own | opened_by(source.peer_pid))
         return await self._checked(disks, tuple(found.skipped), images)
 
@@ -261,15 +263,19 @@ class Planner:
     async def _check_apart(self, images: Mapping[str, Image], own: Collection[FileId | None]) -> None:
         """Locks do not tell of a source that was opened without them, or that shares its image with other writers.
 
-        Two hosts may be one machine under two names, or containers of one.
+        Two hosts may be one machine under two names, or containers of one; and no lock that is known to both of them
+        is on a device that both are attached to.
         """
-        if self._agent is None or self._agent.there.boot_id != boot_id():
+        if self._agent is None or not images:
             return
-        names = [image.path for image in images.values()]
-        found = (await self._agent.expect(Files(names), FilesReply)).ids
-        for (name, image), there in zip(images.items(), found, strict=True):
-            if there is not None and there in own:
+        one_machine = self._agent.there.boot_id == boot_id()
+        used = [name for each in own if each is not None and each[0] == "device" for name in devices.names(each[1])]
+        found = await self._agent.expect(Files([image.path for image in images.values()]), FilesReply)
+        for (name, image), there, known in zip(images.items(), found.ids, found.devices, strict=True):
+            if one_machine and there is not None and there in own:
                 self._problems.append(f"disk {name}: the destination {image.path} is a file of the source itself")
+            elif (same := devices.common(used, known)) is not None:
+                self._problems.append(f"disk {name}: {_one_device(image.path, same)}")
 
     def _check_disk(self, disk: Disk) -> None:
         if disk.encrypted and not self._selection.allow_plaintext:
@@ -387,6 +393,14 @@ class Planner:
         if reply.free is not None and needed > reply.free:
             where = ", ".join(sorted({str(Path(image.path).parent) for image in images.values()}))
             self._warnings.append(f"{where} has {show_bytes(reply.free)} free, the disks occupy {show_bytes(needed)}")
+
+
+def _one_device(path: str, known: str) -> str:
+    other = "" if devices.is_certain(known) else "; if these are two devices, change that of one of them"
+    return (
+        f"{path} is the same device at both hosts ({known}): it is shared storage, and must not be copied onto itself; "
+        f"leave the disk out (--migrate-disks), or name another device there{other}"
+    )
 
 
 def together(plans: Sequence[Plan]) -> Plan:

@@ -134,6 +134,12 @@ async def inventory(monitor: Monitor) -> Inventory:
     return Inventory(tuple(disks), tuple(skipped))
 
 
+async def files_of(monitor: Monitor) -> set[str]:
+    """The names of all files and devices that the guest's QEMU has, whatever it has them for, and by what layers."""
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return {plain_filename(node["file"]) for node in nodes}
+
+
 def identity(drive: Mapping[str, Any]) -> tuple[str, str]:
     """What tells a drive from the others in query-block and query-blockstats."""
     return drive.get("device", ""), drive.get("qdev", "")

@@ -118,7 +118,9 @@ class Confined:
         """See `AgentClient`."""
         if not all(name.startswith("/ours/") for name in op.names):
             raise Refused("out of bounds")
-        return FilesReply([("file", 1, int(name.rpartition("/")[2])) for name in op.names], op.names)
+        return FilesReply(
+            [("file", 1, int(name.rpartition("/")[2])) for name in op.names], op.names, [[] for _ in op.names]
+        )
 
 
 async def test_a_file_out_of_a_confined_agent_s_bounds_does_not_hide_the_others() -> None:
@@ -150,7 +152,7 @@ class Named:
     async def expect(self, op: Files, _: type[FilesReply]) -> FilesReply:
         """See `AgentClient`."""
         known = {"/file": ("file", 1, 1), "/device": ("device", 2, 0)}
-        return FilesReply([known.get(name) for name in op.names], op.names)
+        return FilesReply([known.get(name) for name in op.names], op.names, [[] for _ in op.names])
 
 
 async def test_of_what_is_there_it_is_known_whether_it_is_a_block_device() -> None:

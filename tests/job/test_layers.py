@@ -57,7 +57,9 @@ class _Agent:
     async def expect(self, op: Files | Inspect, _reply: type) -> FilesReply | InspectReply:
         if isinstance(op, Files):
             real = [self._followed(name) for name in op.names]
-            return FilesReply([("file", 1, 1) if path in self.files else None for path in real], real)
+            return FilesReply(
+                [("file", 1, 1) if path in self.files else None for path in real], real, [[] for _ in real]
+            )
         told = [f"{image.path} was not filled" for image in op.images if image.path in self.incomplete]
         missing = [path for image in op.images if (path := self._followed(image.path)) not in self.files]
         folders = {path: path.rpartition("/")[0] for path in missing}

@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from qemu_blkmig.destination import ownership
+from qemu_blkmig.destination import devices, ownership
+from qemu_blkmig.destination.files import boot_id
+from qemu_blkmig.destination.protocol import Files, FilesReply, Inspect, InspectReply
+from qemu_blkmig.job import plan as plan_module
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.plan import Placed, Plan, Planner
+from qemu_blkmig.qmp.disks import Disk, Layer
+from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.transport.local import LocalHost
 from tests.qmp.conftest import MakeImage, Qemu, StartQemu
 
@@ -58,6 +66,49 @@ async def test_the_base_of_the_source_is_no_destination(
     drive = f"if=none,id=d,format=qcow2,file={overlay}"
     qemu = await start_qemu("-drive", drive, "-device", "virtio-blk,drive=d,share-rw=on")
     assert any("is a file of the source itself" in problem for problem in (await plan(qemu, tmp_path)).problems)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The agent of a host that a device is attached to, under these names."""
+
+    names: list[str]
+    boot: str = "another"
+
+    @property
+    def there(self) -> SimpleNamespace:
+        """See `AgentClient`."""
+        return SimpleNamespace(boot_id=self.boot)
+
+    async def expect(self, op: Files | Inspect, _: type) -> FilesReply | InspectReply:
+        """See `AgentClient`."""
+        if isinstance(op, Inspect):
+            return InspectReply([], None, [], [])
+        return FilesReply([("device", 8, 0) for _ in op.names], op.names, [self.names for _ in op.names])
+
+
+@pytest.mark.parametrize(
+    ("names", "certain", "told"),
+    [
+        (["device/wwid naa.6001405a"], True, "is the same device at both hosts (device/wwid naa.6001405a)"),
+        (["serial 1"], False, "is the same device at both hosts (serial 1)"),
+        (["device/wwid naa.6001405b"], True, None),
+        ([], True, None),
+    ],
+)
+async def test_a_device_that_both_hosts_are_attached_to_is_not_copied_onto_itself(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], certain: bool, told: str | None
+) -> None:
+    monkeypatch.setattr(plan_module, "file_id", lambda path: ("device", 7 if path == "/dev/disk" else 1, 0))
+    monkeypatch.setattr(devices, "names", {7: ["device/wwid naa.6001405a", "serial 1"]}.get)
+    layer = Layer("d", "host_device", "/dev/disk", filter=False)
+    disk = Disk("vdb", "", "", "d", "raw", 1 << 20, "/dev/disk", None, (layer,), None, False, None)
+    for boot in ("another", boot_id()):
+        planner = Planner(cast("AgentClient", Attached(names, boot)), Selection(), Path("/"))
+        problems = (await planner.plan_image(disk, Placed("vdb", "/dev/mapper/x"))).problems
+        assert len(problems) == (told is not None)
+        assert all(each.startswith(f"disk vdb: /dev/mapper/x {told}") for each in problems)
+        assert all("--migrate-disks" in each and ("two devices" in each) != certain for each in problems)
 
 
 async def test_two_disks_that_are_one_file_are_refused(
