@@ -72,6 +72,8 @@ def test_a_lun_that_both_hosts_see_is_not_copied_onto_itself_but_stays_where_it_
         virtlab.migrate(domain).failed(3, told, "--migrate-disks", now="nothing was touched")
         result = virtlab.migrate(domain, "--migrate-disks", "vda", "--output", "json").succeeded().result
         assert [disk["name"] for disk in result["disks"]] == ["vda"]
+        stays = f"disk vdb is left alone: it is not chosen by --migrate-disks; {told.removeprefix('disk vdb: ')}"
+        assert stays in result["warnings"]
         virtlab.assert_arrived(replace(domain, disks=(*domain.disks, Disk(device, "raw", 32 * MIB))))
         domain.destroy()
 

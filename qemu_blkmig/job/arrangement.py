@@ -7,13 +7,13 @@ destination (seen on libvirt 9.0 with QEMU 7.2 and swtpm 0.7: files equal, also 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import shlex
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Below, BelowReply, Files, FilesReply
@@ -21,6 +21,7 @@ from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import certificates_tried
 from qemu_blkmig.job.managed_options import ManagedOptions, name_for_tls
 from qemu_blkmig.job.plan import Placed
+from qemu_blkmig.job.staying import NOT_CHOSEN, staying
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.acceptance import (
     conflicts,
@@ -34,14 +35,13 @@ from qemu_blkmig.virt.acceptance import (
 )
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
-from qemu_blkmig.virt.domain import NVME, Domain, DomainDisk, files_needed, lasting_memory, nvram_of, rewritten
+from qemu_blkmig.virt.domain import ELSEWHERE, Domain, DomainDisk, files_needed, lasting_memory, nvram_of, rewritten
 from qemu_blkmig.virt.rehearsal import is_of_xml, would_refuse
 from qemu_blkmig.virt.sharedfs import shared_file_system
 from qemu_blkmig.virt.storage import Volumes, pool_directory, qemu_owner, volume_path
 
 VARIABLES = "UEFI variables"
 """What the image of a UEFI's variables is called, among the disks."""
-_NOT_CHOSEN = "it is not chosen by --migrate-disks"
 
 
 def image_paths(
@@ -153,6 +153,7 @@ async def arrange(
                 options.persistent_xml, options, domain, own, paths, target, block
             )
             told += await _lacking(agent, target, persistent, paths)
+    shared, lost = await staying(domain, await _paths_there(domain, Domain.parse(xml), target), agent)
     written = {**paths, **_written_by_qemu(xml, persistent, runs=not options.offline)}
     problems = [
         *await hindrances(source, handle, domain.xml, runs=not options.offline),
@@ -163,7 +164,7 @@ async def arrange(
         *await absent_files(agent, xml, paths.values()),
         *(differing(given, domain, "--xml") if given else ()),
         *(misread(given, domain, "--xml", as_they_are=options.offline) if given else ()),
-        *(() if options.unsafe or options.offline else left_to_chance(domain)),
+        *(() if options.unsafe or options.offline else lost),
         *(() if options.unsafe else memory_left(domain, runs=not options.offline)),
         *trouble,
     ]
@@ -186,7 +187,11 @@ async def arrange(
         fate = "that definition is replaced" if options.persistent else "that definition stays as it is"
         warnings.append(f"the domain is defined at the destination already: {fate}")
     owner = await qemu_owner(target, xml)
-    left = tuple((disk.target, disk.left_alone) for disk in domain.disks if disk.left_alone is not None)
+    left = tuple(
+        (disk.target, "; ".join([disk.left_alone, *filter(None, [shared.get(disk.target)])]))
+        for disk in domain.disks
+        if disk.left_alone is not None
+    )
     return Arrangement(
         paths,
         xml,
@@ -252,36 +257,37 @@ async def chosen(domain: Domain, options: ManagedOptions, source: Connection) ->
 async def _as_chosen(
     disk: DomainDisk, wanted: tuple[str, ...] | None, named: set[str], source: Connection
 ) -> DomainDisk:
-    if disk.left_alone is not None:
+    if disk.left_alone is not None and not disk.written_here:
         return disk
     if disk.volume is not None:
-        disk = replace(disk, path=await volume_path(source, *disk.volume))
+        try:
+            path = await volume_path(source, *disk.volume)
+        except (Refused, LibvirtError):
+            if disk.left_alone is None:
+                raise
+            return disk
+        if not posixpath.isabs(path) and disk.target not in named:
+            return replace(disk, left_alone=f"{ELSEWHERE} (pool {disk.volume[0]})", written_here=False)
+        disk = replace(disk, path=path)
+    if disk.left_alone is not None:
+        return disk
     if wanted is not None and disk.target not in wanted:
-        return replace(disk, left_alone=_NOT_CHOSEN)
+        return replace(disk, left_alone=NOT_CHOSEN)
     if disk.path is not None and disk.target not in named and (kind := shared_file_system(disk.path)) is not None:
         return replace(disk, left_alone=f"it is on shared storage ({kind}); --migrate-disks or --disk has it copied")
     return disk
 
 
-def left_to_chance(domain: Domain) -> Iterator[str]:
-    """Disks of a running domain that are not chosen, or cannot be copied, and lie on no shared storage: of what it
-    writes to them the destination can know nothing.
-    """
-    for disk in domain.disks:
-        if disk.left_alone == NVME:
-            yield (
-                f"disk {disk.target} cannot be copied: {NVME}; at the destination it would go on with another one "
-                "(--unsafe permits it)"
-            )
-        if (
-            disk.left_alone == _NOT_CHOSEN
-            and Path(disk.path or "").is_file()
-            and not shared_file_system(disk.path or "")
-        ):
-            yield (
-                f"disk {disk.target} is left out of --migrate-disks, but {disk.path} is not on shared storage: at the "
-                "destination the guest would go on with another one (--unsafe permits it)"
-            )
+async def _paths_there(domain: Domain, given: Domain, target: Connection) -> dict[str, str | None]:
+    """What the disks that are left alone will lie in there, by the XML `given`, as far as it is known."""
+    left = {disk.target for disk in domain.disks if disk.left_alone is not None}
+    found = {disk.target: disk.path for disk in given.disks if disk.target in left}
+    for disk in given.disks:
+        if disk.volume is not None and disk.target in left:
+            # Who lacks it is told by `missing`.
+            with contextlib.suppress(Refused, LibvirtError):
+                found[disk.target] = await volume_path(target, *disk.volume)
+    return found
 
 
 def memory_left(domain: Domain, *, runs: bool) -> Iterator[str]:

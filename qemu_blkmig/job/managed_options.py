@@ -18,7 +18,7 @@ _TCP = re.compile(r"tcp:(?://)?(?P<host>\[[^\]]+\]|[^\[\]:/]+)(?::(?P<port>\d+))
 class ManagedOptions:
     """A domain's migration with its disks. `downtime` and `timeout` in seconds, `max_rounds` None: no bound.
 
-    `unsafe`: what is left behind may lie on storage that is not shared: a disk that is not chosen, or that libvirt does
+    `unsafe`: what is left behind may lie on storage that is not shared: a disk that is not copied, or that libvirt does
     not know of, and persistent memory.
 
     `domain`: name or UUID. `source_uri`: this host's libvirt (None: its default); `target_uri`: the destination's, as

@@ -16,8 +16,10 @@ from qemu_blkmig.virt.places import places
 
 _SOURCE = {"file": "file", "block": "dev"}
 """Attribute of <source> that names the image, by the disk's type."""
-NVME = "it is an NVMe device of this host, driven by QEMU itself"
-"""Why such a disk is left alone, in words."""
+ELSEWHERE = "its storage is not on this host"
+"""Why a disk is left alone, in words."""
+_LOOPBACK = re.compile(r"localhost|localhost\..*|.*\.localhost|127\..*|\[?::1\]?", re.IGNORECASE)
+"""Names of the host that they are used on."""
 _OF_THE_PLACE = ("seclabel", "reservations")
 _OF_THE_CONTENTS = ("encryption", "slices")
 """Children of <source>."""
@@ -34,6 +36,8 @@ class DomainDisk:
 
     `path`: of the image, where it is a file or a block device of the host; `volume`: pool and volume, where the XML
     names those instead. `left_alone`: why it is not migrated; None: it is. `encrypted`: by a key of libvirt's.
+    `written_here`: the guest can write to it, and its storage is this host's, as far as its XML tells; what of one that
+    is left alone is on no shared storage does not come to the destination.
     """
 
     target: str
@@ -43,6 +47,7 @@ class DomainDisk:
     left_alone: str | None
     volume: tuple[str, str] | None = None
     encrypted: bool = False
+    written_here: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,14 +212,16 @@ def _target(disk: ElementTree.Element) -> str:
 def _disk(disk: ElementTree.Element) -> DomainDisk:
     source, driver, alias = disk.find("source"), disk.find("driver"), disk.find("alias")
     attribute = _SOURCE.get(disk.get("type", "file"))
+    left_alone, written_here = _left_alone(disk, source)
     return DomainDisk(
         target=_target(disk),
         alias=alias.get("name") if alias is not None else None,
         path=source.get(attribute) if source is not None and attribute else None,
         format=driver.get("type", "raw") if driver is not None else "raw",
-        left_alone=_why_left_alone(disk, source),
+        left_alone=left_alone,
         volume=_volume(disk, source),
         encrypted=disk.find("source/encryption") is not None,
+        written_here=written_here,
     )
 
 
@@ -224,27 +231,53 @@ def _volume(disk: ElementTree.Element, source: ElementTree.Element | None) -> tu
     return source.get("pool", ""), source.get("volume", "")
 
 
-def _why_left_alone(disk: ElementTree.Element, source: ElementTree.Element | None) -> str | None:
+def _left_alone(disk: ElementTree.Element, source: ElementTree.Element | None) -> tuple[str | None, bool]:
+    """See `DomainDisk`."""
     device, kind = disk.get("device", "disk"), disk.get("type", "file")
-    if device == "floppy" and source is not None and disk.find("readonly") is None:
-        return "it is a floppy; what the guest has written to it stays here"
+    written = disk.find("readonly") is None
+    if device == "floppy" and source is not None and written:
+        return "it is a floppy; what the guest has written to it stays here", False
     if device in ("cdrom", "floppy"):
-        return f"it is a {device}"
+        return f"it is a {device}", False
     if source is None:
-        return "it is empty"
+        return "it is empty", False
+    if (where := _not_copied(kind, source)) is not None:
+        return where, written and not where.startswith(ELSEWHERE)
     if device == "lun":
-        return "it is a SCSI device passed through"
-    if kind == "nvme":
-        return NVME
-    if kind not in ("file", "block", "volume"):
-        return f"its storage is not on this host (type {kind})"
-    if disk.find("readonly") is not None:
-        return "it is read-only"
+        return "it is a SCSI device passed through", written
+    if not written:
+        return "it is read-only", False
     if disk.find("shareable") is not None:
-        return "it is shared with other guests (<shareable/>)"
+        return "it is shared with other guests (<shareable/>)", True
     if disk.find("transient") is not None:
-        return "what is written to it is dropped when the guest ends (<transient/>)"
-    return None
+        return "what is written to it is dropped when the guest ends (<transient/>)", False
+    return None, True
+
+
+def _not_copied(kind: str, source: ElementTree.Element) -> str | None:
+    """Where the storage of a disk of this type is, in words; None: in a file or block device, or what a pool knows."""
+    match kind:
+        case "file" | "block" | "volume":
+            return None
+        case "nvme":
+            return "it is an NVMe device of this host, driven by QEMU itself"
+        case "dir":
+            return f"it is a directory of this host ({source.get('dir')})"
+        case "vhostuser":
+            return f"it is served by a process of this host ({source.get('path')})"
+        case "vhostvdpa":
+            return f"it is a vDPA device of this host ({source.get('dev')})"
+        case "network":
+            hosts = source.findall("host")
+            served = [host.get("socket") or host.get("name") or "" for host in hosts if _is_this(host)]
+            if served and len(served) == len(hosts):
+                return f"it is served by a process of this host ({', '.join(served)})"
+            return f"{ELSEWHERE} (type {kind})"
+    return f"where its storage is cannot be told of its type, {kind}"
+
+
+def _is_this(host: ElementTree.Element) -> bool:
+    return host.get("transport") == "unix" or _LOOPBACK.fullmatch(host.get("name", "")) is not None
 
 
 def _is_device(path: str) -> bool:

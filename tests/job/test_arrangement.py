@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -10,12 +9,13 @@ import pytest
 
 from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job import arrangement
 from qemu_blkmig.job.arrangement import (
     block_devices,
+    chosen,
     definition_given,
     identified,
     image_paths,
-    left_to_chance,
     memory_left,
     other_images,
 )
@@ -128,22 +128,31 @@ async def test_a_file_out_of_a_confined_agent_s_bounds_does_not_hide_the_others(
     assert found == [("file", 1, 1), None, ("file", 1, 3)]
 
 
-def test_a_disk_that_is_left_out_and_not_shared_is_told_and_one_left_alone_for_another_reason_is_not(
-    tmp_path: Path,
+async def test_a_volume_is_where_its_pool_says_and_one_of_a_cluster_is_not_of_this_host(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "a.raw").touch()
-    domain = _domain(vda=str(tmp_path / "a.raw"), vdb="/none")
-    assert [*left_to_chance(domain)] == []
-    left_out = tuple(replace(disk, left_alone="it is not chosen by --migrate-disks") for disk in domain.disks)
-    (told,) = left_to_chance(replace(domain, disks=left_out))
-    assert told.startswith("disk vda is left out of --migrate-disks") and "--unsafe" in told
+    async def path(_: Connection, pool: str, volume: str) -> str:
+        if volume == "gone":
+            raise Refused("no such volume")
+        return f"/{pool}/{volume}" if pool == "files" else f"{pool}/{volume}"
 
-
-def test_an_nvme_device_of_the_host_which_libvirt_would_take_for_the_destination_s_is_told() -> None:
-    source = "<source type='pci' namespace='1'><address domain='0' bus='1' slot='0' function='0'/></source>"
-    disk = f"<disk type='nvme' device='disk'>{source}<target dev='vdc'/></disk>"
-    (told,) = left_to_chance(Domain.parse(f"<domain><devices>{disk}</devices></domain>"))
-    assert told.startswith("disk vdc cannot be copied") and "--unsafe" in told
+    monkeypatch.setattr(arrangement, "volume_path", path)
+    volumes = (
+        ("files", "a", ""),
+        ("cluster", "b", ""),
+        ("files", "c", "<shareable/>"),
+        ("files", "gone", "<shareable/>"),
+    )
+    disks = "".join(
+        f"<disk type='volume'><source pool='{pool}' volume='{volume}'/><target dev='{volume}'/>{more}</disk>"
+        for pool, volume, more in volumes
+    )
+    domain = Domain.parse(f"<domain><devices>{disks}</devices></domain>")
+    options = ManagedOptions("web1", "qemu+ssh://b/system", Local("/"))
+    found = (await chosen(domain, options, cast("Connection", None))).disks
+    assert [disk.path for disk in found] == ["/files/a", None, "/files/c", None]
+    assert [disk.written_here for disk in found] == [True, False, True, True]
+    assert found[0].left_alone is None and found[1].left_alone == "its storage is not on this host (pool cluster)"
 
 
 class Named:

@@ -63,6 +63,10 @@ def test_uefi_variables_are_named_as_text_or_as_a_disk_s_image_is() -> None:
         ("<disk type='file'><source file='/x'/><target dev='vdc'/><shareable/></disk>", "shared"),
         ("<disk type='file'><source file='/x'/><target dev='vdc'/><transient/></disk>", "dropped"),
         ("<disk type='network'><source protocol='rbd' name='p/x'/><target dev='vdc'/></disk>", "network"),
+        (
+            "<disk type='dir'><source dir='/srv'/><target dev='vdc'/><readonly/></disk>",
+            "a directory of this host (/srv)",
+        ),
         ("<disk type='block' device='lun'><source dev='/dev/sdx'/><target dev='sdc'/></disk>", "passed through"),
     ],
 )
