@@ -13,6 +13,7 @@ from qemu_blkmig.job.managed_look import look_at_domain
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.nbd.binding import libnbd
+from qemu_blkmig.virt.domain import without_secrets
 
 
 class LeftAlone(msgspec.Struct, frozen=True):
@@ -25,7 +26,8 @@ class LeftAlone(msgspec.Struct, frozen=True):
 class DomainCheck(msgspec.Struct, frozen=True):
     """`ready`: a migration would start. `problems`: why not; `warnings`: what should be known.
 
-    `xml`: what the destination's libvirt would get; `persistent_xml`: what would be defined there.
+    `xml`: what the destination's libvirt would get; `persistent_xml`: what would be defined there; both without
+    passwords.
     """
 
     ready: bool
@@ -61,6 +63,10 @@ async def check_managed(options: ManagedOptions) -> DomainCheck:
         left_alone=[LeftAlone(*each) for each in arrangement.left_alone] if arrangement else [],
         problems=problems,
         warnings=warnings,
-        xml=arrangement.xml if arrangement else None,
-        persistent_xml=arrangement.persistent_xml if arrangement else None,
+        xml=_shown(arrangement.xml) if arrangement else None,
+        persistent_xml=_shown(arrangement.persistent_xml) if arrangement else None,
     )
+
+
+def _shown(xml: str | None) -> str | None:
+    return None if xml is None else without_secrets(xml)

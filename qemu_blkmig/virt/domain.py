@@ -29,6 +29,9 @@ _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 _NAMED = re.compile(r"""(?:^|[=:"])(/(?:[^,"]|,,)+)""")
 """A file that an argument of QEMU's names, such as file=/x,format=raw or {"filename": "/x"}."""
 
+_PASSWORD = re.compile(r"""(\bpasswd\s*=\s*)(["']).*?\2""", re.DOTALL)
+_COOKIE = re.compile(r"(<cookie\b[^>]*>).*?(?=</cookie\s*>)", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class DomainDisk:
@@ -114,6 +117,13 @@ def rewritten(
     for begin, end, moved in sorted(edits, reverse=True):
         text = text[:begin] + moved + text[end:]
     return text.decode()
+
+
+def without_secrets(xml: str) -> str:
+    """A domain's XML for people's eyes, and their logs: passwords of its display, and cookies of disks that it reads by
+    HTTP, are blanked. libvirt must not get it so.
+    """
+    return _COOKIE.sub(r"\1***", _PASSWORD.sub(r"\1\2***\2", xml))
 
 
 def image_files(xml: str) -> set[str]:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.virt.domain import Domain, image_files, lasting_memory, nvram_of, rewritten
+from qemu_blkmig.virt.domain import Domain, image_files, lasting_memory, nvram_of, rewritten, without_secrets
 
 XML = """
 <domain type='kvm' id='3'>
@@ -168,3 +168,18 @@ def test_what_is_no_domain_is_refused(xml: str) -> None:
 def test_a_disk_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(Refused, match="no disk vdz"):
         rewritten(XML.format(more=""), {"vdz": "/x"})
+
+
+def test_what_is_shown_has_no_secrets_and_is_otherwise_the_same() -> None:
+    xml = """<domain><devices>
+    <graphics type='vnc' passwd='a&quot;b>1' port='5900' passwdValidTo='2030-01-01T00:00:00'><listen/></graphics>
+    <graphics passwd = "it's" type="spice"/>
+    <disk type='network'><source protocol='https' name='x'>
+      <cookies><cookie name='session'>c&lt;3</cookie><cookie name='b'><![CDATA[d4]]></cookie></cookies>
+    </source></disk></devices></domain>"""
+    shown = without_secrets(xml)
+    for secret in ("a&quot;b>1", "it's", "c&lt;3", "<![CDATA[d4]]>"):
+        assert secret in xml and secret not in shown
+        xml = xml.replace(secret, "***")
+    assert shown == xml
+    assert without_secrets(XML) == XML
