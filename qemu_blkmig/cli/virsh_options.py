@@ -126,7 +126,7 @@ def _add_domain(parser: argparse.ArgumentParser) -> None:
             "--abort-on-error": "an I/O error of the guest while it is migrated ends the migration",
             "--change-protection": "not needed: the domain is protected from changes anyway",
             "--unsafe": "a disk that is not copied, or that libvirt does not know of, may lie on storage that is not "
-            "shared, and so may persistent memory; else not needed: "
+            "shared, and so may persistent memory; the destination may have too few free huge pages; else not needed: "
             "the disks are copied, whatever their cache mode is",
         },
     )

@@ -36,6 +36,7 @@ from qemu_blkmig.virt.acceptance import (
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
 from qemu_blkmig.virt.domain import ELSEWHERE, Domain, DomainDisk, files_needed, lasting_memory, nvram_of, rewritten
+from qemu_blkmig.virt.hugepages import pages_lacking
 from qemu_blkmig.virt.rehearsal import is_of_xml, would_refuse
 from qemu_blkmig.virt.sharedfs import shared_file_system
 from qemu_blkmig.virt.storage import Volumes, pool_directory, qemu_owner, volume_path
@@ -166,6 +167,7 @@ async def arrange(
         *(misread(given, domain, "--xml", as_they_are=options.offline) if given else ()),
         *(() if options.unsafe or options.offline else lost),
         *(() if options.unsafe else memory_left(domain, runs=not options.offline)),
+        *(() if options.unsafe or options.offline else await pages_lacking(target, xml)),
         *trouble,
     ]
     warnings = [*taken_along(domain.xml), *told]
