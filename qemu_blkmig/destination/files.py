@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from qemu_blkmig.destination import devices
+from qemu_blkmig.destination.sharedfs import shared_file_systems
 
 FileId = tuple[str, int, int]
 """Holds until the host is booted anew (`boot_id`), and among hosts of one kernel."""
@@ -29,10 +30,18 @@ def file_id(path: str | Path) -> FileId | None:
     return None
 
 
-def device_names(process: int | None, name: str) -> list[str]:
-    """What the block device at `name`, as `process` uses it, is called on all hosts (`devices.names`)."""
-    found = file_id_for(process, name)
-    return devices.names(found[1]) if found is not None and found[0] == "device" else []
+def names_everywhere(found: FileId | None) -> list[str]:
+    """What a block device (`devices.names`), or a file where several hosts have it mounted, is called on all of them.
+
+    A file is called by its inode, as another one on such a file system may be, too.
+    """
+    if found is None:
+        return []
+    kind, device, inode = found
+    if kind == "device":
+        return devices.names(device)
+    shared = shared_file_systems().get(device)
+    return [] if shared is None else [f"inode {inode} on {shared}"]
 
 
 def path_for(process: int | None, name: str) -> Path:

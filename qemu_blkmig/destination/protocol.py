@@ -557,13 +557,13 @@ class HeldReply(Message, frozen=True, tag="held"):
 
 class FilesReply(Message, frozen=True, tag="files"):
     """In the order asked for. `ids`: None where neither a regular file nor a block device is there. `real`: their
-    paths, with links and what else leads there by a way round resolved, also of what is not there. `devices`: what
-    those of them that are block devices are called on all hosts (`devices.names`).
+    paths, with links and what else leads there by a way round resolved, also of what is not there. `names`: what
+    those of them that other hosts may see, too, are called there (`files.names_everywhere`).
     """
 
     ids: list[FileId | None]
     real: list[str]
-    devices: list[list[str]]
+    names: list[list[str]]
 
 
 class CertificatesReply(Message, frozen=True, tag="certificates"):

@@ -256,7 +256,7 @@ class Service:
                 pid = op.process.pid if op.process else None
                 ids = [files.file_id_for(pid, name) for name in op.names]
                 real = [files.real_path(pid, name) for name in op.names]
-                return protocol.FilesReply(ids, real, [files.device_names(pid, name) for name in op.names])
+                return protocol.FilesReply(ids, real, [files.names_everywhere(each) for each in ids])
             case protocol.Below():
                 found = await asyncio.to_thread(
                     lambda: [backing_files(each, self._bounds.permits) for each in op.images]

@@ -17,6 +17,7 @@ from functools import partial
 
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Below, BelowReply, Files, FilesReply
+from qemu_blkmig.destination.sharedfs import shared_file_system
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import certificates_tried
 from qemu_blkmig.job.managed_options import ManagedOptions, name_for_tls
@@ -38,7 +39,6 @@ from qemu_blkmig.virt.departure import hindrances, taken_along
 from qemu_blkmig.virt.domain import ELSEWHERE, Domain, DomainDisk, files_needed, lasting_memory, nvram_of, rewritten
 from qemu_blkmig.virt.hugepages import pages_lacking
 from qemu_blkmig.virt.rehearsal import is_of_xml, would_refuse
-from qemu_blkmig.virt.sharedfs import shared_file_system
 from qemu_blkmig.virt.storage import Volumes, pool_directory, qemu_owner, volume_path
 
 VARIABLES = "UEFI variables"

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import msgspec
 
 from qemu_blkmig.destination import devices
-from qemu_blkmig.destination.files import FileId, boot_id, file_id, file_id_for, opened_by
+from qemu_blkmig.destination.files import FileId, boot_id, file_id, file_id_for, names_everywhere, opened_by
 from qemu_blkmig.destination.protocol import Created, Files, FilesReply, Image, Inspect, InspectReply
+from qemu_blkmig.destination.sharedfs import shared_file_system
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.base_choice import BaseChoice, LayerThere
 from qemu_blkmig.job.options import Selection
@@ -37,7 +38,6 @@ from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.ram import unfit_capabilities
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.units import show_bytes
-from qemu_blkmig.virt.sharedfs import shared_file_system
 
 MIGRATABLE = ("running", "paused", "io-error", "watchdog", "prelaunch", "postmigrate")
 """Run states that a guest can be migrated in, and that its destination can be left in."""
@@ -264,18 +264,21 @@ class Planner:
         """Locks do not tell of a source that was opened without them, or that shares its image with other writers.
 
         Two hosts may be one machine under two names, or containers of one; and no lock that is known to both of them
-        is on a device that both are attached to.
+        is on a device that both are attached to, nor on a file of every file system that both have mounted.
         """
         if self._agent is None or not images:
             return
         one_machine = self._agent.there.boot_id == boot_id()
-        used = [name for each in own if each is not None and each[0] == "device" for name in devices.names(each[1])]
+        used = [name for each in own for name in names_everywhere(each)]
         found = await self._agent.expect(Files([image.path for image in images.values()]), FilesReply)
-        for (name, image), there, known in zip(images.items(), found.ids, found.devices, strict=True):
+        for (name, image), there, known in zip(images.items(), found.ids, found.names, strict=True):
             if one_machine and there is not None and there in own:
                 self._problems.append(f"disk {name}: the destination {image.path} is a file of the source itself")
-            elif (same := devices.common(used, known)) is not None:
-                self._problems.append(f"disk {name}: {_one_device(image.path, same)}")
+                continue
+            same = devices.common(used, known)
+            # What the job has begun was seen to be none of the source's then: most images were not there yet.
+            if same is not None and (devices.is_certain(same) or image.path not in self._begun):
+                self._problems.append(f"disk {name}: {_the_same(image.path, same)}")
 
     def _check_disk(self, disk: Disk) -> None:
         if disk.encrypted and not self._selection.allow_plaintext:
@@ -395,11 +398,12 @@ class Planner:
             self._warnings.append(f"{where} has {show_bytes(reply.free)} free, the disks occupy {show_bytes(needed)}")
 
 
-def _one_device(path: str, known: str) -> str:
-    other = "" if devices.is_certain(known) else "; if these are two devices, change that of one of them"
+def _the_same(path: str, known: str) -> str:
+    what = "file" if known.startswith("inode ") else "device"
+    other = "" if devices.is_certain(known) else f"; if these are two {what}s, change that of one of them"
     return (
-        f"{path} is the same device at both hosts ({known}): it is shared storage, and must not be copied onto itself; "
-        f"leave the disk out (--migrate-disks), or name another device there{other}"
+        f"{path} is the same {what} at both hosts ({known}): it is shared storage, and must not be copied onto itself; "
+        f"leave the disk out (--migrate-disks), or name another {what} there{other}"
     )
 
 

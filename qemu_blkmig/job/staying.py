@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from qemu_blkmig.destination import devices
-from qemu_blkmig.destination.files import FileId, device_names, file_id
+from qemu_blkmig.destination.files import FileId, file_id, names_everywhere
 from qemu_blkmig.destination.protocol import Files, FilesReply
+from qemu_blkmig.destination.sharedfs import shared_file_system
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.domain import Domain, DomainDisk
-from qemu_blkmig.virt.sharedfs import shared_file_system
 
 NOT_CHOSEN = "it is not chosen by --migrate-disks"
 """Why a disk is left alone, in words."""
@@ -31,7 +30,7 @@ async def staying(
             continue
         found = None if disk.path is None else file_id(disk.path)
         if found is not None and found[0] == "device":
-            known = await _same_device(Path(disk.path or ""), there.get(disk.target), agent)
+            known = await _same_device(found, there.get(disk.target), agent)
             if known is not None:
                 shared[disk.target] = f"{disk.path} is the same device at both hosts ({known})"
                 continue
@@ -41,16 +40,16 @@ async def staying(
     return shared, lost
 
 
-async def _same_device(path: Path, there: str | None, agent: AgentClient) -> str | None:
+async def _same_device(here: FileId, there: str | None, agent: AgentClient) -> str | None:
     """By which name it is known for certain that these are one device; None: it is not known."""
     if there is None:
         return None
     try:
-        (known,) = (await agent.expect(Files([there]), FilesReply)).devices
+        (known,) = (await agent.expect(Files([there]), FilesReply)).names
     except Refused:
         # It is out of a confined agent's bounds.
         return None
-    return next((name for name in device_names(None, str(path)) if name in known and devices.is_certain(name)), None)
+    return next((name for name in names_everywhere(here) if name in known and devices.is_certain(name)), None)
 
 
 def _lost(disk: DomainDisk, found: FileId | None) -> str:

@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from qemu_blkmig.destination import devices, ownership
+from qemu_blkmig.destination import devices, files, ownership
 from qemu_blkmig.destination.files import boot_id
 from qemu_blkmig.destination.protocol import Files, FilesReply, Inspect, InspectReply
 from qemu_blkmig.job import plan as plan_module
@@ -92,23 +92,27 @@ class Attached:
     [
         (["device/wwid naa.6001405a"], True, "is the same device at both hosts (device/wwid naa.6001405a)"),
         (["serial 1"], False, "is the same device at both hosts (serial 1)"),
+        (["inode 13 on nfs4"], True, None),
+        (["inode 12 on nfs4"], False, "is the same file at both hosts (inode 12 on nfs4)"),
         (["device/wwid naa.6001405b"], True, None),
         ([], True, None),
     ],
 )
-async def test_a_device_that_both_hosts_are_attached_to_is_not_copied_onto_itself(
+async def test_what_both_hosts_see_is_not_copied_onto_itself(
     monkeypatch: pytest.MonkeyPatch, names: list[str], certain: bool, told: str | None
 ) -> None:
-    monkeypatch.setattr(plan_module, "file_id", lambda path: ("device", 7 if path == "/dev/disk" else 1, 0))
+    here = {"/dev/disk": ("device", 7, 0), "/nfs/base": ("file", 40, 12), "/local": ("file", 41, 13)}
+    monkeypatch.setattr(plan_module, "file_id", here.get)
     monkeypatch.setattr(devices, "names", {7: ["device/wwid naa.6001405a", "serial 1"]}.get)
-    layer = Layer("d", "host_device", "/dev/disk", filter=False)
-    disk = Disk("vdb", "", "", "d", "raw", 1 << 20, "/dev/disk", None, (layer,), None, False, None)
+    monkeypatch.setattr(files, "shared_file_systems", lambda: {40: "nfs4"})
+    layers = tuple(Layer(path, "raw", path, filter=False) for path in here)
+    disk = Disk("vdb", "", "", "d", "raw", 1 << 20, "/dev/disk", None, layers, None, False, None)
     for boot in ("another", boot_id()):
         planner = Planner(cast("AgentClient", Attached(names, boot)), Selection(), Path("/"))
         problems = (await planner.plan_image(disk, Placed("vdb", "/dev/mapper/x"))).problems
         assert len(problems) == (told is not None)
         assert all(each.startswith(f"disk vdb: /dev/mapper/x {told}") for each in problems)
-        assert all("--migrate-disks" in each and ("two devices" in each) != certain for each in problems)
+        assert all("--migrate-disks" in each and ("if these are two" in each) != certain for each in problems)
 
 
 async def test_two_disks_that_are_one_file_are_refused(

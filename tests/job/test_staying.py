@@ -69,7 +69,7 @@ async def test_a_device_that_is_left_alone_stays_only_if_both_hosts_are_known_to
     lun, mark = " device='lun'" if how == "lun" else "", "<shareable/>" if how == "shareable" else ""
     disk = f"<disk type='block'{lun}><source dev='/dev/lun'/><target dev='vdb'/>{mark}</disk>"
     monkeypatch.setattr(module, "file_id", lambda _: ("device", 7, 0))
-    monkeypatch.setattr(module, "device_names", lambda *_: ["serial 1", "wwid eui.1"])
+    monkeypatch.setattr(module, "names_everywhere", lambda _: ["serial 1", "wwid eui.1"])
     shared, lost = await told(disk, "wwid eui.1", not_chosen=not how)
     assert shared == {"vdb": "/dev/lun is the same device at both hosts (wwid eui.1)"} and lost == []
     for names, there in ((["serial 1"], "/dev/lun"), ([], "/dev/lun"), (["wwid eui.1"], "/x"), (["wwid eui.1"], None)):

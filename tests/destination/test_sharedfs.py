@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from qemu_blkmig.virt.sharedfs import shared_file_system
+from qemu_blkmig.destination.sharedfs import shared_file_system, shared_file_systems
 
 MOUNTS = r"""22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
 40 22 0:40 / /srv rw shared:5 - nfs4 nas:/srv rw
@@ -26,6 +27,11 @@ MOUNTS = r"""22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
 )  # fmt: skip
 def test_the_innermost_and_latest_mount_counts(path: str, kind: str | None) -> None:
     assert shared_file_system(path, MOUNTS) == kind
+
+
+def test_shared_file_systems_are_known_by_their_devices() -> None:
+    told = {os.minor(device): kind for device, kind in shared_file_systems(MOUNTS).items()}
+    assert told == {40: "nfs4", 41: "fuse.glusterfs", 42: "nfs"}
 
 
 def test_this_host_s_own_mounts_are_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 SHARED = {
@@ -15,14 +16,24 @@ SHARED = {
 
 def shared_file_system(path: str, mounts: str | None = None) -> str | None:
     """The type of the shared file system that `path` lies on; None where it is none. `mounts`: as of mountinfo."""
-    if mounts is None:
-        mounts = Path("/proc/self/mountinfo").read_text()
     place = Path(os.path.realpath(path))
     best, kind = Path("/"), ""
-    for line in mounts.splitlines():
-        words, _, told = line.partition(" - ")
-        where = Path(re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), words.split()[4]))
+    for words, told in _mounted(mounts):
+        where = Path(re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), words[4]))
         # Of two that are mounted in one place the later one is seen.
         if place.is_relative_to(where) and len(where.parts) >= len(best.parts):
-            best, kind = where, told.split()[0]
+            best, kind = where, told
     return kind if kind in SHARED else None
+
+
+def shared_file_systems(mounts: str | None = None) -> dict[int, str]:
+    """The types of those that are mounted here, by their device (st_dev)."""
+    numbers = {words[2]: told for words, told in _mounted(mounts) if told in SHARED}
+    return {os.makedev(*map(int, number.split(":"))): told for number, told in numbers.items()}
+
+
+def _mounted(mounts: str | None) -> Iterator[tuple[list[str], str]]:
+    """The words of each line before the type, and that."""
+    for line in (Path("/proc/self/mountinfo").read_text() if mounts is None else mounts).splitlines():
+        words, _, told = line.partition(" - ")
+        yield words.split(), told.split()[0]
