@@ -59,23 +59,36 @@ def test_a_disk_that_only_qemu_s_own_arguments_name_is_not_left_behind_unawares(
     domain.destroy()
 
 
-def test_a_lun_that_both_hosts_see_is_not_copied_onto_itself_but_stays_where_it_is(virtlab: VirtLab) -> None:
-    image, wwid = virtlab.outside(IMAGES / "odd-san.raw", far=False), "naa.6001405abcdef0123456789abcdef012"
+@pytest.fixture
+def san(virtlab: VirtLab) -> Iterator[tuple[Path, str]]:
+    """A block device that both hosts see, and what it is known by."""
+    wwid, link = "naa.6001405abcdef0123456789abcdef012", IMAGES / "odd-san"
+    image = virtlab.outside(IMAGES / "odd-san.raw", far=False)
     with loop_device(image, 32 * MIB, 512) as device, called(virtlab.hosts, device, wwid):
-        more = (
-            f"<disk type='block'><driver name='qemu' type='raw' cache='none'/><source dev='{device}'/>"
-            "<target dev='vdb' bus='virtio'/></disk>"
-        )
-        root = virtlab.disk("odd-local.qcow2", 64 * MIB, data=[(MIB, 8 * MIB)])
-        domain = virtlab.boot(root, alter=lambda xml: xml.replace("<serial", f"{more}<serial", 1))
-        told = f"disk vdb: {device} is the same device at both hosts (device/wwid {wwid})"
-        virtlab.migrate(domain).failed(3, told, "--migrate-disks", now="nothing was touched")
-        result = virtlab.migrate(domain, "--migrate-disks", "vda", "--output", "json").succeeded().result
-        assert [disk["name"] for disk in result["disks"]] == ["vda"]
-        stays = f"disk vdb is left alone: it is not chosen by --migrate-disks; {told.removeprefix('disk vdb: ')}"
-        assert stays in result["warnings"]
-        virtlab.assert_arrived(replace(domain, disks=(*domain.disks, Disk(device, "raw", 32 * MIB))))
-        domain.destroy()
+        for far in (False, True):
+            virtlab.hosts.run("ln", "-s", device, link, far=far)
+        yield link, f"device/wwid {wwid}"
+        for far in (False, True):
+            virtlab.hosts.run("rm", link, far=far)
+
+
+def test_a_lun_that_both_hosts_see_is_not_copied_onto_itself_but_stays_where_it_is(
+    virtlab: VirtLab, san: tuple[Path, str]
+) -> None:
+    lun, known = san
+    more = (
+        f"<disk type='block'><driver name='qemu' type='raw' cache='none'/><source dev='{lun}'/>"
+        "<target dev='vdb' bus='virtio'/></disk>"
+    )
+    root = virtlab.disk("odd-local.qcow2", 64 * MIB, data=[(MIB, 8 * MIB)])
+    domain = virtlab.boot(root, alter=lambda xml: xml.replace("<serial", f"{more}<serial", 1))
+    told = f"{lun} is the same device at both hosts ({known})"
+    virtlab.migrate(domain).failed(3, f"disk vdb: {told}", "--migrate-disks", now="nothing was touched")
+    result = virtlab.migrate(domain, "--migrate-disks", "vda", "--output", "json").succeeded().result
+    assert [disk["name"] for disk in result["disks"]] == ["vda"]
+    assert f"disk vdb is left alone: it is not chosen by --migrate-disks; {told}" in result["warnings"]
+    virtlab.assert_arrived(replace(domain, disks=(*domain.disks, Disk(lun, "raw", 32 * MIB))))
+    domain.destroy()
 
 
 def test_the_definition_keeps_an_image_of_its_own_and_metadata_byte_for_byte(virtlab: VirtLab) -> None:
