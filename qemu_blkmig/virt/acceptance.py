@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.domain import Domain, image_files, rooted
+from qemu_blkmig.virt.offered import drivers_lacking, not_offered, static_labels
 from qemu_blkmig.virt.storage import Volumes
 
 Identify = Callable[[list[str]], Awaitable[Sequence[Hashable | None]]]
@@ -82,7 +83,7 @@ async def is_defined(target: Connection, uuid: str) -> bool:
 
 
 async def lacks(target: Connection, there: Domain, running: Domain | None) -> list[str]:
-    """What the QEMU there would lack: emulator, machine type, CPU.
+    """What the libvirt and QEMU there would lack: emulator, machine type, devices, security driver, CPU.
 
     The CPU is that of the `running` guest: in the form that libvirt migrates, it may name features that even the
     source has not given it. None: it does not run, and gets what CPU there is when it starts.
@@ -92,10 +93,13 @@ async def lacks(target: Connection, there: Domain, running: Domain | None) -> li
     told = machine.attrib if machine is not None else {}
     which = [root.findtext("./devices/emulator"), told.get("arch"), told.get("machine"), kind]
     try:
-        await target.call(target.handle.getDomainCapabilities, *which)
+        offered = await target.call(target.handle.getDomainCapabilities, *which)
     except LibvirtError as error:
         return [f"the destination cannot run this domain: {error}"]
-    return [] if running is None else await _cpu_lacks(target, rooted(running.xml).find("./cpu"), which)
+    found = [*not_offered(offered, there.xml)]
+    if static_labels(there.xml):
+        found += drivers_lacking(await target.call(target.handle.getCapabilities), there.xml)
+    return found + ([] if running is None else await _cpu_lacks(target, rooted(running.xml).find("./cpu"), which))
 
 
 async def _cpu_lacks(target: Connection, cpu: ElementTree.Element | None, which: list[str | None]) -> list[str]:
@@ -120,7 +124,8 @@ async def missing(target: Connection, xml: str) -> list[str]:
     root = rooted(xml)
     networks = {each.get("network") for each in root.findall("./devices/interface[@type='network']/source")}
     pools = {each.get("pool") for each in root.findall("./devices/disk[@type='volume']/source")}
-    secrets = {each.get("uuid") for each in root.iter("secret") if each.get("uuid")}
+    secrets = {each.get("uuid") for each in root.iter("secret")}
+    secrets |= {each.get("secret") for each in root.findall("./devices/tpm/backend/encryption")}
     lost = []
     for kind, names, lookup in (
         ("network", networks, handle.networkLookupByName),
