@@ -188,11 +188,14 @@ def test_a_machine_type_an_emulator_a_network_and_files_that_are_not_there_are_a
             "<interface type='network'><source network='lan'/></interface>"
             "<interface type='bridge'><source bridge='br-lan'/></interface>"
             "<interface type='bridge'><source bridge='lo'/></interface>"
+            "<interface type='direct'><source dev='eno9' mode='bridge'/></interface>"
+            "<interface type='direct'><source dev='lo' mode='bridge'/></interface>"
         )
         told = idle.problems("--xml", idle.file(machine="pc-q35-99.0", more=network))
         assert "the machine 'pc-q35-99.0' is not supported" in told
         assert "the destination has no network lan" in told
         assert "bridge br-lan: " in told and "bridge lo: " not in told
+        assert "network device eno9: " in told and "network device lo: " not in told
         assert "its disks are vda, the domain's are sda, vda" in told
         assert "its name is x" in idle.problems("--xml", idle.file(name="x"))
     finally:

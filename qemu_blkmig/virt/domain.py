@@ -186,6 +186,26 @@ def files_needed(xml: str) -> dict[str, str]:
             found |= {path: f"disk {_target(disk)}"} if path else {}
     for interface in root.findall("./devices/interface[@type='bridge']/source"):
         found[f"/sys/class/net/{interface.get('bridge')}/address"] = f"bridge {interface.get('bridge')}"
+    for interface in root.findall("./devices/interface[@type='direct']/source[@dev]"):
+        # Of a network's devices libvirt chooses one anew.
+        if interface.get("network") is None:
+            found[f"/sys/class/net/{interface.get('dev')}/address"] = f"network device {interface.get('dev')}"
+    return found | _passed_through(root)
+
+
+def _passed_through(root: ElementTree.Element) -> dict[str, str]:
+    """PCI devices that the guest gives back while it is migrated, and is to have at the destination (teaming)."""
+    found = {}
+    for device in (*root.findall("./devices/interface[@type='hostdev']"), *root.findall("./devices/hostdev")):
+        address = device.find("./source/address[@slot]")
+        if address is None or device.find("./teaming[@type='transient']") is None:
+            continue
+        try:
+            numbers = [int(address.get(part, "0"), 0) for part in ("domain", "bus", "slot", "function")]
+        except ValueError:
+            continue
+        name = "{:04x}:{:02x}:{:02x}.{:x}".format(*numbers)
+        found[f"/sys/bus/pci/devices/{name}/vendor"] = f"PCI device {name}"
     return found
 
 

@@ -7,7 +7,15 @@ from xml.etree import ElementTree
 import pytest
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.virt.domain import Domain, image_files, lasting_memory, nvram_of, rewritten, without_secrets
+from qemu_blkmig.virt.domain import (
+    Domain,
+    files_needed,
+    image_files,
+    lasting_memory,
+    nvram_of,
+    rewritten,
+    without_secrets,
+)
 
 XML = """
 <domain type='kvm' id='3'>
@@ -183,3 +191,21 @@ def test_what_is_shown_has_no_secrets_and_is_otherwise_the_same() -> None:
         xml = xml.replace(secret, "***")
     assert shown == xml
     assert without_secrets(XML) == XML
+
+
+def test_the_host_s_ends_of_devices_are_among_what_a_host_must_have() -> None:
+    vf = "<address type='pci' domain='0x0000' bus='0x3b' slot='0x0a' function='0x1'/>"
+    transient = "<teaming type='transient' persistent='ua-net'/>"
+    devices = (
+        "<interface type='direct'><source dev='eno1' mode='bridge'/></interface>"
+        "<interface type='direct'><source network='lan' dev='eno2' mode='bridge'/></interface>"
+        f"<interface type='hostdev' managed='yes'><source>{vf}</source>{transient}</interface>"
+        f"<hostdev mode='subsystem' type='pci'><source>{vf.replace('3b', '3c')}</source>{transient}</hostdev>"
+        f"<hostdev mode='subsystem' type='pci'><source>{vf.replace('3b', '3d')}</source></hostdev>"
+        f"<hostdev mode='subsystem' type='pci'><source>{vf.replace('0x3b', 'odd')}</source>{transient}</hostdev>"
+    )
+    assert files_needed(f"<domain><devices>{devices}</devices></domain>") == {
+        "/sys/class/net/eno1/address": "network device eno1",
+        "/sys/bus/pci/devices/0000:3b:0a.1/vendor": "PCI device 0000:3b:0a.1",
+        "/sys/bus/pci/devices/0000:3c:0a.1/vendor": "PCI device 0000:3c:0a.1",
+    }
