@@ -258,6 +258,39 @@ def test_a_cpu_that_the_destination_cannot_give_is_told(idle: Idle, model: str, 
     assert all(why is not None and why in each for each in told), told
 
 
+def test_pages_labels_and_a_tpm_that_the_destination_does_not_offer_are_told(idle: Idle) -> None:
+    lab = idle.lab
+    tpm = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+    devices = f"{tpm}<graphics type='vnc'/><video><model type='vga'/></video>"
+
+    def told(xml: str) -> str:
+        file = lab.hosts.near / "given.xml"
+        file.write_text(xml)
+        return idle.problems("--xml", file)
+
+    def offered() -> bool:
+        found = told(idle.xml(more=devices))
+        assert "graphics" not in found and "video model" not in found
+        return "offers no emulated TPM (is swtpm installed there?" not in found
+
+    label = "<seclabel type='static' model='selinux'><label>system_u:system_r:svirt_t:s0:c1,c2</label></seclabel>"
+    found = told(idle.xml().replace("</devices>", f"</devices>{label}"))
+    assert "the destination has no security driver selinux, of which this domain has a static label" in found
+    pages = "<memoryBacking><hugepages><page size='2048' unit='KiB'/></hugepages></memoryBacking><vcpu>"
+    found = told(idle.xml().replace("<vcpu>", pages))
+    assert "the destination has 0 free pages of 2 MiB, the guest needs 16 (" in found
+    assert offered()
+    lab.hosts.run("mount", "--bind", "/dev/null", "/usr/bin/swtpm", far=True)
+    try:
+        lab.hosts.stop_libvirtd(far=True)
+        lab.hosts.start_libvirtd(far=True)
+        assert not offered()
+    finally:
+        lab.hosts.run("umount", "/usr/bin/swtpm", far=True)
+        lab.hosts.stop_libvirtd(far=True)
+        lab.hosts.start_libvirtd(far=True)
+
+
 def test_a_domain_with_snapshots_or_checkpoints_or_a_job_under_way_does_not_leave(lab: VirtLab) -> None:
     idle = Idle(lab, 3)
     try:
