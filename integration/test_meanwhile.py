@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from integration.lab import Guest, QmpError, wait_until
-from integration.luck import MIB, Attempt, Bench
+from integration.luck import MIB, Attempt, Bench, command
 from integration.thorough import also
 from integration.tool import assert_nothing_left
 
@@ -39,7 +39,7 @@ def hot_plug(guest: Guest) -> None:
 
 def back_up(guest: Guest) -> None:
     guest.execute("blockdev-add", {"driver": "null-co", "node-name": "backup", "size": 16 * MIB})
-    job = {"job-id": "backup", "device": NODE, "target": "backup", "sync": "full", "speed": 65536}
+    job = {"job-id": "backup", "device": NODE, "target": "backup", "sync": "full", "speed": 4096}
     guest.execute("blockdev-backup", job)
 
 
@@ -51,9 +51,7 @@ def end_backup(guest: Guest) -> None:
 
 def mirror(guest: Guest) -> None:
     target = str(guest.disks[0].path.with_suffix(".mirror"))
-    guest.execute(
-        "drive-mirror", {"job-id": "mirror", "device": NODE, "target": target, "sync": "full", "speed": 65536}
-    )
+    guest.execute("drive-mirror", {"job-id": "mirror", "device": NODE, "target": target, "sync": "full", "speed": 4096})
 
 
 def end_mirror(guest: Guest) -> None:
@@ -99,7 +97,23 @@ def test_what_others_do_to_a_disk_ends_the_migration(bench: Bench, change: str, 
     attempt.go_on()
     attempt.outcome().failed(1, reason, now="the guest runs at the source")
     undo(attempt.source)
-    attempt.assert_source_has_it()
+    attempt.assert_given_up(suspended=change != "snapshot")
+
+
+@pytest.mark.parametrize("change", ["backup", *also("mirror", "export")])
+def test_what_was_copied_is_kept_until_a_backup_is_over(bench: Bench, change: str) -> None:
+    do, undo, reason = CHANGES[change]
+    attempt = bench.attempt_at("copied")
+    do(attempt.source)
+    attempt.go_on()
+    attempt.outcome().failed(1, reason, "end: qemu-blkmig resume", now="the guest runs at the source")
+    job = attempt.job()
+    command("resume", job, lab=bench.lab).failed(3, reason.removeprefix("somebody "))
+    attempt.source.wait_for_writing(more=20)
+    undo(attempt.source)
+    (disk,) = command("resume", job, "--output", "json", lab=bench.lab).succeeded().result["disks"]
+    assert disk["resumed"] == disk["virtual_size"]
+    attempt.assert_destination_has_it()
 
 
 @pytest.mark.parametrize("moment", ["bulk", "moving RAM"])

@@ -5,7 +5,8 @@
      +- ConnectionLost                      the peer is gone and the fate of what was under way is unknown: reconnect
      +- StreamError                         what was read is no stream of the old wire format (offset)
      +- MigrationError                      the migration failed, the source guest is the truth
-     |   +- TopologyChanged                 a snapshot, pivot, unplug, hot-plug, block job or backup came in between
+     |   +- TopologyChanged                 a snapshot, pivot, unplug, hot-plug or block job came in between
+     |   |   +- DisksInUse                  a backup, mirror job or export is at work on disks that are the same still
      |   +- GuestStateError                 the guest shut down, crashed, or is in a state that cannot be migrated
      |   +- Stalled                         the predicted downtime does not come under the limit
      |   +- SourceReadError                 the source disk cannot be read (offset)
@@ -77,6 +78,12 @@ class MigrationError(BlkmigError):
 
 class TopologyChanged(MigrationError):
     """The guest's disks are no longer those that the migration started with."""
+
+
+class DisksInUse(TopologyChanged):
+    """Somebody else's backup, mirror job or export is at work on the guest's disks, which are what they were."""
+
+    mendable = True
 
 
 class GuestStateError(MigrationError):

@@ -15,6 +15,7 @@ from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, SaveOptions
 from qemu_blkmig.job.plan import Plan
+from qemu_blkmig.job.record import Job
 from qemu_blkmig.job.result import DiskResult
 from qemu_blkmig.job.verification import Verification
 from qemu_blkmig.nbd.address import Export
@@ -83,6 +84,7 @@ async def connect(
     Raises what ends a job: `Refused`, `TopologyChanged`, `GuestStateError`, and what the agent raises.
     """
     guard = life.guard()
+    _require_same_chains(life.job, plan)
     await life.agree(plan)
     transfer = options.transfer
     log, exports = await life.open_source(plan, transfer.granularity, options.selection.shared_base, transfer.data)
@@ -90,6 +92,28 @@ async def connect(
     engine = await carriage.engine(log, guest, clock, life.reporter.maps.watched)
     life.steering.on_change(lambda: engine.limit(life.steering.rate))
     return Connected(guest, log, carriage, guard, engine, carriage.verification(engine, clock))
+
+
+def _require_same_chains(job: Job, plan: Plan) -> None:
+    """What was recorded on other nodes, or above other images, than the guest has now, is not all that was written.
+
+    Nodes that were aside and are the guest's again may still have our bitmaps, and others below them. Raises `Refused`.
+    """
+    chains = {disk.name: disk.images for disk in plan.disks}
+    if job.record.recording and not job.starts_over:
+        for disk, chain in chains.items():
+            if (before := job.record.chains.get(disk, chain)) != chain:
+                raise Refused(
+                    "its image or chain was changed while the job was suspended (a snapshot, a pivot, a commit) from "
+                    f"{_shown(before)} to {_shown(chain)}: what the guest has written since is not known",
+                    disk=disk,
+                    advice=compare_instead(job.record.job),
+                )
+    job.record.chains = chains
+
+
+def _shown(chain: Sequence[tuple[str, str]]) -> str:
+    return " <- ".join(f"{filename} (node {node})" for node, filename in chain)
 
 
 async def open_carriage(life: Lifecycle, carriage: Carrying, exports: Mapping[str, Export]) -> None:

@@ -85,6 +85,7 @@ class Record(msgspec.Struct):
     `marked`: the ownership records at the destination say that it has the guest.
     `identities`: the files that `images` are. `migrate`, `copy`: what was asked for, so that it can be resumed.
     `steered`: what of that holds now.
+    `chains`: nodes and files of the disks that they record on, topmost first, by disk.
     `recording`: our bitmaps record on the source what the destination, which holds a part, has not got; image files
     that are copied nobody writes to, which `untouched` tells: their files by disk, where anything does.
     `suspended`: the guest is at rest at the source, and the job can be resumed.
@@ -124,6 +125,7 @@ class Record(msgspec.Struct):
     copy: CopyOptions | None = None
     steered: Steered | None = None
     recording: bool = False
+    chains: dict[str, list[tuple[str, str]]] = {}
     untouched: dict[str, Identity] = {}
     suspended: bool = False
     throttled: list[Throttled] = []

@@ -26,6 +26,8 @@ _FILTERS = {"blkdebug", "blklogwrites", "blkreplay", "blkverify", "compress", "c
 _FILTERS |= {"preallocate", "snapshot-access", "throttle", "backup-top", "commit_top", "mirror_top"}
 _FORMATS = {"bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qcow2", "qed", "raw", "vdi", "vhdx", "vmdk", "vpc"}
 _PASSIVE_JOBS = {"create"}
+PASSING_JOBS = {"backup", "mirror"}
+"""Jobs that, as long as they have not ended in a pivot, only read the disk's nodes, below filters of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,11 @@ class Disk:
     allocated: int | None
     snapshots: tuple[str, ...] = ()
     data_file: str | None = None
+
+    @property
+    def images(self) -> list[tuple[str, str]]:
+        """Nodes and files of the chain, topmost first, without filters, which have no image of their own."""
+        return [(layer.node, layer.filename) for layer in self.layers if not layer.filter]
 
 
 class SkippedKind(enum.Enum):
@@ -177,7 +184,7 @@ async def obstacles(monitor: Monitor, disks: Sequence[Disk], *, ours: str) -> li
         monitor.execute("query-block-exports"),
         monitor.execute("query-named-block-nodes", {"flat": True}),
     )
-    found = [f"the block job {job['id']} ({job['type']}) is {job['status']}" for job in active_jobs(jobs)]
+    found = [f"the block job {job['id']} ({job['type']}) is {job['status']}: let it end" for job in active_jobs(jobs)]
     found += await _unsafe_iothreads(monitor, disks)
     found += [
         f"disk {disk.name} is passed through (scsi-block): QEMU does not see what is written to it"

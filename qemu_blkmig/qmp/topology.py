@@ -2,6 +2,11 @@
 
 A bitmap stays on its node when a snapshot, a pivot or an unplug puts that node aside; every later round would then be
 empty and wrong without an error (FACTS.md, "QMP: dirty tracking"). So the picture is compared at every harvest.
+
+Who backs a disk up, mirrors or exports it, changes nothing of that: what the guest writes passes the job's filter, and
+then our node, whose bitmap sees it (QEMU's block/copy-before-write.c, block/mirror.c). It is told by itself
+(`DisksInUse`), for one can go on after it, unless a pivot at its end has put our node aside. Commit, stream and
+snapshot jobs count as changes from the start: at their end the chain is another, and a commit writes below our node.
 """
 
 from __future__ import annotations
@@ -11,8 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qemu_blkmig.errors import TopologyChanged
-from qemu_blkmig.qmp.disks import OUR_NAMES, Disk, SkippedKind, active_jobs, identity, inventory
+from qemu_blkmig.errors import DisksInUse, TopologyChanged
+from qemu_blkmig.qmp.disks import (
+    OUR_NAMES,
+    PASSING_JOBS,
+    Disk,
+    SkippedKind,
+    active_jobs,
+    identity,
+    inventory,
+)
 from qemu_blkmig.qmp.monitor import Monitor
 
 
@@ -60,7 +73,8 @@ class Topology:
         """
         view = await _view(self._monitor)
         # A job may have put a filter above the disk: that the job is there tells more.
-        self._check_others(view)
+        if (others := self._others(view)) is not None:
+            raise others if await self._same_images() else TopologyChanged(others.what, disk=others.disk)
         for disk in self._disks:
             self._check_disk(disk, view)
         self._check_new(view)
@@ -96,14 +110,25 @@ class Topology:
                 name = drive["device"] or inserted["node-name"]
                 raise TopologyChanged(f"it was hot-plugged, or became writable ({inserted['file']})", disk=name)
 
-    def _check_others(self, view: _View) -> None:
-        for job in active_jobs(view.jobs):
-            raise TopologyChanged(f"the block job {job['id']} ({job['type']}) was started by somebody else")
+    def _others(self, view: _View) -> TopologyChanged | None:
+        """Who else is at work on the disks, if anybody is: first of all those after whom nothing can go on."""
+        jobs = sorted(active_jobs(view.jobs), key=lambda job: job["type"] in PASSING_JOBS)
+        for job in jobs:
+            what = f"the block job {job['id']} ({job['type']}) was started by somebody else"
+            return DisksInUse(what, advice="let it end") if job["type"] in PASSING_JOBS else TopologyChanged(what)
         owner = {layer.node: disk.name for disk in self._disks for layer in disk.layers}
         for export in view.exports:
             disk = owner.get(export["node-name"])
             if disk and not export["id"].startswith(self._ours):
-                raise TopologyChanged(f"somebody exports it ({export['type']} export {export['id']})", disk=disk)
+                what = f"somebody exports it ({export['type']} export {export['id']})"
+                return DisksInUse(what, disk=disk, advice="let that end")
+        return None
+
+    async def _same_images(self) -> bool:
+        """Whether, whatever filters a job has put above them, the disks' nodes and files are what they were."""
+        found = (await inventory(self._monitor)).disks
+        now = {(disk.device, disk.qdev): (disk.images, disk.size) for disk in found}
+        return all(now.get((disk.device, disk.qdev)) == (disk.images, disk.size) for disk in self._disks)
 
 
 def _recorded(disk: Disk, name: str, view: _View) -> int:

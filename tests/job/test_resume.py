@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.job import resume
+from qemu_blkmig.job import connected, resume
 from qemu_blkmig.job.moment import AT_ONCE, Moment
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, Target, Transfer
 from qemu_blkmig.job.place import Local
-from qemu_blkmig.job.record import Job, Owner, Steered
+from qemu_blkmig.job.record import Job, Owner, Steered, read_record
 from qemu_blkmig.job.settlement import Settlement
 from qemu_blkmig.places import STATE_VARIABLE
 
@@ -82,3 +83,40 @@ async def test_a_time_to_switch_over_that_was_missed_can_be_told_anew(
     )
     asked = await gone_on_with(monkeypatch, job, "qemu_blkmig.job.migrate.migrate", resume.Changes(switchover=moment))
     assert [each.switchover for each in asked] == [moment or missed]
+
+
+def on_chain(*images: tuple[str, str]) -> Any:
+    """A plan with one disk, vda, of these nodes and files."""
+    return SimpleNamespace(disks=[SimpleNamespace(name="vda", images=[*images])])
+
+
+TOP, BASE = ("libvirt-2-format", "/vm/top.qcow2"), ("libvirt-1-format", "/vm/base.qcow2")
+
+
+@pytest.mark.parametrize("chain", [[("libvirt-3-format", "/vm/top.qcow2"), BASE], [TOP], [BASE]])
+async def test_a_recording_on_nodes_or_above_images_that_are_others_now_is_not_gone_on_with(
+    chain: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = suspended(monkeypatch, tmp_path)
+    job = Job.load(name)
+    connected._require_same_chains(job, on_chain(TOP, BASE))
+    job.record.recording = True
+    await job.save()
+    job.record = read_record(job.directory)
+    connected._require_same_chains(job, on_chain(TOP, BASE))
+    with pytest.raises(Refused, match="its image or chain was changed while the job was suspended") as told:
+        connected._require_same_chains(job, on_chain(*chain))
+    assert told.value.disk == "vda" and f"resume {name} --compare" in str(told.value.advice)
+    job.starts_over = True
+    connected._require_same_chains(job, on_chain(*chain))
+    assert job.record.chains == {"vda": chain}
+    job.remove()
+
+
+async def test_a_job_of_before_chains_were_recorded_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job.load(suspended(monkeypatch, tmp_path, recording=True))
+    connected._require_same_chains(job, on_chain(TOP))
+    assert job.record.chains == {"vda": [TOP]}
+    job.remove()

@@ -154,7 +154,7 @@ async def test_obstacles_are_told_in_words(pair: Qemu, tmp_path: Path) -> None:
         await pair.user.execute("block-dirty-bitmap-add", {"node": "b", "name": name})
     await backup(pair, tmp_path / "backup.img")
     assert await obstacles(pair.monitor, disks, ours="blkmig-mine") == [
-        "the block job job0 (backup) is running",
+        "the block job job0 (backup) is running: let it end",
         "disk sb: somebody exports it (nbd export other)",
         "disk sb: job old of qemu-blkmig works on it, or was left behind (blkmig-old-b7); "
         "if it runs no more: qemu-blkmig cleanup old",
