@@ -183,3 +183,40 @@ def test_uefi_variables_are_copied_and_a_tpm_with_a_state_is_refused(virtlab: Vi
     assert off.state(far=True) == "shut off"
     for far in (False, True):
         virtlab.hosts.virsh("undefine", off.name, "--nvram", far=far)
+
+
+def test_uefi_variables_that_the_definition_does_not_name_come_along_under_the_name_there(
+    virtlab: VirtLab, off: Domain
+) -> None:
+    """libvirt 9.0 chooses the firmware at each start, and only then names the file."""
+    file = virtlab.hosts.near / "efi.xml"
+    file.write_text(virtlab.hosts.virsh("dumpxml", off.name).replace("<os>", "<os firmware='efi'>"))
+    virtlab.hosts.virsh("define", file)
+    virtlab.hosts.virsh("start", off.name, "--paused")
+    virtlab.hosts.virsh("destroy", off.name)
+    nvram = Path("/var/lib/libvirt/qemu/nvram")
+    here = virtlab.outside(nvram / f"{off.name}_VARS.fd", far=False)
+    variables = os.urandom(here.stat().st_size)
+    here.write_bytes(variables)
+    told = virtlab.virsh(off.name, virtlab.target, *ENDS, "--dname", "moved", "--output", "json").succeeded()
+    assert "UEFI variables" in {disk["name"] for disk in told.result["disks"]}
+    virtlab.hosts.virsh("start", "moved", "--paused", far=True)
+    there = nvram / "moved_VARS.fd"
+    assert f">{there}</nvram>" in virtlab.hosts.virsh("dumpxml", "moved", far=True)
+    assert virtlab.outside(there, far=True).read_bytes() == variables
+    virtlab.hosts.virsh("destroy", "moved", far=True)
+    virtlab.hosts.virsh("undefine", "moved", "--nvram", far=True)
+    virtlab.hosts.virsh("undefine", off.name, "--nvram")
+
+
+def test_the_definition_that_is_given_for_the_destination_is_what_is_defined_there(
+    virtlab: VirtLab, off: Domain
+) -> None:
+    file = virtlab.hosts.near / "titled.xml"
+    file.write_text(virtlab.hosts.virsh("dumpxml", off.name).replace("<memory", "<title>as given</title><memory", 1))
+    for option in ("--persistent-xml", "--xml"):
+        virtlab.virsh(off.name, virtlab.target, *ENDS, option, file).succeeded()
+        assert "<title>as given</title>" in virtlab.hosts.virsh("dumpxml", off.name, far=True)
+        virtlab.hosts.virsh("undefine", off.name, far=True)
+        for disk in off.disks:
+            virtlab.outside(disk.path, far=True).unlink()

@@ -24,7 +24,7 @@ XML = """
 <domain type='qemu'>
   <name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
   <cpu mode='custom' match='exact'><model>qemu64</model></cpu>
-  <os>{firmware}<type arch='x86_64' machine='{machine}'>hvm</type></os><features><acpi/></features>
+  <os{chosen}>{firmware}<type arch='x86_64' machine='{machine}'>hvm</type></os><features><acpi/></features>
   <devices>
     <emulator>{emulator}</emulator>
     <disk type='file' device='disk'>
@@ -51,7 +51,7 @@ class Idle:
     def xml(self, **changes: object) -> str:
         known: dict[str, object] = {
             "name": self.name, "uuid": self.uuid, "memory": 32, "machine": "pc-q35-7.2", "emulator": QEMU,
-            "firmware": "", "image": self.disk.path, "more": "",
+            "chosen": "", "firmware": "", "image": self.disk.path, "more": "",
         }  # fmt: skip
         return XML.format(**{**known, **changes})
 
@@ -348,6 +348,22 @@ def test_uefi_variables_and_the_tpm_s_state_arrive(lab: VirtLab) -> None:
     assert lab.outside(state, far=True).stat().st_size > 1000
     lab.hosts.virsh("destroy", idle.name, far=True)
     lab.hosts.virsh("undefine", idle.name, "--nvram", far=True)
+    for path in lab.outside(IMAGES, far=True).iterdir():
+        path.unlink()
+
+
+def test_under_another_name_it_starts_again_with_the_uefi_variables_that_came_along(lab: VirtLab) -> None:
+    idle = Idle(lab, 5, memory=256, chosen=" firmware='efi'")
+    nvram = Path("/var/lib/libvirt/qemu/nvram/idle5_VARS.fd")
+    assert f">{nvram}</nvram>" in lab.hosts.virsh("dumpxml", idle.name)
+    lab.virsh(idle.name, lab.target, "--persistent", "--undefinesource", "--dname", "renamed").succeeded()
+    lab.hosts.virsh("destroy", "renamed", far=True)
+    variables = _digest(lab.outside(nvram, far=True))
+    lab.hosts.virsh("start", "renamed", "--paused", far=True)
+    assert f">{nvram}</nvram>" in lab.hosts.virsh("dumpxml", "renamed", far=True)
+    assert _digest(lab.outside(nvram, far=True)) == variables
+    lab.hosts.virsh("destroy", "renamed", far=True)
+    lab.hosts.virsh("undefine", "renamed", "--nvram", far=True)
     for path in lab.outside(IMAGES, far=True).iterdir():
         path.unlink()
 

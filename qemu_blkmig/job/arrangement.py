@@ -36,8 +36,18 @@ from qemu_blkmig.virt.acceptance import (
 )
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.departure import hindrances, taken_along
-from qemu_blkmig.virt.domain import ELSEWHERE, Domain, DomainDisk, files_needed, lasting_memory, nvram_of, rewritten
+from qemu_blkmig.virt.domain import (
+    ELSEWHERE,
+    Domain,
+    DomainDisk,
+    files_needed,
+    keeps_variables,
+    lasting_memory,
+    nvram_of,
+    rewritten,
+)
 from qemu_blkmig.virt.hugepages import pages_lacking
+from qemu_blkmig.virt.kept import is_session, naming_variables, variables_for
 from qemu_blkmig.virt.rehearsal import is_of_xml, would_refuse
 from qemu_blkmig.virt.storage import Volumes, pool_directory, qemu_owner, volume_path
 
@@ -142,7 +152,9 @@ async def arrange(
     xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths, block, as_they_are=options.offline)
     name = options.dname or domain.name
     persistent, told, trouble = None, list[str](), list[str]()
-    if options.persistent:
+    if options.offline and options.persistent_xml is None:
+        persistent = xml
+    elif options.persistent:
         own = await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE)
         if options.persistent_xml is None:
             others = await other_images(Domain.parse(own), domain, source)
@@ -154,6 +166,9 @@ async def arrange(
                 options.persistent_xml, options, domain, own, paths, target, block
             )
             told += await _lacking(agent, target, persistent, paths)
+    if persistent is not None:
+        persistent, unnamed = with_variables(persistent, options, domain, xml, source.uri, target.uri)
+        trouble += unnamed
     shared, lost = await staying(domain, await _paths_there(domain, Domain.parse(xml), target), agent)
     written = {**paths, **_written_by_qemu(xml, persistent, runs=not options.offline)}
     problems = [
@@ -174,7 +189,7 @@ async def arrange(
     if await source.call(handle.autostart):
         warnings += _autostart(options, domain.name, target)
     # Those of a user's own (qemu:///session) have another configuration.
-    if options.tls and not any(each.uri.endswith("/session") for each in (source, target)):
+    if options.tls and not any(is_session(each.uri) for each in (source, target)):
         lost, unsure = await certificates_tried.of_migration(agent, name_for_tls(options))
         problems += lost
         warnings += unsure
@@ -204,6 +219,30 @@ async def arrange(
         owner,
         lasting=refused is not None and is_of_xml(refused),
     )
+
+
+def with_variables(
+    definition: str, options: ManagedOptions, domain: Domain, xml: str, source_uri: str, target_uri: str
+) -> tuple[str, list[str]]:
+    """The definition for the destination, which names a file for UEFI variables where it has any; problems.
+
+    Where it named none libvirt would take one by the domain's name: with --dname another than that which the QEMU of
+    the running domain, whose XML there is `xml`, writes to.
+    """
+    if not keeps_variables(definition) or nvram_of(definition)[1] is not None:
+        return definition, []
+    if not options.offline:
+        running = None if options.dname is None else nvram_of(xml)[1]
+        return definition if running is None else naming_variables(definition, running), []
+    if domain.nvram is None:
+        return definition, []
+    there = variables_for(options.dname or domain.name, domain.nvram, source_uri, target_uri)
+    if there is None:
+        return definition, [
+            f"its UEFI variables are in {domain.nvram}, and where the destination's libvirt would look for them is "
+            "not known: name that by <nvram> in --persistent-xml"
+        ]
+    return naming_variables(definition, there), []
 
 
 def _written_by_qemu(xml: str, persistent: str | None, *, runs: bool) -> dict[str, str]:

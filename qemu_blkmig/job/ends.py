@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,6 +11,7 @@ from qemu_blkmig.errors import Refused
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.virt.connection import Connection
 from qemu_blkmig.virt.domain import Domain
+from qemu_blkmig.virt.kept import own_variables
 
 SOURCE = "the source's libvirt"
 TARGET = "the destination's libvirt"
@@ -49,4 +50,7 @@ class Ends:
             raise Refused(f"domain {options.domain} runs", advice="without --offline it moves while it runs")
         target = await Connection.open(options.target_uri, TARGET)
         stack.push_async_callback(target.close)
-        return cls(source, target, handle, Domain.parse(await source.call(handle.XMLDesc)))
+        domain = Domain.parse(await source.call(handle.XMLDesc))
+        if options.offline:
+            domain = replace(domain, nvram=own_variables(domain, source.uri))
+        return cls(source, target, handle, domain)

@@ -30,11 +30,9 @@ from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.connection import libvirt
-from qemu_blkmig.virt.domain import Domain
+from qemu_blkmig.virt.domain import Domain, has_varstore
+from qemu_blkmig.virt.kept import tpm_state
 from qemu_blkmig.virt.storage import refresh_pools
-
-TPM_STATES = Path("/var/lib/libvirt/swtpm")
-"""Where libvirt keeps the state of emulated TPMs, by the domain's UUID (seen on libvirt 9.0)."""
 
 
 async def move_offline(
@@ -106,20 +104,24 @@ async def arrange_offline(options: ManagedOptions, ends: Ends, agent: AgentClien
         for disk in ends.domain.disks
         if disk.target in found.paths and disk.encrypted and disk.format != "raw"
     ]
-    if (state := tpm_state(ends.domain)) is not None:
-        problems.append(f"its TPM has a state ({state}), which only the migration of a running domain carries along")
+    problems += left_behind(ends.domain, ends.source.uri)
     shared = [
         f"{directory}, which is shared with it, is not copied: without a directory there it does not start"
         for directory in ends.domain.shared
     ]
-    return replace(found, problems=(*found.problems, *problems), warnings=(*found.warnings, *shared))
+    return replace(
+        found,
+        problems=(*found.problems, *problems),
+        warnings=(*found.warnings, *shared),
+    )
 
 
-def tpm_state(domain: Domain, states: Path = TPM_STATES) -> Path | None:
-    """Where its emulated TPM has its state, if it has one."""
-    place = states / domain.uuid if domain.tpm_state is None else Path(domain.tpm_state)
-    kept = place.is_file() or (place.is_dir() and any(place.iterdir()))
-    return place if domain.tpm and kept else None
+def left_behind(domain: Domain, uri: str) -> Iterator[str]:
+    """What of this host's domain, of the libvirt of `uri`, no copy of images and UEFI variables takes along."""
+    if (state := tpm_state(domain, uri)) is not None:
+        yield f"its TPM has a state ({state}), which only the migration of a running domain carries along"
+    if has_varstore(domain.xml):
+        yield "its UEFI variables lie in a <varstore>, which is not copied: start it, and they move along while it runs"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def offline_images(domain: Domain, arrangement: Arrangement) -> list[OfflineImag
         if disk.path is not None and path is not None:
             placed = Placed(disk.target, path, arrangement.owner)
             found.append(OfflineImage(ImageFile(disk.path, disk.format, disk.target), placed))
-    if domain.nvram is not None and Path(domain.nvram).exists():
+    if domain.nvram is not None:
         there = variables_there(arrangement.xml, arrangement.persistent_xml, runs=False)
         placed = Placed(VARIABLES, there or domain.nvram, arrangement.owner)
         found.append(OfflineImage(ImageFile(domain.nvram, "raw", VARIABLES), placed, variables=True))
@@ -178,6 +180,7 @@ async def plan_offline(
 def _as_it_is(domain: Domain) -> Mapping[str, tuple[int, int]]:
     """When each image was last written to, and its length."""
     paths = [Path(disk.path) for disk in domain.disks if disk.path is not None and disk.left_alone is None]
+    paths += [] if domain.nvram is None else [Path(domain.nvram)]
     status = {str(path): path.stat() for path in paths if path.exists()}
     return {path: (each.st_mtime_ns, each.st_size) for path, each in status.items()}
 
@@ -212,8 +215,8 @@ async def _define(options: ManagedOptions, ends: Ends, arrangement: Arrangement)
         module.VIR_MIGRATE_PEER2PEER: options.peer_to_peer,
     }
     told = {
-        module.VIR_MIGRATE_PARAM_DEST_XML: arrangement.xml,
-        module.VIR_MIGRATE_PARAM_PERSIST_XML: arrangement.persistent_xml,
+        # libvirt 9.0 defines that, and takes no heed of VIR_MIGRATE_PARAM_PERSIST_XML (seen, and read in doMigrate3).
+        module.VIR_MIGRATE_PARAM_DEST_XML: arrangement.persistent_xml,
         module.VIR_MIGRATE_PARAM_DEST_NAME: options.dname,
     }
     parameters = {name: value for name, value in told.items() if value is not None}

@@ -216,6 +216,23 @@ def nvram_of(xml: str) -> tuple[str | None, str | None]:
     return (None, None) if nvram is None else (nvram.get("template"), _nvram(root))
 
 
+def keeps_variables(xml: str) -> bool:
+    """Whether it has UEFI that keeps its variables in a file, named or not, from one start to the next."""
+    root = rooted(xml)
+    loader = root.find("./os/loader")
+    told = {} if loader is None else loader.attrib
+    nvram = root.find("./os/nvram")
+    if told.get("stateless") == "yes" or (nvram is not None and nvram.get("type", "file") not in _SOURCE):
+        return False
+    chosen = root.find("./os[@firmware='efi']") is not None
+    return chosen or (told.get("type"), told.get("readonly")) == ("pflash", "yes")
+
+
+def has_varstore(xml: str) -> bool:
+    """Whether it has UEFI whose variables QEMU itself keeps (<varstore>, of libvirts later than 9.0)."""
+    return rooted(xml).find("./os/varstore") is not None
+
+
 def _nvram(root: ElementTree.Element) -> str | None:
     """Named as text, or by a <source> as a disk's image is (since libvirt 8.5, where it was defined so)."""
     source = root.find("./os/nvram/source")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ from qemu_blkmig.job.arrangement import (
     image_paths,
     memory_left,
     other_images,
+    with_variables,
 )
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.place import Local
@@ -187,3 +189,37 @@ def test_memory_that_outlasts_the_guest_is_not_left_behind_unless_it_comes_along
     found = [*memory_left(domain, runs=runs)]
     assert len(found) == told
     assert all(each.startswith("its nvdimm lies in /pm/a, which is not copied") for each in found)
+
+
+EFI = "<domain><name>web1</name><os firmware='efi'><type>hvm</type>{}</os><devices/></domain>"
+
+
+@pytest.mark.parametrize(
+    ("offline", "dname", "named"),
+    [
+        (True, None, "/var/lib/libvirt/qemu/nvram/web1_VARS.fd"),
+        (True, "new", "/var/lib/libvirt/qemu/nvram/new_VARS.fd"),
+        # libvirt, by itself, would take the same.
+        (False, None, None),
+        (False, "new", "/live.fd"),
+    ],
+)
+def test_the_definition_names_the_uefi_variables_that_came_along(
+    offline: bool, dname: str | None, named: str | None
+) -> None:
+    options = ManagedOptions("web1", "x", Local("/"), persistent=True, offline=offline, dname=dname)
+    domain, live = Domain.parse(EFI.format("<nvram>/here.fd</nvram>")), EFI.format("<nvram>/live.fd</nvram>")
+    ends = ("qemu:///system", "qemu+ssh://b/system")
+    xml, problems = with_variables(EFI.format(""), options, domain, live, *ends)
+    assert (Domain.parse(xml).nvram, problems) == (named, [])
+    for untouched in (live, EFI.format("").replace("efi", "bios")):
+        assert with_variables(untouched, options, domain, live, *ends) == (untouched, [])
+
+
+def test_uefi_variables_that_would_come_to_nobody_knows_where_are_told() -> None:
+    options = ManagedOptions("web1", "x", Local("/"), persistent=True, offline=True)
+    ends = ("qemu:///system", "qemu+ssh://b/session")
+    domain, xml = Domain.parse(EFI.format("<nvram>/here.fd</nvram>")), EFI.format("")
+    same, (problem,) = with_variables(xml, options, domain, xml, *ends)
+    assert same == xml and "UEFI variables are in /here.fd" in problem and "--persistent-xml" in problem
+    assert with_variables(xml, options, replace(domain, nvram=None), xml, *ends) == (xml, [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +12,7 @@ from qemu_blkmig.job import managed_offline
 from qemu_blkmig.job.arrangement import Arrangement, variables_there
 from qemu_blkmig.job.base_choice import LayerThere
 from qemu_blkmig.job.imagefile import ImageFile
-from qemu_blkmig.job.managed_offline import OfflineImage, offline_images, plan_offline, tpm_state
+from qemu_blkmig.job.managed_offline import OfflineImage, left_behind, offline_images, plan_offline
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.place import Ssh
 from qemu_blkmig.job.plan import Placed, Plan
@@ -33,16 +32,10 @@ def test_uefi_variables_go_where_the_definition_for_the_destination_has_them(tmp
         assert (image.file.path, image.placed.path, image.variables) == (str(here), there, True)
 
 
-def test_a_tpm_s_state_is_looked_for_where_the_domain_has_it(tmp_path: Path) -> None:
-    xml = "<domain><uuid>u1</uuid><devices><tpm><backend type='emulator'>{}</backend></tpm></devices></domain>"
-    own = tmp_path / "own"
-    plain, named = (Domain.parse(xml.format(source)) for source in ("", f"<source type='dir' path='{own}'/>"))
-    for place, domain in ((tmp_path / "u1", plain), (own, named)):
-        place.mkdir()
-        assert tpm_state(domain, tmp_path) is None
-        (place / "tpm2").touch()
-        assert tpm_state(domain, tmp_path) == place
-    assert tpm_state(replace(plain, tpm=False), tmp_path) is None
+def test_variables_that_are_in_no_file_of_libvirt_s_are_not_left_behind_without_a_word() -> None:
+    told = [*left_behind(Domain.parse("<domain><os><varstore path='/x.json'/></os></domain>"), "qemu:///system")]
+    assert len(told) == 1 and "lie in a <varstore>, which is not copied" in told[0]
+    assert not [*left_behind(Domain.parse("<domain><os/></domain>"), "qemu:///system")]
 
 
 @pytest.mark.parametrize(("runs", "where"), [(True, "/live.fd"), (False, "/defined.fd")])
