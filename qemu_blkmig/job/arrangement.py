@@ -289,7 +289,7 @@ async def chosen(domain: Domain, options: ManagedOptions, source: Connection) ->
         if target not in reasons:
             raise Refused(f"the domain has no disk {target} (it has: {', '.join(reasons) or 'none'})", disk=target)
         if (why := reasons[target]) is not None:
-            raise Refused(f"it is chosen by --migrate-disks, but cannot be migrated: {why}", disk=target)
+            raise _chosen_in_vain(target, why)
     named = {*(wanted or ()), *options.paths}
     disks = [await _as_chosen(disk, wanted, named, source) for disk in domain.disks]
     return replace(domain, disks=tuple(disks))
@@ -307,8 +307,11 @@ async def _as_chosen(
             if disk.left_alone is None:
                 raise
             return disk
-        if not posixpath.isabs(path) and disk.target not in named:
-            return replace(disk, left_alone=f"{ELSEWHERE} (pool {disk.volume[0]})", written_here=False)
+        if not posixpath.isabs(path):
+            why = f"{ELSEWHERE} (pool {disk.volume[0]})"
+            if disk.target in (wanted or ()):
+                raise _chosen_in_vain(disk.target, why)
+            return replace(disk, left_alone=why, written_here=False)
         disk = replace(disk, path=path)
     if disk.left_alone is not None:
         return disk
@@ -317,6 +320,10 @@ async def _as_chosen(
     if disk.path is not None and disk.target not in named and (kind := shared_file_system(disk.path)) is not None:
         return replace(disk, left_alone=f"it is on shared storage ({kind}); --migrate-disks or --disk has it copied")
     return disk
+
+
+def _chosen_in_vain(target: str, why: str) -> Refused:
+    return Refused(f"it is chosen by --migrate-disks, but cannot be migrated: {why}", disk=target)
 
 
 async def _paths_there(domain: Domain, given: Domain, target: Connection) -> dict[str, str | None]:

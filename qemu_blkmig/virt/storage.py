@@ -153,7 +153,10 @@ async def qemu_owner(connection: Connection, domain_xml: str) -> tuple[int, int]
 
 
 async def volume_path(connection: Connection, pool: str, volume: str) -> str:
-    """Where a volume lies. Raises `Refused` where there is no such one."""
+    """Where a volume lies; no absolute path where its pool is network storage (RBD, Gluster, iSCSI that QEMU speaks).
+
+    Raises `Refused` where there is no such one.
+    """
     handle = await _pool(connection, pool)
     try:
         return str(await connection.call((await connection.call(handle.storageVolLookupByName, volume)).path))

@@ -1,4 +1,4 @@
-"""The real QEMUs and images of the QMP side's tests; and no job leaves its run-time directory behind."""
+"""The real QEMUs, images and libvirt of other sides' tests; and no job leaves its run-time directory behind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.qmp.conftest import make_image, start_qemu
+from tests.virt.conftest import daemonless
 
-__all__ = ["make_image", "start_qemu"]
+__all__ = ["daemonless", "make_image", "start_qemu"]
 
 
 @pytest.fixture(autouse=True)

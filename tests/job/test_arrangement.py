@@ -22,10 +22,12 @@ from qemu_blkmig.job.arrangement import (
     with_variables,
 )
 from qemu_blkmig.job.managed_options import ManagedOptions
+from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.connection import Connection
 from qemu_blkmig.virt.domain import Domain
+from qemu_blkmig.virt.storage import VolumeSpec, create_volume
 
 
 def _domain(vda: str = "/a/root.qcow2", vdb: str = "/b/data.raw") -> Domain:
@@ -223,3 +225,20 @@ def test_uefi_variables_that_would_come_to_nobody_knows_where_are_told() -> None
     same, (problem,) = with_variables(xml, options, domain, xml, *ends)
     assert same == xml and "UEFI variables are in /here.fd" in problem and "--persistent-xml" in problem
     assert with_variables(xml, options, replace(domain, nvram=None), xml, *ends) == (xml, [])
+
+
+RBD = """<pool type='rbd'><name>ceph</name><source><host name='mon1'/><name>vms</name></source></pool>"""
+
+
+async def test_a_volume_of_a_pool_that_is_network_storage_stays_where_it_is(daemonless: Connection) -> None:
+    daemonless.handle.storagePoolCreateXML(RBD)
+    await create_volume(daemonless, "ceph", VolumeSpec("web1", "raw", 1 << 20))
+    disk = "<disk type='volume'><source pool='ceph' volume='web1'/><target dev='vda'/></disk>"
+    domain = Domain.parse(f"<domain><devices>{disk}</devices></domain>")
+    options = ManagedOptions("web1", "x", Local("/"))
+    (left,) = (await chosen(domain, options, daemonless)).disks
+    assert left.left_alone == "its storage is not on this host (pool ceph)"
+    assert image_paths(replace(domain, disks=(left,)), {}) == {}
+    named = replace(options, selection=Selection(disks=("vda",)))
+    with pytest.raises(Refused, match=r"chosen by --migrate-disks, but cannot be migrated: its storage is not"):
+        await chosen(domain, named, daemonless)
