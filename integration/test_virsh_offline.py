@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -93,8 +94,11 @@ def test_one_that_is_cut_off_goes_on_where_it_is_certain(virtlab: VirtLab, off: 
     virtlab.assert_nothing_left()
 
 
-def test_without_undefinesource_it_stays_defined_here_and_that_is_told(virtlab: VirtLab, off: Domain) -> None:
-    told = virtlab.virsh(off.name, virtlab.target, *ENDS).succeeded()
+@pytest.mark.parametrize("way", [(), ("--p2p",)])
+def test_without_undefinesource_it_stays_defined_here_and_that_is_told(
+    virtlab: VirtLab, off: Domain, way: tuple[str, ...]
+) -> None:
+    told = virtlab.virsh(off.name, virtlab.target, *ENDS, *way).succeeded()
     assert "still defined here: start it on one host only" in told.stdout
     assert (off.state(), off.state(far=True)) == ("shut off", "shut off")
 
@@ -220,3 +224,18 @@ def test_the_definition_that_is_given_for_the_destination_is_what_is_defined_the
         virtlab.hosts.virsh("undefine", off.name, far=True)
         for disk in off.disks:
             virtlab.outside(disk.path, far=True).unlink()
+
+
+def test_a_definition_that_libvirt_would_refuse_is_told_before_anything_is_copied(
+    virtlab: VirtLab, off: Domain
+) -> None:
+    file = virtlab.hosts.near / "larger.xml"
+    file.write_text(
+        re.sub(r"(<(?:memory|currentMemory) [^>]*>)\d+<", r"\g<1>204800<", virtlab.hosts.virsh("dumpxml", off.name))
+    )
+    for option in ("--persistent-xml", "--xml"):
+        virtlab.virsh(off.name, virtlab.target, *ENDS, "--undefinesource", option, file).failed(
+            3, f"libvirt would not migrate it with the XML of {option}: ", "204800", now="nothing was touched"
+        )
+    assert (off.state(), off.state(far=True)) == ("shut off", None)
+    assert not virtlab.images_there(off)

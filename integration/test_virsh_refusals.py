@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from integration.hosts import ADDRESSES, PORT
 from integration.lab import Disk, LabError, wait_until
+from integration.tool import Outcome, finish, start
 from integration.virthosts import VirtHosts
-from integration.virtlab import IMAGES, VirtLab
+from integration.virtlab import IMAGES, VIRSH, VirtLab
 from qemu_blkmig.demo.guest import Kernel
 
 MIB = 1 << 20
@@ -350,6 +352,23 @@ def test_uefi_variables_and_the_tpm_s_state_arrive(lab: VirtLab) -> None:
     lab.hosts.virsh("undefine", idle.name, "--nvram", far=True)
     for path in lab.outside(IMAGES, far=True).iterdir():
         path.unlink()
+
+
+def test_a_destination_that_only_this_command_reaches_is_none_peer_to_peer(idle: Idle) -> None:
+    names = idle.lab.hosts.near / "names"
+    names.write_text(f"127.0.0.1 localhost\n{ADDRESSES['hostb']} hostb hostc\n")
+    knowing = ["unshare", "-m", "sh", "-c", f'mount --bind {names} /etc/hosts && exec "$@"', "sh"]
+
+    def outcome(host: str, *options: str) -> Outcome:
+        words = [idle.name, f"qemu+tcp://{host}/system", "--agent", f"ssh://hostb:{PORT}", *options]
+        return finish(start([*idle.lab.entering, *knowing, *VIRSH, *words]))
+
+    for reached in (("hostc",), ("hostb", "--p2p")):
+        outcome(*reached, "--dry-run").succeeded()
+    outcome("hostc", "--p2p").failed(
+        3, "the source's libvirt itself must reach qemu+tcp://hostc/system", now="nothing was touched"
+    )
+    assert idle.lab.hosts.domains()[idle.name] == "running"
 
 
 def test_under_another_name_it_starts_again_with_the_uefi_variables_that_came_along(lab: VirtLab) -> None:

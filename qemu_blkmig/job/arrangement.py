@@ -48,7 +48,7 @@ from qemu_blkmig.virt.domain import (
 )
 from qemu_blkmig.virt.hugepages import pages_lacking
 from qemu_blkmig.virt.kept import is_session, naming_variables, variables_for
-from qemu_blkmig.virt.rehearsal import is_of_xml, would_refuse
+from qemu_blkmig.virt.rehearsal import is_of_xml, unreachable, would_refuse
 from qemu_blkmig.virt.storage import Volumes, pool_directory, qemu_owner, volume_path
 
 VARIABLES = "UEFI variables"
@@ -196,10 +196,14 @@ async def arrange(
     lost, unsure = await certificates_tried.of_data(agent, options.transfer.data, options.place)
     problems += lost
     warnings += unsure
+    rehearsed = (persistent or xml) if options.offline else xml
     refused = None
-    if not problems and not options.offline:
-        refused = await would_refuse(source, handle, target, xml, options.dname)
+    if not problems:
+        refused = await would_refuse(source, handle, target, rehearsed, options.dname, offline=options.offline)
         problems += [] if refused is None else [_refused(options, refused)]
+    if not problems and options.peer_to_peer:
+        lost_way = await unreachable(source, handle, target, rehearsed, offline=options.offline)
+        problems += [] if lost_way is None else [_not_reached(target, lost_way)]
     if await is_defined(target, domain.uuid):
         fate = "that definition is replaced" if options.persistent else "that definition stays as it is"
         warnings.append(f"the domain is defined at the destination already: {fate}")
@@ -266,10 +270,18 @@ def _autostart(options: ManagedOptions, name: str, target: Connection) -> Iterat
 def _refused(options: ManagedOptions, error: LibvirtError) -> str:
     """What no look of ours finds, libvirt finds itself."""
     why = error.words.strip()
-    if options.xml is None:
+    defined = options.offline and options.persistent_xml is not None
+    if options.xml is None and not defined:
         return f"libvirt would not migrate it: {why}"
     hint = f"begin with what virsh dumpxml --migratable {options.domain} prints"
-    return f"libvirt would not migrate it with the XML of --xml: {why} ({hint})"
+    return f"libvirt would not migrate it with the XML of {'--persistent-xml' if defined else '--xml'}: {why} ({hint})"
+
+
+def _not_reached(target: Connection, error: LibvirtError) -> str:
+    return (
+        f"with --p2p the source's libvirt itself must reach {target.uri}, with the keys and certificates of the user "
+        f"that it runs as, and it does not: {error.words.strip()}"
+    )
 
 
 def variables_there(xml: str, persistent: str | None, *, runs: bool) -> str | None:

@@ -29,9 +29,9 @@ from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.transport.client import AgentClient
-from qemu_blkmig.virt.connection import libvirt
 from qemu_blkmig.virt.domain import Domain, has_varstore
 from qemu_blkmig.virt.kept import tpm_state
+from qemu_blkmig.virt.migration import Wish, asked_for
 from qemu_blkmig.virt.storage import refresh_pools
 
 
@@ -206,25 +206,16 @@ async def _let_images_stay(life: Lifecycle, agent: AgentClient) -> None:
 
 async def _define(options: ManagedOptions, ends: Ends, arrangement: Arrangement) -> None:
     """libvirt's own offline migration, which copies nothing: it defines the domain there, and may undefine it here."""
-    module, source = libvirt(), ends.source
-    chosen = {
-        module.VIR_MIGRATE_OFFLINE: True,
-        module.VIR_MIGRATE_PERSIST_DEST: True,
-        module.VIR_MIGRATE_UNSAFE: True,
-        module.VIR_MIGRATE_UNDEFINE_SOURCE: options.undefine_source,
-        module.VIR_MIGRATE_PEER2PEER: options.peer_to_peer,
-    }
-    told = {
-        # libvirt 9.0 defines that, and takes no heed of VIR_MIGRATE_PARAM_PERSIST_XML (seen, and read in doMigrate3).
-        module.VIR_MIGRATE_PARAM_DEST_XML: arrangement.persistent_xml,
-        module.VIR_MIGRATE_PARAM_DEST_NAME: options.dname,
-    }
-    parameters = {name: value for name, value in told.items() if value is not None}
-    flags = sum(flag for flag, wanted in chosen.items() if wanted)
-    if options.peer_to_peer:
-        await source.call(ends.handle.migrateToURI3, ends.target.uri, parameters, flags)
-    else:
-        await source.call(ends.handle.migrate3, ends.target.handle, parameters, flags)
+    wish = Wish(
+        None,
+        arrangement.persistent_xml or arrangement.xml,
+        name=options.dname,
+        offline=True,
+        peer_to_peer=options.peer_to_peer,
+        persistent=True,
+        undefine_source=options.undefine_source,
+    )
+    await asked_for(ends.source, ends.handle, ends.target, wish)
 
 
 @contextlib.contextmanager

@@ -21,14 +21,16 @@ class Wish:
     """How a domain is to be migrated, in the terms of `virsh migrate`.
 
     `uri`: where the source's QEMU connects to, and, but for its host, where the destination's listens. `bandwidth`:
-    of RAM, bytes a second (None: no limit). `tls_destination`: the name in the destination's certificate.
+    of RAM, bytes a second (None: no limit). `tls_destination`: the name in the destination's certificate. `offline`:
+    the domain does not run, and is defined there as `xml` says (libvirt 9.0 takes no heed of `persistent_xml` then).
     """
 
-    uri: str
+    uri: str | None
     xml: str
     persistent_xml: str | None = None
     name: str | None = None
     live: bool = True
+    offline: bool = False
     peer_to_peer: bool = False
     persistent: bool = False
     undefine_source: bool = False
@@ -48,7 +50,8 @@ class Wish:
         """virDomainMigrateFlags. The disks are ours, which libvirt can't know: hence UNSAFE."""
         module = libvirt()
         chosen = {
-            module.VIR_MIGRATE_LIVE: self.live,
+            module.VIR_MIGRATE_LIVE: self.live and not self.offline,
+            module.VIR_MIGRATE_OFFLINE: self.offline,
             module.VIR_MIGRATE_PEER2PEER: self.peer_to_peer,
             module.VIR_MIGRATE_PERSIST_DEST: self.persistent,
             module.VIR_MIGRATE_UNDEFINE_SOURCE: self.undefine_source,
@@ -57,7 +60,7 @@ class Wish:
             module.VIR_MIGRATE_TLS: self.tls,
             module.VIR_MIGRATE_PARALLEL: self.parallel is not None,
             module.VIR_MIGRATE_ABORT_ON_ERROR: self.abort_on_error,
-            module.VIR_MIGRATE_CHANGE_PROTECTION: True,
+            module.VIR_MIGRATE_CHANGE_PROTECTION: not self.offline,
             module.VIR_MIGRATE_UNSAFE: True,
         }
         return sum(flag for flag, wanted in chosen.items() if wanted)
@@ -80,6 +83,17 @@ class Wish:
             module.VIR_MIGRATE_PARAM_BANDWIDTH: None if self.bandwidth is None else max(1, self.bandwidth >> 20),
         }
         return {name: value for name, value in chosen.items() if value is not None}
+
+
+async def asked_for(source: Connection, domain: Any, target: Connection, wish: Wish) -> None:
+    """libvirt's call, to its end: by this process's connection to `target`, or by one that the source's libvirt makes
+    itself. Raises as `Connection.call` does.
+    """
+    flags, parameters = wish.flags(), wish.parameters()
+    if wish.peer_to_peer:
+        await source.call(domain.migrateToURI3, target.uri, parameters, flags)
+    else:
+        await source.call(domain.migrate3, target.handle, parameters, flags)
 
 
 class DomainMigration:
@@ -131,12 +145,8 @@ class DomainMigration:
 
 
 async def _migrate(own: Connection, domain: Any, target: Connection, wish: Wish) -> None:
-    flags, parameters = wish.flags(), wish.parameters()
     try:
-        if wish.peer_to_peer:
-            await own.call(domain.migrateToURI3, target.uri, parameters, flags)
-        else:
-            await own.call(domain.migrate3, target.handle, parameters, flags)
+        await asked_for(own, domain, target, wish)
     finally:
         await own.close()
 
