@@ -25,6 +25,7 @@ from qemu_blkmig.job.carriage import Carriage
 from qemu_blkmig.job.durable import DurableFile
 from qemu_blkmig.job.last_round import LastRound
 from qemu_blkmig.job.lifecycle import Lifecycle
+from qemu_blkmig.job.managed_switchover import ManagedSwitchover
 from qemu_blkmig.job.record import Job, Owner
 from qemu_blkmig.job.target import TargetQemu
 from qemu_blkmig.qmp.ram import RamMigration
@@ -51,6 +52,7 @@ AROUND: dict[str, tuple[type, str, str]] = {
     "started": (TargetQemu, "start_guest", "after"),
     "behind the gate": (LastRound, "keep_in_step", "after"),
     "handed over": (DomainMigration, "wait", "after"),
+    "begun beforehand": (ManagedSwitchover, "_begin_beforehand", "after"),
 }
 """Moments, by the method before or after which they lie; "decided", "storage" and those of the gate besides."""
 

@@ -14,11 +14,15 @@ from integration.virtlab import Domain, VirtLab
 HERE = "the guest runs at the source"
 THERE = "the guest runs at the destination"
 BEFORE = ["prepared", "connected"]
+BEFOREHAND = "begun beforehand"
+"""libvirt has begun while the first pass ended: the destination's QEMU waits, hardly anything of RAM has crossed."""
 GATE_CLOSED = ["behind the gate", "last round over", "closed"]
 """The guest stands still, and libvirt waits for what the gate withholds."""
 
 
-@pytest.mark.parametrize("moment", ["copied", "behind the gate", "last round over", *also(*BEFORE, "closed")])
+@pytest.mark.parametrize(
+    "moment", [BEFOREHAND, "copied", "behind the gate", "last round over", *also(*BEFORE, "closed")]
+)
 def test_a_coordinator_killed_before_the_gate_opens_leaves_the_guest_at_the_source(
     virtlab: VirtLab, domain: Domain, moment: str
 ) -> None:
@@ -50,7 +54,7 @@ def test_a_coordinator_killed_once_the_gate_is_open_leaves_the_guest_on_exactly_
     virtlab.assert_nothing_left()
 
 
-@pytest.mark.parametrize("moment", ["copied", "last round over"])
+@pytest.mark.parametrize("moment", [BEFOREHAND, "copied", "last round over"])
 def test_the_destination_s_libvirtd_killed_before_the_gate_opens(virtlab: VirtLab, domain: Domain, moment: str) -> None:
     attempt = virtlab.attempt(domain, hold=moment)
     attempt.wait_held()
@@ -165,8 +169,9 @@ def test_a_snapshot_taken_meanwhile_ends_the_job(virtlab: VirtLab, domain: Domai
     assert domain.runs() == ["hosta"]
 
 
-def test_ctrl_c_behind_the_gate_gives_the_guest_back(virtlab: VirtLab, domain: Domain) -> None:
-    attempt = virtlab.attempt(domain, hold="behind the gate")
+@pytest.mark.parametrize("moment", [BEFOREHAND, "behind the gate"])
+def test_ctrl_c_behind_the_gate_gives_the_guest_back(virtlab: VirtLab, domain: Domain, moment: str) -> None:
+    attempt = virtlab.attempt(domain, hold=moment)
     attempt.wait_held()
     attempt.signal(signal.SIGINT)
     outcome = attempt.outcome()
@@ -174,3 +179,60 @@ def test_ctrl_c_behind_the_gate_gives_the_guest_back(virtlab: VirtLab, domain: D
     virtlab.cleaned_up()
     virtlab.assert_nothing_left()
     virtlab.assert_stayed(domain)
+
+
+def test_what_libvirt_began_too_early_is_called_off_and_the_domain_moves_when_it_is_time(
+    virtlab: VirtLab, domain: Domain
+) -> None:
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
+    wait_until(lambda: domain.state(far=True) == "paused", "libvirt to have begun", 10)
+    wait_until(lambda: domain.state(far=True) is None, "it to be called off", 30)
+    assert domain.runs() == ["hosta"]
+    assert "None" in virtlab.hosts.virsh("domjobinfo", domain.name)
+    domain.wait_for_writing(more=20)
+    attempt.go_on()
+    attempt.outcome().succeeded()
+    virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+def test_a_migration_that_is_aborted_before_it_is_time_is_not_tried_again(virtlab: VirtLab, domain: Domain) -> None:
+    attempt = virtlab.attempt(domain, hold=BEFOREHAND)
+    attempt.wait_held()
+    virtlab.hosts.virsh("domjobabort", domain.name)
+    wait_until(lambda: domain.state(far=True) is None, "hostb to forget it", 30)
+    attempt.go_on()
+    attempt.outcome().failed(1, "libvirt", now=HERE)
+    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+    virtlab.assert_stayed(domain)
+
+
+def test_a_guest_with_hardly_any_ram_is_not_paused_before_its_disks_are_copied(virtlab: VirtLab) -> None:
+    disk = virtlab.disk("firmware.qcow2", 16 << 20, data=[(1 << 20, 1 << 20)])
+    xml = virtlab.hosts.near / "firmware.xml"
+    xml.write_text(
+        "<domain type='qemu'><name>firmware</name><memory unit='MiB'>16</memory>"
+        "<os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os><features><acpi/></features><devices>"
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk.path}'/>"
+        "<target dev='vda' bus='virtio'/></disk><memballoon model='none'/></devices></domain>"
+    )
+    virtlab.hosts.virsh("define", xml)
+    virtlab.hosts.virsh("start", "firmware")
+    domain = Domain(virtlab, "firmware", (disk,))
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
+    seen = set()
+
+    def called_off() -> bool:
+        seen.add((domain.state(), there := domain.state(far=True)))
+        return there is None and len(seen) > 1
+
+    wait_until(called_off, "libvirt's migration to begin and to be called off", 30)
+    assert {here for here, _ in seen} == {"running"}
+    attempt.go_on()
+    attempt.outcome().succeeded()
+    assert domain.runs() == ["hostb"]
+    domain.destroy()
+    virtlab.put_in_order()

@@ -98,7 +98,8 @@ class _Run:
         )  # fmt: skip
         timer = asyncio.create_task(self._time_out(over))
         try:
-            downtime = await self._rounds.lead_to(over.run)
+            async with over.beforehand:
+                downtime = await self._rounds.lead_to(over.run)
         finally:
             timer.cancel()
         return self._result(downtime)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
+from qemu_blkmig.job.beforehand import Beforehand
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.interrupts import Interrupts
@@ -84,6 +85,11 @@ class ManagedSwitchover:
         self._last = LastRound(life, options, watch, connected)
         self._last.may_last |= not options.live
         self._moving = self._hurried = False
+        self.beforehand = Beforehand(
+            connected.engine.figures, disks, self._begin_beforehand, self._call_off,
+            may=options.live and not options.switchover.waits,
+        )  # fmt: skip
+        """libvirt's first attempt, which begins while the disks' first pass ends."""
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
@@ -112,15 +118,27 @@ class ManagedSwitchover:
             await self._too_dirty(attempt)
         raise AssertionError("counting has ended")
 
-    async def _begin(self, attempt: int) -> Passage:
+    async def _begin(self, attempt: int, *, live: bool) -> Passage:
         await self._take_run_state()
-        live = self._options.live and not self._hurried
         return await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
+
+    async def _begin_beforehand(self) -> Passage:
+        try:
+            return await self._begin(0, live=True)
+        except BlkmigError:
+            await self._give_run_state_back()
+            raise
+
+    async def _call_off(self, passage: Passage) -> None:
+        await passage.end()
+        await self._give_run_state_back()
 
     @contextlib.asynccontextmanager
     async def _under_way(self, attempt: int) -> AsyncIterator[Passage]:
         """libvirt's migration with the gate closed; unless it was opened, it is called off in the end."""
-        passage = await self._begin(attempt)
+        passage = await self.beforehand.take()
+        if passage is None:
+            passage = await self._begin(attempt, live=self._options.live and not self._hurried)
         try:
             yield passage
         except (BlkmigError, asyncio.CancelledError) as error:
@@ -208,10 +226,7 @@ class ManagedSwitchover:
         if attempt >= ATTEMPTS and options.on_stall in (OnStall.ABORT, OnStall.THROTTLE):
             raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}: trying again")
-        self._job.record.run_state_taken = self._job.record.migrating = False
-        await self._job.save()
-        if not self._job.record.throttled:
-            self._life.watchdog.disarm()
+        await self._give_run_state_back()
         await self._converge()
 
     async def _hand_over(self, passage: Passage, paused: float) -> Downtime | None:
@@ -256,6 +271,13 @@ class ManagedSwitchover:
         self._job.record.run_state_taken = True
         self._job.record.migrating = True
         await self._job.save()
+
+    async def _give_run_state_back(self) -> None:
+        """Until the next attempt nothing is ours but the disks' copies."""
+        self._job.record.run_state_taken = self._job.record.migrating = False
+        await self._job.save()
+        if not self._job.record.throttled:
+            self._life.watchdog.disarm()
 
     def _pulse(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Another host must answer all the while."""

@@ -38,7 +38,8 @@ Connect = Callable[[], socket.socket]
 class Gate:
     """Relays every connection that `listener` gets to one that `connect` makes; closed until `open`.
 
-    Until `admit` just the first bytes pass: what the two ends need to agree upon, but hardly any RAM.
+    Until `admit` just the first bytes pass: what the two ends need to agree upon, but hardly any RAM. No more is taken
+    in, either: a source that has sent all of a small guest's RAM pauses it.
 
     `connect` is called in a thread, may block, and raises `OSError` when the destination cannot be reached.
     """
@@ -208,7 +209,7 @@ class _Line:
         """To the destination: all but what is withheld; once open, all, and the end of the stream."""
         ended = False
         while not (self._dropped or (ended and self._open and not self._length)):
-            full = self._length == len(self._ring)
+            full = not self._room()
             watched = [self._wake] if ended or full else [self._incoming, self._wake]
             ready, _, _ = select.select(watched, [], [])
             if self._wake in ready:
@@ -223,12 +224,18 @@ class _Line:
         """Read what there is into the ring; False at the end of the stream."""
         size = len(self._ring)
         at = (self._start + self._length) % size
-        room = min(size - at, size - self._length)
+        room = min(size - at, self._room())
         count = self._incoming.recv_into(self._ring[at : at + room])
         self._length += count
         if count:
             self._withheld = (ending(self._tail()) if self._ring[at + count - 1] == ord("}") else None) or WITHHELD
         return count > 0
+
+    def _room(self) -> int:
+        """Bytes that may be taken in now; until there is any the source has to wait."""
+        if self._admitted or self._open:
+            return len(self._ring) - self._length
+        return max(0, PREAMBLE - self.passed - self._length)
 
     def _tail(self) -> bytes:
         """The last of what is held, as much as may be a stream's end."""

@@ -155,6 +155,16 @@ def test_an_end_is_found_whatever_its_length(length: int) -> None:
     assert ending(b"\0\x06\0\0" + end_of_stream(length)) == len(end_of_stream(length))
 
 
+def test_a_source_can_hardly_send_more_than_is_let_through_until_it_is_admitted(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, admitted=False)
+    ends.source.settimeout(0.5)
+    sent = 0
+    with pytest.raises(TimeoutError):
+        while True:
+            sent += ends.source.send(bytes(PREAMBLE))
+    assert PREAMBLE <= sent < 1 << 20, "the RAM of a guest that is small would be across"
+
+
 def test_nothing_but_the_first_bytes_passes_until_they_are_admitted(tmp_path: Path) -> None:
     ends = Ends(tmp_path, admitted=False)
     stream = os.urandom(3 * WITHHELD)
