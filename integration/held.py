@@ -52,7 +52,7 @@ AROUND: dict[str, tuple[type, str, str]] = {
     "started": (TargetQemu, "start_guest", "after"),
     "behind the gate": (LastRound, "keep_in_step", "after"),
     "handed over": (DomainMigration, "wait", "after"),
-    "begun beforehand": (ManagedSwitchover, "_begin_beforehand", "after"),
+    "begun beforehand": (ManagedSwitchover, "begin_beforehand", "after"),
 }
 """Moments, by the method before or after which they lie; "decided", "storage" and those of the gate besides."""
 

@@ -203,7 +203,7 @@ def test_a_migration_that_is_aborted_before_it_is_time_is_not_tried_again(virtla
     virtlab.hosts.virsh("domjobabort", domain.name)
     wait_until(lambda: domain.state(far=True) is None, "hostb to forget it", 30)
     attempt.go_on()
-    attempt.outcome().failed(1, "libvirt", now=HERE)
+    attempt.outcome().failed(1, "canceled by client", now=HERE)
     virtlab.cleaned_up()
     virtlab.assert_nothing_left()
     virtlab.assert_stayed(domain)

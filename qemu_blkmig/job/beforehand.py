@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Protocol
 
 from qemu_blkmig.engine.migration import Figures, Phase
 from qemu_blkmig.engine.outlast import outlast
@@ -28,31 +29,39 @@ LOOK = 0.05
 """Seconds between two looks at how much is left."""
 WORTH_IT = 10.0
 """Seconds of a first pass after which a third of one makes no difference; and reading back comes between."""
+WATCH = 0.2
+"""Seconds between two looks at an attempt that waits."""
 KEPT = 5.0
 """Seconds for which an attempt waits to be taken: the domain cannot be changed meanwhile, and its RAM is watched."""
+
+
+class Attempts(Protocol):
+    """What makes attempts of libvirt's. All of it may raise a `BlkmigError`."""
+
+    async def begin_beforehand(self) -> Passage:
+        """Begin one."""
+
+    async def call_off(self, passage: Passage) -> None:
+        """End one, however it stands; the guest goes on here."""
+
+    async def aborted(self, passage: Passage) -> None:
+        """Somebody has aborted it: that is meant for the whole job."""
+
+    async def has_paused(self) -> bool:
+        """Whether QEMU has paused the guest for it."""
 
 
 class Beforehand:
     """An attempt that is begun, if it `may`, once `figures` tell that the pass over `disks` is nearly over.
 
-    For the time of a `with`, at whose end an attempt that nobody took is ended. `begin` begins it, `call_off` ends it
-    when the pass, or the rounds after it, take longer than they seemed to. One that failed is made again when it is
-    time, but for one that somebody has aborted: that is meant.
+    For the time of a `with`, at whose end an attempt that nobody took is ended. It is called off when the pass, or the
+    rounds after it, take longer than they seemed to. One that fails is made again by who wants it, when it is time.
     """
 
-    def __init__(
-        self,
-        figures: Callable[[], Figures],
-        disks: Sequence[Disk],
-        begin: Callable[[], Awaitable[Passage]],
-        call_off: Callable[[Passage], Awaitable[None]],
-        *,
-        may: bool,
-    ) -> None:
+    def __init__(self, figures: Callable[[], Figures], disks: Sequence[Disk], attempts: Attempts, *, may: bool) -> None:
         self._figures = figures
         self._occupied = {disk.name: disk.allocated or disk.size for disk in disks}
-        self._begin = begin
-        self._call_off = call_off
+        self._attempts = attempts
         self._wanted = asyncio.Event()
         if not may:
             self._wanted.set()
@@ -73,12 +82,15 @@ class Beforehand:
         """The attempt, which is the caller's to end from now on; None where there is none."""
         self._wanted.set()
         await asyncio.wait({self._task})
-        self._task.result()
+        if self._task.cancelled() or self._task.exception() is not None:
+            return None
         passage, self._passage = self._passage, None
         return passage
 
     async def _end(self) -> None:
         await asyncio.wait({self._task})
+        if not self._task.cancelled() and (defect := self._task.exception()) is not None:
+            log.error("defect", exc_info=defect)
         if self._passage is not None:
             await self._passage.end()
 
@@ -86,21 +98,27 @@ class Beforehand:
         if not await self._is_nearly_over():
             return
         try:
-            self._passage = passage = await self._begin()
-        except BlkmigError as error:
-            log.info("libvirt's migration did not begin beforehand: %s", error)
-            return
-        await self._until_wanted(KEPT)
-        if passage.migration.ended:
-            failure = await passage.migration.failed()
-            if isinstance(failure, LibvirtError) and failure.code == libvirt().VIR_ERR_OPERATION_ABORTED:
+            self._passage = passage = await self._attempts.begin_beforehand()
+            if await self._keeps(passage):
                 return
-            log.info("libvirt's migration that began beforehand has ended: %s", failure)
-            await passage.end()
+            if await _was_aborted(passage):
+                await self._attempts.aborted(passage)
+            else:
+                await self._attempts.call_off(passage)
             self._passage = None
-        elif not self._wanted.is_set():
-            await self._call_off(passage)
-            self._passage = None
+        except BlkmigError as error:
+            log.info("libvirt's migration, begun beforehand: %s", error)
+
+    async def _keeps(self, passage: Passage) -> bool:
+        """Wait until it is wanted; False where it does not come to that, or the attempt is not fit any more."""
+        waiting = 0.0
+        while not self._wanted.is_set():
+            if not passage.fit or waiting > KEPT or await self._attempts.has_paused():
+                return False
+            await self._until_wanted(WATCH)
+            # Until its destination QEMU waits, for its huge pages say, an end would only have that begun anew.
+            waiting += WATCH if passage.gate.passed else 0.0
+        return passage.fit
 
     async def _is_nearly_over(self) -> bool:
         """Wait until the pass is; False where that is too late, or nobody waits for it any more."""
@@ -116,6 +134,14 @@ class Beforehand:
         with contextlib.suppress(TimeoutError):
             async with time_limit(seconds):
                 await self._wanted.wait()
+
+
+async def _was_aborted(passage: Passage) -> bool:
+    """Whether somebody has told libvirt to end it."""
+    if not passage.migration.ended:
+        return False
+    why = await passage.migration.failed()
+    return isinstance(why, LibvirtError) and why.code == libvirt().VIR_ERR_OPERATION_ABORTED
 
 
 def seconds_left(figures: Figures, occupied: Mapping[str, int]) -> float:

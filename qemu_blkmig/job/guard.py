@@ -56,6 +56,12 @@ class Guard:
         self._ends_on_io_error = True
         self._judge(await run_state(self._source))
 
+    def end(self, error: BlkmigError) -> None:
+        """End the work for `error`."""
+        self.error = error
+        if self._work is not None:
+            self._work.cancel()
+
     async def stand_down(self) -> None:
         """Watch no longer: from the handover on, the end of a QEMU is for `settle` to judge."""
         self._task.cancel()
@@ -78,9 +84,7 @@ class Guard:
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
             for watch in done:
-                self.error = _as_ours(watch.exception())
-            if self._work is not None:
-                self._work.cancel()
+                self.end(_as_ours(watch.exception()))
         finally:
             for watch in watches:
                 watch.cancel()

@@ -85,10 +85,11 @@ class ManagedSwitchover:
         self._last = LastRound(life, options, watch, connected)
         self._last.may_last |= not options.live
         self._moving = self._hurried = False
-        self.beforehand = Beforehand(
-            connected.engine.figures, disks, self._begin_beforehand, self._call_off,
-            may=options.live and not options.switchover.waits,
-        )  # fmt: skip
+        # What a TCP connection holds would be all the RAM of a guest that has hardly touched any: QEMU would pause it.
+        by_socket = not (options.migrate_uri or "").startswith("tcp:")
+        slowed = options.on_stall is OnStall.THROTTLE
+        may = options.live and by_socket and not (slowed or options.switchover.waits)
+        self.beforehand = Beforehand(connected.engine.figures, disks, self, may=may)
         """libvirt's first attempt, which begins while the disks' first pass ends."""
 
     async def run(self) -> Downtime | None:
@@ -100,7 +101,7 @@ class ManagedSwitchover:
             async with self._under_way(attempt) as passage:
                 with self._watch.phase("ram"):
                     paused = await self._last.keep_in_step(
-                        self._come_to(passage, AT_THE_PAUSE), self._beside(passage), self._at_the_pause
+                        self._come_to(passage, AT_THE_PAUSE), self._beside(passage), self.has_paused
                     )
                 self._watch.paused(paused)
                 self._watch.step("round under way")
@@ -122,16 +123,28 @@ class ManagedSwitchover:
         await self._take_run_state()
         return await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
 
-    async def _begin_beforehand(self) -> Passage:
+    async def begin_beforehand(self) -> Passage:
+        """See `Attempts`."""
         try:
             return await self._begin(0, live=True)
         except BlkmigError:
             await self._give_run_state_back()
             raise
 
-    async def _call_off(self, passage: Passage) -> None:
+    async def call_off(self, passage: Passage) -> None:
+        """See `Attempts`."""
         await passage.end()
-        await self._give_run_state_back()
+        if passage.migration.ended:
+            await self._give_run_state_back()
+
+    async def aborted(self, passage: Passage) -> None:
+        """See `Attempts`."""
+        await passage.end()
+        self._guard.end(not_migrated(await passage.migration.failed(), passage.other_xml))
+
+    async def has_paused(self) -> bool:
+        """See `Attempts`."""
+        return await migration_status(self._life.source) in AT_THE_PAUSE
 
     @contextlib.asynccontextmanager
     async def _under_way(self, attempt: int) -> AsyncIterator[Passage]:
@@ -166,9 +179,6 @@ class ManagedSwitchover:
             if not self._moving and self._hurried:
                 await self._suspend()
             self._moving = True
-
-    async def _at_the_pause(self) -> bool:
-        return await migration_status(self._life.source) in AT_THE_PAUSE
 
     async def _activate(self, passage: Passage) -> None:
         """Have the source's disks active again, whose exports would give no block status otherwise.
@@ -275,9 +285,11 @@ class ManagedSwitchover:
     async def _give_run_state_back(self) -> None:
         """Until the next attempt nothing is ours but the disks' copies."""
         self._job.record.run_state_taken = self._job.record.migrating = False
-        await self._job.save()
-        if not self._job.record.throttled:
-            self._life.watchdog.disarm()
+        try:
+            await self._job.save()
+        finally:
+            if not self._job.record.throttled:
+                self._life.watchdog.disarm()
 
     def _pulse(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Another host must answer all the while."""

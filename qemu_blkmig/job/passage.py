@@ -29,6 +29,10 @@ BROKEN_OFF = 10.0
 """Seconds in which libvirt must have noticed that the stream was broken off, before it is told to call it off."""
 
 
+ABORTED = 60.0
+"""Seconds in which it must have ended it then."""
+
+
 class Passage:
     """libvirt's migration under way. Made by `begin`; must be ended by `end`."""
 
@@ -60,7 +64,8 @@ class Passage:
     ) -> Passage:
         """Have libvirt begin, with the gate closed and nothing but the stream's first bytes let through.
 
-        `attempt`: counts from 1. Without `live` libvirt pauses the guest at once. Raises `BlkmigError`.
+        `attempt`: counts from 1; 0 is one that is begun beforehand. Without `live` libvirt pauses the guest at once.
+        Raises `BlkmigError`.
         """
         name = options.dname or ends.domain.name
         expected = Expect(Named(name, ends.domain.uuid), dict(arrangement.paths), socket.gethostname())
@@ -91,16 +96,26 @@ class Passage:
                 # Where both have come to an end nobody asks for the other's error.
                 task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
+    @property
+    def fit(self) -> bool:
+        """Whether it goes on, as far as is known."""
+        return not self.migration.ended and self.gate.failure is None
+
     async def end(self) -> None:
-        """Unless libvirt has ended it, break its stream off, and wait until it has."""
+        """Unless libvirt has ended it, break its stream off, and wait until it has, though not for ever.
+
+        Whether it has in the end is `migration.ended`.
+        """
         if not self.migration.ended:
             self.gate.drop()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with time_limit(BROKEN_OFF):
                     await self.migration.failed()
-            except TimeoutError:
-                await self.migration.abort()
-                await self.migration.failed()
+            if not self.migration.ended:
+                with contextlib.suppress(TimeoutError):
+                    async with time_limit(ABORTED):
+                        await self.migration.abort()
+                        await self.migration.failed()
         await self._ending.aclose()
 
 

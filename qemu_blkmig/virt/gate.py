@@ -267,6 +267,9 @@ class _Line:
         try:
             while count := outgoing.recv_into(buffer):
                 self._incoming.sendall(view[:count])
+            if not (self._admitted or self._open):
+                # The source may be waiting for us to take more, and would not look.
+                self.drop()
             self._incoming.shutdown(socket.SHUT_WR)
         except OSError as error:
             if not self._dropped:

@@ -165,6 +165,17 @@ def test_a_source_can_hardly_send_more_than_is_let_through_until_it_is_admitted(
     assert PREAMBLE <= sent < 1 << 20, "the RAM of a guest that is small would be across"
 
 
+def test_a_source_that_waits_to_be_admitted_is_told_when_the_destination_hangs_up(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, admitted=False)
+    ends.source.sendall(bytes(PREAMBLE))
+    ends.receive(PREAMBLE)
+    ends.source.settimeout(5)
+    ends.destination.close()
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        while True:
+            ends.source.sendall(bytes(PREAMBLE))
+
+
 def test_nothing_but_the_first_bytes_passes_until_they_are_admitted(tmp_path: Path) -> None:
     ends = Ends(tmp_path, admitted=False)
     stream = os.urandom(3 * WITHHELD)
