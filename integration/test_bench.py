@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from integration.bench.cases import CASES, Case
 from integration.bench.images import spoil
 from integration.bench.measuring import Usage
 from integration.bench.peers import Files, Setting
-from integration.bench.table import rows, table
+from integration.bench.table import Measured, rows, table
 
 
 def test_the_benchmark_compares_us_with_a_mirror_and_leaves_figures_and_a_picture(
@@ -56,3 +58,21 @@ def test_a_comparison_with_a_tool_that_loses_data_is_none(tmp_path: Path) -> Non
     case = CASES[0]
     with pytest.raises(RuntimeError, match=f"what {case.baseline} copied is not what was there"):
         list(bench.measure(case, [_Losing(case.baseline)], 1 << 20, 1, tmp_path))
+
+
+def test_what_was_measured_is_told_though_a_later_case_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", "--cases", "full-tcp,full-cold-tcp", "--peers", "dd", "--size", "1M", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / "out")])
+
+    def failing(case: Case, *others: Any) -> Iterator[Measured]:
+        if case.name == "full-cold-tcp":
+            raise RuntimeError("no more room")
+        yield Measured(case.name, case.baseline, 0, 1 << 20, Usage(1.0, 1.0, 1.0, 1, 1, 1))
+
+    monkeypatch.setattr(bench, "measure", failing)
+    with pytest.raises(RuntimeError, match="no more room"):
+        bench.main()
+    assert "full-tcp" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())

@@ -105,20 +105,24 @@ def main() -> None:
     measured: list[Measured] = []
     before = os.getloadavg()[0]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as name, as_installed(Path(name)):
-        for case in cases:
-            peers = [peer for peer in PEERS if peer.name in (*names, case.baseline) and peer.applies(case)]
-            for each in measure(case, peers, size, arguments.rounds, Path(name)):
-                measured.append(each)
-                lost = "" if each.intact else ", and lost data"
-                print(f"{each.case} {each.row}: {each.usage.seconds:.2f} s{lost}", file=sys.stderr, flush=True)
-            # What was measured is not lost if a later case fails.
-            (arguments.output / "bench.json").write_text(as_json(measured))
-    baselines = {case.name: case.baseline for case in cases}
-    (arguments.output / "bench.svg").write_text(picture(measured, baselines))
-    print(table(measured, baselines))
-    print(f"\nload average before {before:.1f}, after {os.getloadavg()[0]:.1f}, of {os.cpu_count()} CPUs; "
-          f"contents checked {len(measured)} times; figures and picture in {arguments.output}")  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as name, as_installed(Path(name)):
+            for case in cases:
+                peers = [peer for peer in PEERS if peer.name in (*names, case.baseline) and peer.applies(case)]
+                of_case = []
+                for each in measure(case, peers, size, arguments.rounds, Path(name)):
+                    of_case.append(each)
+                    lost = "" if each.intact else ", and lost data"
+                    print(f"{each.case} {each.row}: {each.usage.seconds:.2f} s{lost}", file=sys.stderr, flush=True)
+                measured += of_case
+    finally:
+        # What was measured is not lost if a later case fails.
+        baselines = {case.name: case.baseline for case in cases}
+        (arguments.output / "bench.json").write_text(as_json(measured))
+        (arguments.output / "bench.svg").write_text(picture(measured, baselines))
+        print(table(measured, baselines))
+        print(f"\nload average before {before:.1f}, after {os.getloadavg()[0]:.1f}, of {os.cpu_count()} CPUs; "
+              f"contents checked {len(measured)} times; figures and picture in {arguments.output}")  # fmt: skip
 
 
 if __name__ == "__main__":
