@@ -208,7 +208,9 @@ class DiskMover:
             raise errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0) from error
 
     def disconnect(self) -> None:
-        """Let go of the source."""
+        """Let go of the source, and of what reads back."""
+        if self._read_back is not None:
+            self._read_back.close()
         for connection in self._sources:
             connection.close()
 
