@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -110,7 +111,8 @@ def _hold_at_the_gate(when: str, hold: Callable[[], None]) -> None:
 
 
 def _say_held() -> None:
-    print(json.dumps({"event": "held"}), file=sys.stderr, flush=True)
+    # In one piece: what the tool tells meanwhile would come between the words and the line's end.
+    os.write(sys.stderr.fileno(), json.dumps({"event": "held"}).encode() + b"\n")
 
 
 def _run() -> int:

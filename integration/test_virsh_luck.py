@@ -65,7 +65,7 @@ def test_the_destination_s_libvirtd_killed_before_the_gate_opens(virtlab: VirtLa
     outcome.failed(1, "libvirt", now=HERE)
     virtlab.tool("cleanup", virtlab.job()).succeeded()
     virtlab.assert_nothing_left()
-    wait_until(lambda: domain.state(far=True) is None, "hostb to forget it", 30)
+    wait_until(lambda: domain.state(far=True) is None, "hostb to forget it", 90)
     virtlab.assert_stayed(domain)
 
 
@@ -201,7 +201,7 @@ def test_a_migration_that_is_aborted_before_it_is_time_is_not_tried_again(virtla
     attempt = virtlab.attempt(domain, hold=BEFOREHAND)
     attempt.wait_held()
     virtlab.hosts.virsh("domjobabort", domain.name)
-    wait_until(lambda: domain.state(far=True) is None, "hostb to forget it", 30)
+    wait_until(lambda: domain.state(far=True) is None, "hostb to forget it", 90)
     attempt.go_on()
     attempt.outcome().failed(1, "canceled by client", now=HERE)
     virtlab.cleaned_up()
