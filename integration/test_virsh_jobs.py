@@ -22,8 +22,11 @@ BACKUP = (
 
 @pytest.fixture
 def full(virtlab: VirtLab) -> Iterator[Domain]:
-    """A guest of whose disk 128 MiB are data: to read it all takes longer than to slow that down."""
-    booted = virtlab.boot(virtlab.disk("jobs.qcow2", 256 * MIB, data=[(64 * MIB, 128 * MIB)]))
+    """A guest of whose disk 512 MiB are data: to read it all takes longer than to slow that down.
+
+    A backup has 64 MiB and more under way when it is told to.
+    """
+    booted = virtlab.boot(virtlab.disk("jobs.qcow2", 768 * MIB, data=[(64 * MIB, 512 * MIB)]))
     yield booted
     booted.destroy()
     virtlab.put_in_order()
