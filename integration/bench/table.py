@@ -51,8 +51,12 @@ def spread(values: Iterable[float]) -> Spread:
 def ratios(measured: Sequence[Measured], case: str, row: str, baseline: str) -> Spread:
     """How many times as fast as `baseline` it was, compared within each round."""
     base = {each.round: each.usage.seconds for each in measured if (each.case, each.row) == (case, baseline)}
-    own = [each for each in measured if (each.case, each.row) == (case, row) and each.intact]
-    return spread(base[each.round] / each.usage.seconds for each in own)
+    return spread(base[each.round] / each.usage.seconds for each in _counted(measured, case, row))
+
+
+def _counted(measured: Sequence[Measured], case: str, row: str) -> list[Measured]:
+    """The copies of a row that say something."""
+    return [each for each in measured if (each.case, each.row) == (case, row) and each.intact]
 
 
 def rows(measured: Sequence[Measured], case: str) -> list[str]:
@@ -79,7 +83,7 @@ def table(measured: Sequence[Measured], baselines: Mapping[str, str]) -> str:
             f"{'CPU-s/GiB here':>16}{'there':>7}{'MiB here':>10}{'there':>7}{'begun':>7}"
         )
         for row in rows(measured, case):
-            own = [each for each in measured if (each.case, each.row) == (case, row) and each.intact]
+            own = _counted(measured, case, row)
             gib = own[0].data / GIB
             used = [each.usage for each in own]
             lines.append(

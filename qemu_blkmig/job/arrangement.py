@@ -169,7 +169,7 @@ async def arrange(
     if persistent is not None:
         persistent, unnamed = with_variables(persistent, options, domain, xml, source.uri, target.uri)
         trouble += unnamed
-    shared, lost = await staying(domain, await _paths_there(domain, Domain.parse(xml), target), agent)
+    shared, stranded = await staying(domain, await _paths_there(domain, Domain.parse(xml), target), agent)
     written = {**paths, **_written_by_qemu(xml, persistent, runs=not options.offline)}
     problems = [
         *await hindrances(source, handle, domain.xml, runs=not options.offline),
@@ -180,7 +180,7 @@ async def arrange(
         *await absent_files(agent, xml, paths.values()),
         *(differing(given, domain, "--xml") if given else ()),
         *(misread(given, domain, "--xml", as_they_are=options.offline) if given else ()),
-        *(() if options.unsafe or options.offline else lost),
+        *(() if options.unsafe or options.offline else stranded),
         *(() if options.unsafe else memory_left(domain, runs=not options.offline)),
         *(() if options.unsafe or options.offline else await pages_lacking(target, xml)),
         *trouble,

@@ -24,7 +24,7 @@ from qemu_blkmig.virt.connection import LibvirtError, libvirt
 log = logging.getLogger(__name__)
 
 BEFOREHAND = 1.0
-"""Seconds of the pass that may be left, by what it has done so far."""
+"""Seconds of the pass, by what it has done so far, or of reading back that may be left when libvirt is to begin."""
 LOOK = 0.05
 """Seconds between two looks at how much is left."""
 WORTH_IT = 10.0

@@ -14,6 +14,7 @@ from qemu_blkmig.errors import Refused, UsageError
 from qemu_blkmig.job.managed_options import ManagedOptions, migration_address
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.transport.host import Host
+from qemu_blkmig.virt.kept import is_session
 
 PORTS = range(49152, 49216)
 """libvirt's own for migration (qemu.conf)."""
@@ -57,8 +58,7 @@ async def gateway(options: ManagedOptions, host: Host, job: str, number: int) ->
         return _tcp(options.migrate_uri)
     if isinstance(options.place, Local):
         raise UsageError("without ssh to the destination the guest's RAM needs a way: --migrateuri tcp://HOST:PORT")
-    session = options.target_uri.partition("?")[0].endswith("/session")
-    return await _unix(host, socket_path(job, number, session=session))
+    return await _unix(host, socket_path(job, number, session=is_session(options.target_uri)))
 
 
 async def _unix(host: Host, path: str) -> Gateway:

@@ -109,11 +109,7 @@ async def arrange_offline(options: ManagedOptions, ends: Ends, agent: AgentClien
         f"{directory}, which is shared with it, is not copied: without a directory there it does not start"
         for directory in ends.domain.shared
     ]
-    return replace(
-        found,
-        problems=(*found.problems, *problems),
-        warnings=(*found.warnings, *shared),
-    )
+    return replace(found, problems=(*found.problems, *problems), warnings=(*found.warnings, *shared))
 
 
 def left_behind(domain: Domain, uri: str) -> Iterator[str]:

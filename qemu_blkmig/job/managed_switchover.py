@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
-from qemu_blkmig.job.beforehand import Beforehand
+from qemu_blkmig.job.beforehand import BEFOREHAND, Beforehand
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.interrupts import Interrupts
@@ -36,8 +36,6 @@ from qemu_blkmig.virt.migration import starts_of
 
 HANDOVER = 60.0
 """Seconds in which libvirt must have handed over, at least, once the gate is open."""
-BEFOREHAND = 1.0
-"""Seconds of reading back that may be left when libvirt is told to begin, which takes it half a second."""
 ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
 RAM_POLL = 0.5

@@ -27,8 +27,6 @@ from qemu_blkmig.virt.rehearsal import is_of_xml
 
 BROKEN_OFF = 10.0
 """Seconds in which libvirt must have noticed that the stream was broken off, before it is told to call it off."""
-
-
 ABORTED = 60.0
 """Seconds in which it must have ended it then."""
 

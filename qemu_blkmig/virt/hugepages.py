@@ -17,8 +17,6 @@ _UNITS = {"b": 1, "bytes": 1} | {
     for power, letter in enumerate("KMGTPE", 1)
     for name, factor in ((f"{letter}B".lower(), 1000), (letter.lower(), 1024), (f"{letter}iB".lower(), 1024))
 }
-
-
 HOST_S = 0
 """Stands for the page size that the host has set."""
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
 from qemu_blkmig.virt.kept import is_session
-from qemu_blkmig.virt.migration import Wish
+from qemu_blkmig.virt.migration import Wish, asked_for
 
 NOWHERE = "blkmig-rehearsal://nowhere"
 """Of no scheme that a libvirt knows."""
@@ -40,7 +40,7 @@ async def would_refuse(
     """Why the two would not migrate `domain`, which runs or is `offline`, with this XML, under this `name`; or None."""
     wish = Wish(NOWHERE, xml, name=name, offline=offline, persistent=offline)
     try:
-        await source.call(domain.migrate3, target.handle, wish.parameters(), wish.flags())
+        await asked_for(source, domain, target, wish)
     except LibvirtError as error:
         return _objection(error, NOWHERE)
     return None

@@ -102,6 +102,13 @@ async def _until(come: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt waits for no more than a moment."""
+    monkeypatch.setattr(beforehand, "KEPT", 0.05)
+    monkeypatch.setattr(beforehand, "WATCH", 0.02)
+
+
 def test_what_is_left_of_the_pass_is_told_by_what_the_image_occupies() -> None:
     occupied = {"vda": 512 * MIB}
     assert seconds_left(_figures(Phase.BULK, 256 * MIB), occupied) == 4
@@ -155,9 +162,8 @@ async def test_one_that_nobody_takes_is_ended_when_the_job_fails() -> None:
     assert [passage.ends for passage in lab.begun] == [1] and not lab.called_off
 
 
-async def test_one_that_is_not_taken_in_time_is_called_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beforehand, "KEPT", 0.05)
-    monkeypatch.setattr(beforehand, "WATCH", 0.02)
+@pytest.mark.usefixtures("impatient")
+async def test_one_that_is_not_taken_in_time_is_called_off() -> None:
     lab = _Lab()
     async with lab.beforehand() as before:
         await lab.come_to_its_end()
@@ -166,9 +172,8 @@ async def test_one_that_is_not_taken_in_time_is_called_off(monkeypatch: pytest.M
     assert lab.called_off == lab.begun and len(lab.begun) == 1
 
 
-async def test_the_time_counts_from_when_the_destination_s_qemu_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beforehand, "KEPT", 0.05)
-    monkeypatch.setattr(beforehand, "WATCH", 0.02)
+@pytest.mark.usefixtures("impatient")
+async def test_the_time_counts_from_when_the_destination_s_qemu_waits() -> None:
     lab = _Lab()
     async with lab.beforehand() as before:
         await lab.come_to_its_end()
