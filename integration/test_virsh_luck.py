@@ -209,6 +209,39 @@ def test_a_migration_that_is_aborted_before_it_is_time_is_not_tried_again(virtla
     virtlab.assert_stayed(domain)
 
 
+@pytest.mark.parametrize("moment", [BEFOREHAND, "copied"])
+def test_a_guest_that_an_admin_pauses_while_libvirt_waits_stays_paused(
+    virtlab: VirtLab, domain: Domain, moment: str
+) -> None:
+    attempt = virtlab.attempt(domain, hold=moment)
+    attempt.wait_held()
+    wait_until(lambda: domain.state(far=True) == "paused", "libvirt to have begun", 10)
+    virtlab.hosts.virsh("suspend", domain.name)
+    attempt.go_on()
+    outcome = attempt.outcome().succeeded()
+    assert domain.state(far=True) == "paused", outcome.stderr + outcome.stdout
+    assert "the guest is paused at the destination" in outcome.stdout
+    virtlab.hosts.virsh("resume", domain.name, far=True)
+    virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+def test_a_guest_that_an_admin_pauses_stays_so_when_what_libvirt_began_too_early_is_called_off(
+    virtlab: VirtLab, domain: Domain
+) -> None:
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
+    wait_until(lambda: domain.state(far=True) == "paused", "libvirt to have begun", 10)
+    virtlab.hosts.virsh("suspend", domain.name)
+    wait_until(lambda: domain.state(far=True) is None, "it to be called off", 30)
+    assert domain.state() == "paused"
+    attempt.go_on()
+    attempt.outcome().succeeded()
+    assert domain.state(far=True) == "paused"
+    virtlab.hosts.virsh("resume", domain.name, far=True)
+    virtlab.assert_arrived(domain)
+
+
 def test_a_guest_with_hardly_any_ram_is_not_paused_before_its_disks_are_copied(virtlab: VirtLab) -> None:
     disk = virtlab.disk("firmware.qcow2", 16 << 20, data=[(1 << 20, 1 << 20)])
     xml = virtlab.hosts.near / "firmware.xml"

@@ -42,13 +42,16 @@ class Attempts(Protocol):
         """Begin one."""
 
     async def call_off(self, passage: Passage) -> None:
-        """End one, however it stands; the guest goes on here."""
+        """End one, however it stands; the guest goes on here, and may be taken over again."""
+
+    async def end(self, passage: Passage) -> None:
+        """End one, however it stands, as the job does."""
 
     async def aborted(self, passage: Passage) -> None:
         """Somebody has aborted it: that is meant for the whole job."""
 
-    async def has_paused(self) -> bool:
-        """Whether QEMU has paused the guest for it."""
+    async def is_overtaken(self, passage: Passage) -> bool:
+        """Whether QEMU has paused the guest for it already, or somebody else has paused or resumed it."""
 
 
 class Beforehand:
@@ -92,7 +95,7 @@ class Beforehand:
         if not self._task.cancelled() and (defect := self._task.exception()) is not None:
             log.error("defect", exc_info=defect)
         if self._passage is not None:
-            await self._passage.end()
+            await self._attempts.end(self._passage)
 
     async def _offer(self) -> None:
         if not await self._is_nearly_over():
@@ -113,7 +116,7 @@ class Beforehand:
         """Wait until it is wanted; False where it does not come to that, or the attempt is not fit any more."""
         waiting = 0.0
         while not self._wanted.is_set():
-            if not passage.fit or waiting > KEPT or await self._attempts.has_paused():
+            if not passage.fit or waiting > KEPT or await self._attempts.is_overtaken(passage):
                 return False
             await self._until_wanted(WATCH)
             # Until its destination QEMU waits, for its huge pages say, an end would only have that begun anew.

@@ -44,6 +44,7 @@ AT_THE_PAUSE = ("pre-switchover", "device", "completed")
 """What QEMU says of its migration from when it has paused the guest (MIGRATION events)."""
 DISKS_TAKEN = AT_THE_PAUSE[1:]
 """The same, from when it has taken the guest's disks from it: libvirt lets it go on from the first at once."""
+STALE = "somebody has paused or resumed the guest while libvirt moved it, which would undo that"
 
 
 class ManagedSwitchover:
@@ -99,22 +100,23 @@ class ManagedSwitchover:
             async with self._under_way(attempt) as passage:
                 with self._watch.phase("ram"):
                     paused = await self._last.keep_in_step(
-                        self._come_to(passage, AT_THE_PAUSE), self._beside(passage), self.has_paused
+                        self._come_to(passage, AT_THE_PAUSE), self._beside(passage), self._has_paused
                     )
                 self._watch.paused(paused)
                 self._watch.step("round under way")
+                stale = self._is_stale(passage)
                 async with self._pulse():
                     if may_be_inactive:
                         await self._activate(passage)
                         self._watch.step("disks activated")
-                    if await self._last.fits(paused):
+                    if not stale and await self._last.fits(paused):
                         self._watch.step("what is dirty counted")
                         with self._watch.phase("switchover"):
                             await self._last.complete()
                         self._watch.step("last round")
                         await self._last.verify()
                         return await self._hand_over(passage, paused)
-            await self._too_dirty(attempt)
+            await (self._again(STALE) if stale else self._too_dirty(attempt))
         raise AssertionError("counting has ended")
 
     async def _begin(self, attempt: int, *, live: bool) -> Passage:
@@ -131,17 +133,33 @@ class ManagedSwitchover:
 
     async def call_off(self, passage: Passage) -> None:
         """See `Attempts`."""
-        await passage.end()
+        await self.end(passage)
         if passage.migration.ended:
             await self._give_run_state_back()
 
+    async def end(self, passage: Passage) -> None:
+        """See `Attempts`. A guest that somebody has paused meanwhile, and libvirt lets go on, is paused again."""
+        paused_by_others = self._is_stale(passage) and passage.found_running
+        await passage.end()
+        if paused_by_others and passage.migration.ended:
+            with contextlib.suppress(BlkmigError):
+                await self._ends.source.call(self._ends.handle.suspend)
+
     async def aborted(self, passage: Passage) -> None:
         """See `Attempts`."""
-        await passage.end()
+        await self.end(passage)
         self._guard.end(not_migrated(await passage.migration.failed(), passage.other_xml))
 
-    async def has_paused(self) -> bool:
+    async def is_overtaken(self, passage: Passage) -> bool:
         """See `Attempts`."""
+        return self._is_stale(passage) or await self._has_paused()
+
+    def _is_stale(self, passage: Passage) -> bool:
+        """Whether somebody has paused or resumed the guest since it began: libvirt would undo that."""
+        return self._job.record.was_running is not passage.found_running
+
+    async def _has_paused(self) -> bool:
+        """Whether QEMU has paused the guest for its migration."""
         return await migration_status(self._life.source) in AT_THE_PAUSE
 
     @contextlib.asynccontextmanager
@@ -156,7 +174,7 @@ class ManagedSwitchover:
             raise await self._reason(error, passage) from error
         finally:
             self._moving = False
-            await passage.end()
+            await self.end(passage)
 
     async def _reason(self, error: BaseException, passage: Passage) -> BaseException:
         """What is behind an error of ours: the end of the connection to the destination, or of libvirt's migration."""
@@ -233,7 +251,10 @@ class ManagedSwitchover:
         text = "when RAM was ready the disks were too dirty for --downtime, the guest was given back"
         if attempt >= ATTEMPTS and options.on_stall in (OnStall.ABORT, OnStall.THROTTLE):
             raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
-        self._reporter.note(f"{text}: trying again")
+        await self._again(text)
+
+    async def _again(self, why: str) -> None:
+        self._reporter.note(f"{why}: trying again")
         await self._give_run_state_back()
         await self._converge()
 

@@ -41,10 +41,17 @@ class Passage:
         events: EventStream,
         ending: contextlib.AsyncExitStack,
         other_xml: str | None = None,
+        *,
+        found_running: bool = True,
     ) -> None:
-        """`other_xml`: what to do where libvirt refuses the domain's XML; None: the next attempt has it made anew."""
+        """`other_xml`: what to do where libvirt refuses the domain's XML; None: the next attempt has it made anew.
+
+        `found_running`: whether the guest ran when it began. libvirt has it run at its end if so, whoever has paused it
+        meanwhile, at the destination and when it gives it back (seen on 9.0).
+        """
         self.migration = migration
         self.other_xml = other_xml
+        self.found_running = found_running
         self.gate = gate
         self._events = events
         self._ending = ending
@@ -75,9 +82,10 @@ class Passage:
             events = stack.enter_context(life.source.events("MIGRATION"))
             gate = Gate(way.listener, way.connect)
             stack.push_async_callback(asyncio.to_thread, gate.close)
+            found_running = life.job.record.was_running
             migration = await DomainMigration.begin(ends.source, ends.handle, ends.target, wish)
             other_xml = None if options.xml is None else with_other_xml(life.job.record.job)
-            return cls(migration, gate, events, stack.pop_all(), other_xml)
+            return cls(migration, gate, events, stack.pop_all(), other_xml, found_running=found_running)
 
     async def status(self) -> str:
         """What QEMU says next of its migration. Raises `LibvirtFailed` when libvirt has ended it."""

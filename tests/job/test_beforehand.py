@@ -77,7 +77,10 @@ class _Lab:
     async def aborted(self, passage: Passage) -> None:
         self.told_aborted.append(cast(Any, passage))
 
-    async def has_paused(self) -> bool:
+    async def end(self, passage: Passage) -> None:
+        await passage.end()
+
+    async def is_overtaken(self, passage: Passage) -> bool:
         return self.paused
 
     async def come_to_its_end(self) -> None:
