@@ -229,7 +229,7 @@ async def test_a_capability_that_ram_cannot_be_migrated_with_is_told_before(
 ) -> None:
     drive = f"if=none,id=d,format=qcow2,file={make_image('disk')}"
     qemu = await start_qemu("-drive", drive, "-device", "virtio-blk,drive=d")
-    switches = [{"capability": name, "state": True} for name in ("multifd", "xbzrle")]
+    switches = [{"capability": name, "state": True} for name in ("multifd", "auto-converge")]
     await qemu.user.execute("migrate-set-capabilities", {"capabilities": switches})
     [problem] = (await plan(qemu, tmp_path / "target", with_ram=True)).problems
     assert "source QEMU: the migration capability multifd is set: it needs several connections" in problem

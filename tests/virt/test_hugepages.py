@@ -50,7 +50,10 @@ def test_the_pages_that_a_domain_needs_are_found(xml: str, needed: dict[int, int
 
 
 def free(monkeypatch: pytest.MonkeyPatch, **pages: int) -> None:
-    """The destination tells so many free pages by size, in KiB: libvirt's own test driver gives the binding none."""
+    """The destination tells so many free pages by size, in KiB.
+
+    libvirt's own test driver has none for the whole host: 9.0 fails, 11.3 counts less than none.
+    """
 
     def told(_: Any, sizes: list[int], first: int, cells: int, _flags: int = 0) -> dict[int, dict[int, int]]:
         assert (first, cells) == (-1, 1)
@@ -100,5 +103,8 @@ async def test_a_page_size_that_the_destination_does_not_know_is_told(daemonless
     ],
     ids=["ordinary", "not told", "the host's ordinary size", "no number"],
 )
-async def test_where_nothing_is_known_or_needed_nothing_is_said(daemonless: Connection, xml: str) -> None:
+async def test_where_nothing_is_known_or_needed_nothing_is_said(
+    daemonless: Connection, monkeypatch: pytest.MonkeyPatch, xml: str
+) -> None:
+    free(monkeypatch)
     assert await pages_lacking(daemonless, xml) == []
