@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -15,7 +17,7 @@ HERE = "the guest runs at the source"
 THERE = "the guest runs at the destination"
 BEFORE = ["prepared", "connected"]
 BEFOREHAND = "begun beforehand"
-"""libvirt has begun while the first pass ended: the destination's QEMU waits, hardly anything of RAM has crossed."""
+"""libvirt has begun with the first pass: the destination's QEMU starts, hardly anything of RAM has crossed."""
 GATE_CLOSED = ["behind the gate", "last round over", "closed"]
 """The guest stands still, and libvirt waits for what the gate withholds."""
 
@@ -193,6 +195,26 @@ def test_what_libvirt_began_too_early_is_called_off_and_the_domain_moves_when_it
     domain.wait_for_writing(more=20)
     attempt.go_on()
     attempt.outcome().succeeded()
+    virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+def test_what_only_the_start_of_the_destination_s_qemu_tells_ends_a_long_copy_at_its_begin(virtlab: VirtLab) -> None:
+    disk = virtlab.disk("port.qcow2", 128 << 20, data=[(1 << 20, 64 << 20)])
+    display = "<graphics type='vnc' port='5999' autoport='no' listen='127.0.0.1'/></devices>"
+    domain = virtlab.boot(disk, alter=lambda xml: xml.replace("</devices>", display))
+    listen = (
+        "import socket, sys; taken = socket.create_server(('127.0.0.1', 5999)); print(flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([*virtlab.hosts.enter_far, sys.executable, "-c", listen], **pipes) as holder:  # type: ignore[call-overload]
+        holder.stdout.readline()
+        outcome = virtlab.migrate(domain, "--bandwidth", "1")
+        holder.stdin.close()
+    outcome.failed(1, "Address already in use", "qemu-blkmig resume", now=HERE)
+    assert domain.state(far=True) is None
+    domain.wait_for_writing(more=20)
+    virtlab.tool("resume", virtlab.job(), "--bandwidth", "1000").succeeded()
     virtlab.assert_arrived(domain)
     virtlab.assert_nothing_left()
 

@@ -140,9 +140,13 @@ class WatchdogGone(MigrationError):
 
 
 class LibvirtFailed(MigrationError):
-    """libvirt could not migrate the domain, or gave it up; it gives the guest back at the source."""
+    """libvirt could not migrate the domain, or gave it up; it gives the guest back at the source.
+
+    `aborted`: somebody has told it to.
+    """
 
     mendable = True
+    aborted = False
 
 
 class Refused(BlkmigError):

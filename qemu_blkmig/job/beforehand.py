@@ -1,7 +1,9 @@
-"""libvirt's first attempt is begun while the disks' first pass ends.
+"""libvirt's first attempt is begun when the disks' first pass is, not when that is over.
 
-Until its destination QEMU waits, libvirt takes a third of a second and more: time that a short pass can hide. The gate
-stays closed meanwhile, so hardly any RAM crosses, and an attempt that is not taken in time is called off.
+What only the start of the destination's QEMU tells (a port in use, a hook that objects, a file that it may not open) is
+known seconds after the command is given then, not after hours of copying. And until that QEMU waits, libvirt takes a
+third of a second and more: time that a short pass hides, for it goes on with this attempt. The gate stays closed
+meanwhile, so hardly any RAM crosses. An attempt that would have to wait for long is called off.
 """
 
 from __future__ import annotations
@@ -15,24 +17,22 @@ from typing import Protocol
 
 from qemu_blkmig.engine.migration import Figures, Phase
 from qemu_blkmig.engine.outlast import outlast
-from qemu_blkmig.errors import BlkmigError
+from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Refused
 from qemu_blkmig.job.passage import Passage
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.time_limit import time_limit
-from qemu_blkmig.virt.connection import LibvirtError, libvirt
+from qemu_blkmig.virt.connection import LibvirtError
 
 log = logging.getLogger(__name__)
 
-BEFOREHAND = 1.0
-"""Seconds of the pass, by what it has done so far, or of reading back that may be left when libvirt is to begin."""
-LOOK = 0.05
-"""Seconds between two looks at how much is left."""
-WORTH_IT = 10.0
-"""Seconds of a first pass after which a third of one makes no difference; and reading back comes between."""
+KEPT = 10.0
+"""Seconds for which an attempt waits to be taken: the domain cannot be changed meanwhile, and its RAM is watched."""
+JUDGED = 1.0
+"""Seconds that it waits at least, before it is judged by the speed of the pass so far whether it is worth waiting."""
 WATCH = 0.2
 """Seconds between two looks at an attempt that waits."""
-KEPT = 5.0
-"""Seconds for which an attempt waits to be taken: the domain cannot be changed meanwhile, and its RAM is watched."""
+AGAIN = 5.0
+"""Seconds after which one that failed is made again: who was just being started anew is there by then."""
 
 
 class Attempts(Protocol):
@@ -47,27 +47,37 @@ class Attempts(Protocol):
     async def end(self, passage: Passage) -> None:
         """End one, however it stands, as the job does."""
 
-    async def aborted(self, passage: Passage) -> None:
-        """Somebody has aborted it: that is meant for the whole job."""
+    async def why_failed(self, passage: Passage) -> BlkmigError:
+        """Why it came to nothing, for the user."""
 
     async def is_overtaken(self, passage: Passage) -> bool:
         """Whether QEMU has paused the guest for it already, or somebody else has paused or resumed it."""
 
 
 class Beforehand:
-    """An attempt that is begun, if it `may`, once `figures` tell that the pass over `disks` is nearly over.
+    """An attempt that is begun beside the pass over `disks`, of which `figures` tell.
 
-    For the time of a `with`, at whose end an attempt that nobody took is ended. It is called off when the pass, or the
-    rounds after it, take longer than they seemed to. One that fails is made again by who wants it, when it is time.
+    For the time of a `with`, at whose end an attempt that nobody took is ended. It is called off as soon as it has
+    shown that libvirt can do it, if it may not be `taken`, or if the pass will take too long. One that fails is made
+    again, by who wants it if it is time by then; if that fails, too, the job is ended by `fail`, and at once where
+    somebody has aborted it: that is meant for the whole job.
     """
 
-    def __init__(self, figures: Callable[[], Figures], disks: Sequence[Disk], attempts: Attempts, *, may: bool) -> None:
+    def __init__(
+        self,
+        figures: Callable[[], Figures],
+        disks: Sequence[Disk],
+        attempts: Attempts,
+        fail: Callable[[BlkmigError], None],
+        *,
+        taken: bool,
+    ) -> None:
         self._figures = figures
         self._occupied = {disk.name: disk.allocated or disk.size for disk in disks}
         self._attempts = attempts
+        self._fail = fail
+        self._may_be_taken = taken
         self._wanted = asyncio.Event()
-        if not may:
-            self._wanted.set()
         self._passage: Passage | None = None
 
     async def __aenter__(self) -> Beforehand:
@@ -98,53 +108,53 @@ class Beforehand:
             await self._attempts.end(self._passage)
 
     async def _offer(self) -> None:
-        if not await self._is_nearly_over():
-            return
         try:
-            self._passage = passage = await self._attempts.begin_beforehand()
-            if await self._keeps(passage):
-                return
-            if await _was_aborted(passage):
-                await self._attempts.aborted(passage)
-            else:
-                await self._attempts.call_off(passage)
-            self._passage = None
+            for last in (False, True):
+                if self._wanted.is_set() or (failure := await self._try()) is None:
+                    return
+                log.info("libvirt's migration, begun beforehand: %s", failure)
+                aborted = isinstance(failure, LibvirtFailed) and failure.aborted
+                if aborted or (last and not self._wanted.is_set()):
+                    self._fail(failure)
+                    return
+                await self._until_wanted(AGAIN)
         except BlkmigError as error:
             log.info("libvirt's migration, begun beforehand: %s", error)
+
+    async def _try(self) -> BlkmigError | None:
+        """One attempt; why it failed. It is there to be taken, or called off."""
+        try:
+            self._passage = passage = await self._attempts.begin_beforehand()
+        except (LibvirtFailed, LibvirtError, Refused) as error:
+            return error
+        if await self._keeps(passage):
+            return None
+        failure = None if passage.fit else await self._attempts.why_failed(passage)
+        await self._attempts.call_off(passage)
+        self._passage = None
+        return failure
 
     async def _keeps(self, passage: Passage) -> bool:
         """Wait until it is wanted; False where it does not come to that, or the attempt is not fit any more."""
         waiting = 0.0
         while not self._wanted.is_set():
-            if not passage.fit or waiting > KEPT or await self._attempts.is_overtaken(passage):
+            if not passage.fit or self._is_too_long(waiting) or await self._attempts.is_overtaken(passage):
                 return False
             await self._until_wanted(WATCH)
             # Until its destination QEMU waits, for its huge pages say, an end would only have that begun anew.
             waiting += WATCH if passage.gate.passed else 0.0
-        return passage.fit
+        return passage.fit and self._may_be_taken
 
-    async def _is_nearly_over(self) -> bool:
-        """Wait until the pass is; False where that is too late, or nobody waits for it any more."""
-        with contextlib.suppress(TimeoutError):
-            async with time_limit(WORTH_IT):
-                while not self._wanted.is_set():
-                    if seconds_left(self._figures(), self._occupied) <= BEFOREHAND:
-                        return True
-                    await self._until_wanted(LOOK)
-        return False
+    def _is_too_long(self, waiting: float) -> bool:
+        """Whether an attempt whose destination QEMU is `waiting` for so many seconds is to wait no longer."""
+        if not self._may_be_taken:
+            return waiting > 0
+        return waiting > KEPT or (waiting > JUDGED and seconds_left(self._figures(), self._occupied) > KEPT)
 
     async def _until_wanted(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with time_limit(seconds):
                 await self._wanted.wait()
-
-
-async def _was_aborted(passage: Passage) -> bool:
-    """Whether somebody has told libvirt to end it."""
-    if not passage.migration.ended:
-        return False
-    why = await passage.migration.failed()
-    return isinstance(why, LibvirtError) and why.code == libvirt().VIR_ERR_OPERATION_ABORTED
 
 
 def seconds_left(figures: Figures, occupied: Mapping[str, int]) -> float:

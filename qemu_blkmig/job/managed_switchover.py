@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
-from qemu_blkmig.job.beforehand import BEFOREHAND, Beforehand
+from qemu_blkmig.job.beforehand import Beforehand
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.ends import Ends
 from qemu_blkmig.job.interrupts import Interrupts
@@ -38,6 +38,8 @@ HANDOVER = 60.0
 """Seconds in which libvirt must have handed over, at least, once the gate is open."""
 ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
+BEHIND = 1.0
+"""Seconds of reading back that may be left when libvirt begins."""
 RAM_POLL = 0.5
 """Seconds between two looks at how often RAM has been passed over."""
 AT_THE_PAUSE = ("pre-switchover", "device", "completed")
@@ -84,19 +86,16 @@ class ManagedSwitchover:
         self._last = LastRound(life, options, watch, connected)
         self._last.may_last |= not options.live
         self._moving = self._hurried = False
-        # What a TCP connection holds would be all the RAM of a guest that has hardly touched any: QEMU would pause it.
-        by_socket = not (options.migrate_uri or "").startswith("tcp:")
-        slowed = options.on_stall is OnStall.THROTTLE
-        may = options.live and by_socket and not (slowed or options.switchover.waits)
-        self.beforehand = Beforehand(connected.engine.figures, disks, self, may=may)
-        """libvirt's first attempt, which begins while the disks' first pass ends."""
+        taken = options.live and not (options.on_stall is OnStall.THROTTLE or options.switchover.waits)
+        self.beforehand = Beforehand(connected.engine.figures, disks, self, connected.guard.end, taken=taken)
+        """libvirt's first attempt, which begins with the disks' first pass."""
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
         await self._last.aim()
         may_be_inactive = (await probe(self._life.source)).set_active
         for attempt in itertools.count(1):
-            await self._last.catch_up(within=BEFOREHAND)
+            await self._last.catch_up(within=BEHIND)
             async with self._under_way(attempt) as passage:
                 with self._watch.phase("ram"):
                     paused = await self._last.keep_in_step(
@@ -120,7 +119,7 @@ class ManagedSwitchover:
         raise AssertionError("counting has ended")
 
     async def _begin(self, attempt: int, *, live: bool) -> Passage:
-        await self._take_run_state()
+        await self._take_run_state(live=live)
         return await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
 
     async def begin_beforehand(self) -> Passage:
@@ -145,10 +144,11 @@ class ManagedSwitchover:
             with contextlib.suppress(BlkmigError):
                 await self._ends.source.call(self._ends.handle.suspend)
 
-    async def aborted(self, passage: Passage) -> None:
+    async def why_failed(self, passage: Passage) -> BlkmigError:
         """See `Attempts`."""
-        await self.end(passage)
-        self._guard.end(not_migrated(await passage.migration.failed(), passage.other_xml))
+        if passage.gate.failure is not None:
+            return LibvirtFailed(f"the way of the guest's RAM to the destination broke: {passage.gate.failure}")
+        return not_migrated(await passage.migration.failed(), passage.other_xml)
 
     async def is_overtaken(self, passage: Passage) -> bool:
         """See `Attempts`."""
@@ -182,11 +182,8 @@ class ManagedSwitchover:
             return error
         if (gone := await self._life.why_destination_gone()) is not None:
             return gone
-        if passage.gate.failure is not None:
-            return LibvirtFailed(f"the way of the guest's RAM to the destination broke: {passage.gate.failure}")
-        if passage.migration.ended and self._job.record.owner is Owner.SOURCE:
-            return not_migrated(await passage.migration.failed(), passage.other_xml)
-        return error
+        ended = passage.migration.ended and self._job.record.owner is Owner.SOURCE
+        return await self.why_failed(passage) if passage.gate.failure is not None or ended else error
 
     async def _come_to(self, passage: Passage, statuses: Sequence[str]) -> None:
         """Return when QEMU's migration is in one of them. Raises `LibvirtFailed` when it never will be."""
@@ -287,7 +284,7 @@ class ManagedSwitchover:
         steps = self._watch.steps | {"RAM, devices, start": max(0.0, total - sum(self._watch.steps.values()))}
         return Downtime(total, disk=disks_took - verify, verify=verify, ram=ram, steps=steps)
 
-    async def _take_run_state(self) -> None:
+    async def _take_run_state(self, *, live: bool) -> None:
         """Before any pause: the watchdog is armed, and the record says that a migration is ours.
 
         Raises `GuestStateError` when somebody else migrates the guest.
@@ -295,7 +292,7 @@ class ManagedSwitchover:
         await self._life.watchdog.arm(PATIENCE)
         await self._guest.check_still_here()
         await self._guest.check_awake()
-        if self._hurried or not self._options.live:
+        if not live:
             self._guard.ignore_pauses()
         self._job.record.run_state_taken = True
         self._job.record.migrating = True

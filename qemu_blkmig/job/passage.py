@@ -20,7 +20,7 @@ from qemu_blkmig.job.managed_options import ManagedOptions, name_for_tls, with_o
 from qemu_blkmig.qmp.guest import is_virtualized
 from qemu_blkmig.qmp.monitor import EventStream
 from qemu_blkmig.time_limit import time_limit
-from qemu_blkmig.virt.connection import LibvirtError
+from qemu_blkmig.virt.connection import LibvirtError, libvirt
 from qemu_blkmig.virt.gate import Gate
 from qemu_blkmig.virt.migration import DomainMigration, Wish
 from qemu_blkmig.virt.rehearsal import is_of_xml
@@ -129,6 +129,7 @@ def not_migrated(why: BlkmigError | None, other_xml: str | None) -> LibvirtFaile
     """The error that tells that libvirt did not migrate the guest, with the advice `other_xml` if it refused that."""
     if isinstance(why, LibvirtError):
         failed = LibvirtFailed(f"libvirt, here or at the destination, could not migrate the guest: {why.words.strip()}")
+        failed.aborted = why.code == libvirt().VIR_ERR_OPERATION_ABORTED
         if is_of_xml(why):
             failed.advice, failed.lasting = other_xml, True
         return failed

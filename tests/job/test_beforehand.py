@@ -1,4 +1,4 @@
-"""When libvirt's migration begins while the first pass ends, and what becomes of it when that takes longer."""
+"""libvirt's migration that begins with the first pass: what becomes of it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any, cast
 import pytest
 
 from qemu_blkmig.engine.migration import DiskFigures, Figures, Phase
-from qemu_blkmig.errors import BlkmigError, LibvirtFailed
+from qemu_blkmig.errors import BlkmigError, GuestStateError, LibvirtFailed, Refused
 from qemu_blkmig.job import beforehand
 from qemu_blkmig.job.beforehand import Beforehand, seconds_left
 from qemu_blkmig.job.passage import Passage
 from qemu_blkmig.qmp.disks import Disk
-from qemu_blkmig.virt.connection import LibvirtError, libvirt
+from qemu_blkmig.virt.connection import LibvirtError
 
 MIB = 1 << 20
-NEARLY_OVER = 64 * MIB
 
 
 class _Migration:
@@ -30,14 +29,14 @@ class _Migration:
 
 
 class _Gate:
-    def __init__(self) -> None:
-        self.passed = 32 << 10
+    def __init__(self, passed: int) -> None:
+        self.passed = passed
 
 
 class _Passage:
-    def __init__(self) -> None:
+    def __init__(self, passed: int) -> None:
         self.migration = _Migration()
-        self.gate = _Gate()
+        self.gate = _Gate(passed)
         self.fit = True
         self.ends = 0
 
@@ -54,28 +53,33 @@ class _Lab:
 
     def __init__(self) -> None:
         self.phase = Phase.BULK
-        self.copied = 0
+        self.speed = 64 * MIB
         self.begun: list[_Passage] = []
         self.called_off: list[_Passage] = []
-        self.told_aborted: list[_Passage] = []
-        self.refuses = self.paused = False
+        self.failures: list[BlkmigError] = []
+        self.refuses: list[BlkmigError] = []
+        self.paused = False
+        self.passed = 32 << 10
 
-    def beforehand(self, *, may: bool = True) -> Beforehand:
+    def beforehand(self, *, taken: bool = True) -> Beforehand:
         disk = cast(Disk, _disk("vda", 4096 * MIB, 512 * MIB))
-        return Beforehand(lambda: _figures(self.phase, self.copied), [disk], self, may=may)
+        figures = lambda: _figures(self.phase, 0, self.speed)  # noqa: E731
+        return Beforehand(figures, [disk], self, self.failures.append, taken=taken)
 
     async def begin_beforehand(self) -> Passage:
         await asyncio.sleep(0)
         if self.refuses:
-            raise LibvirtFailed("no")
-        self.begun.append(_Passage())
+            raise self.refuses.pop()
+        self.begun.append(_Passage(self.passed))
         return cast(Passage, self.begun[-1])
 
     async def call_off(self, passage: Passage) -> None:
         self.called_off.append(cast(Any, passage))
 
-    async def aborted(self, passage: Passage) -> None:
-        self.told_aborted.append(cast(Any, passage))
+    async def why_failed(self, passage: Passage) -> BlkmigError:
+        why = await passage.migration.failed()
+        assert why is not None
+        return why
 
     async def end(self, passage: Passage) -> None:
         await passage.end()
@@ -83,9 +87,9 @@ class _Lab:
     async def is_overtaken(self, passage: Passage) -> bool:
         return self.paused
 
-    async def come_to_its_end(self) -> None:
-        self.copied = 512 * MIB - NEARLY_OVER
-        await _until(lambda: bool(self.begun) or self.refuses)
+    async def begins(self, number: int = 1) -> _Passage:
+        await _until(lambda: len(self.begun) == number)
+        return self.begun[-1]
 
 
 def _disk(name: str, size: int, allocated: int | None) -> Any:
@@ -105,11 +109,13 @@ async def _until(come: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt waits for no more than a moment."""
-    monkeypatch.setattr(beforehand, "KEPT", 0.05)
-    monkeypatch.setattr(beforehand, "WATCH", 0.02)
+    """A second is a hundredth of one."""
+    for name in ("KEPT", "JUDGED", "WATCH", "AGAIN"):
+        monkeypatch.setattr(beforehand, name, getattr(beforehand, name) / 100)
+    usual = seconds_left
+    monkeypatch.setattr(beforehand, "seconds_left", lambda *arguments: usual(*arguments) / 100)
 
 
 def test_what_is_left_of_the_pass_is_told_by_what_the_image_occupies() -> None:
@@ -122,112 +128,145 @@ def test_what_is_left_of_the_pass_is_told_by_what_the_image_occupies() -> None:
     assert seconds_left(_figures(Phase.DIRTY, 512 * MIB), occupied) == 0
 
 
-async def test_it_begins_when_the_pass_is_nearly_over_and_is_whose_takes_it() -> None:
+async def test_it_begins_with_the_pass_and_is_whose_takes_it() -> None:
     lab = _Lab()
     async with lab.beforehand() as before:
-        await asyncio.sleep(3 * beforehand.LOOK)
-        assert not lab.begun
-        await lab.come_to_its_end()
-        assert cast(Any, await before.take()) is lab.begun[0]
+        begun = await lab.begins()
+        await asyncio.sleep(3 * beforehand.JUDGED)
+        assert cast(Any, await before.take()) is begun
         assert await before.take() is None
-    assert not lab.begun[0].ends and not lab.called_off
+    assert not begun.ends and not lab.called_off and len(lab.begun) == 1
 
 
-async def test_nothing_begins_where_it_may_not_or_when_it_is_time_anyway() -> None:
+async def test_nothing_begins_when_it_is_time_anyway() -> None:
     lab = _Lab()
-    lab.copied = 512 * MIB
-    async with lab.beforehand(may=False) as before:
-        await asyncio.sleep(2 * beforehand.LOOK)
-        assert await before.take() is None
-    lab.copied = 0
     async with lab.beforehand() as before:
         assert await before.take() is None
     assert not lab.begun
 
 
-async def test_nothing_begins_where_the_pass_is_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beforehand, "WORTH_IT", 0.2)
+async def test_one_that_may_not_be_taken_is_called_off_as_soon_as_the_destination_s_qemu_waits() -> None:
     lab = _Lab()
-    async with lab.beforehand() as before:
-        await asyncio.sleep(0.3)
-        lab.copied = 512 * MIB
-        await asyncio.sleep(2 * beforehand.LOOK)
+    lab.passed = 0
+    async with lab.beforehand(taken=False) as before:
+        begun = await lab.begins()
+        await asyncio.sleep(3 * beforehand.WATCH)
+        assert not lab.called_off
+        begun.gate.passed = 1
+        await _until(lambda: bool(lab.called_off))
         assert await before.take() is None
-    assert not lab.begun
+    async with lab.beforehand(taken=False) as before:
+        await lab.begins(2)
+        assert await before.take() is None
+    assert lab.called_off == lab.begun and not lab.failures
+
+
+@pytest.mark.parametrize("phase", [Phase.BULK, Phase.RECORDING])
+async def test_where_the_pass_is_a_long_one_it_is_called_off_and_not_made_again(phase: Phase) -> None:
+    lab = _Lab()
+    lab.speed, lab.phase = 16 * MIB, phase
+    async with lab.beforehand() as before:
+        await _until(lambda: bool(lab.called_off))
+        await asyncio.sleep(2 * beforehand.AGAIN)
+        assert await before.take() is None
+    assert lab.called_off == lab.begun and len(lab.begun) == 1 and not lab.failures
+
+
+async def test_one_that_is_not_taken_in_time_is_called_off() -> None:
+    lab = _Lab()
+    lab.phase = Phase.DIRTY
+    async with lab.beforehand() as before:
+        await _until(lambda: bool(lab.called_off))
+        assert await before.take() is None
+    assert lab.called_off == lab.begun and len(lab.begun) == 1 and not lab.failures
+
+
+async def test_the_time_counts_from_when_the_destination_s_qemu_waits() -> None:
+    lab = _Lab()
+    lab.passed = 0
+    async with lab.beforehand() as before:
+        begun = await lab.begins()
+        await asyncio.sleep(2 * beforehand.KEPT)
+        assert cast(Any, await before.take()) is begun
 
 
 async def test_one_that_nobody_takes_is_ended_when_the_job_fails() -> None:
     lab = _Lab()
     with pytest.raises(LibvirtFailed, match="disk is full"):
         async with lab.beforehand():
-            await lab.come_to_its_end()
+            await lab.begins()
             raise LibvirtFailed("the disk is full")
     assert [passage.ends for passage in lab.begun] == [1] and not lab.called_off
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_one_that_is_not_taken_in_time_is_called_off() -> None:
+async def test_one_that_fails_is_made_again_once_and_then_ends_the_job() -> None:
     lab = _Lab()
+    async with lab.beforehand():
+        (await lab.begins()).fail(LibvirtFailed("its libvirt was started anew"))
+        assert not lab.failures
+        (await lab.begins(2)).fail(LibvirtFailed("the port is in use"))
+        await _until(lambda: bool(lab.failures))
+    assert lab.called_off == lab.begun and [str(each) for each in lab.failures] == ["the port is in use"]
+
+
+async def test_one_that_cannot_even_begin_is_made_again_once_and_then_ends_the_job() -> None:
+    lab = _Lab()
+    lab.refuses = [Refused("no"), LibvirtError("libvirt", "no", 1)]
+    async with lab.beforehand():
+        await _until(lambda: bool(lab.failures))
+    assert [str(each) for each in lab.failures] == ["no"] and not lab.begun
+    lab = _Lab()
+    lab.refuses = [LibvirtFailed("no")]
     async with lab.beforehand() as before:
-        await lab.come_to_its_end()
-        await _until(lambda: bool(lab.called_off))
+        begun = await lab.begins()
+        assert cast(Any, await before.take()) is begun and not lab.failures
+
+
+async def test_one_that_is_prevented_by_what_the_guest_does_is_left_to_who_wants_it() -> None:
+    lab = _Lab()
+    lab.refuses = [GuestStateError("it sleeps")]
+    async with lab.beforehand() as before:
+        await asyncio.sleep(2 * beforehand.AGAIN)
         assert await before.take() is None
-    assert lab.called_off == lab.begun and len(lab.begun) == 1
+    assert not lab.failures and not lab.begun
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_the_time_counts_from_when_the_destination_s_qemu_waits() -> None:
+async def test_one_that_fails_when_it_is_wanted_is_left_to_who_wants_it() -> None:
     lab = _Lab()
     async with lab.beforehand() as before:
-        await lab.come_to_its_end()
-        lab.begun[0].gate.passed = 0
-        await asyncio.sleep(0.2)
-        assert cast(Any, await before.take()) is lab.begun[0]
-
-
-async def test_one_that_cannot_begin_is_left_to_be_made_again() -> None:
-    lab = _Lab()
-    lab.refuses = True
-    async with lab.beforehand() as before:
-        await lab.come_to_its_end()
+        (await lab.begins()).fail(LibvirtFailed("its libvirt was started anew"))
         assert await before.take() is None
-
-
-@pytest.mark.parametrize("waited_for", [True, False])
-async def test_one_that_fails_is_called_off_and_left_to_be_made_again(waited_for: bool) -> None:
-    lab = _Lab()
-    async with lab.beforehand() as before:
-        await lab.come_to_its_end()
-        lab.begun[0].fail(LibvirtFailed("the destination's libvirt was started anew"))
-        if waited_for:
-            await _until(lambda: bool(lab.called_off))
-        assert await before.take() is None
-    assert lab.called_off == lab.begun
+    assert lab.called_off == lab.begun and not lab.failures
 
 
 async def test_one_for_which_the_guest_was_paused_too_early_is_called_off_at_once() -> None:
     lab = _Lab()
+    lab.passed = 0
     async with lab.beforehand():
-        await lab.come_to_its_end()
+        await lab.begins()
         lab.paused = True
         await _until(lambda: bool(lab.called_off))
+    assert not lab.failures
 
 
-async def test_one_that_somebody_aborted_is_told_at_once_and_not_made_again() -> None:
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_one_that_somebody_aborted_ends_the_job_at_once(wanted: bool) -> None:
     lab = _Lab()
-    async with lab.beforehand():
-        await lab.come_to_its_end()
-        lab.begun[0].fail(LibvirtError("libvirt", "canceled by client", libvirt().VIR_ERR_OPERATION_ABORTED))
-        await _until(lambda: bool(lab.told_aborted))
-    assert lab.told_aborted == lab.begun and not lab.called_off
+    aborted = LibvirtFailed("canceled by client")
+    aborted.aborted = True
+    async with lab.beforehand() as before:
+        (await lab.begins()).fail(aborted)
+        if wanted:
+            assert await before.take() is None
+        await _until(lambda: bool(lab.failures))
+    assert lab.failures == [aborted] and len(lab.begun) == 1
 
 
 async def test_a_defect_in_it_costs_no_job_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     lab = _Lab()
     lab.begun = cast(Any, None)
     async with lab.beforehand() as before:
-        lab.copied = 512 * MIB
-        await asyncio.sleep(2 * beforehand.LOOK)
+        await asyncio.sleep(2 * beforehand.WATCH)
         assert await before.take() is None
     assert "defect" in caplog.text
 
@@ -244,12 +283,11 @@ async def test_a_cancellation_while_it_is_taken_leaves_nothing() -> None:
 
     async def work() -> None:
         async with lab.beforehand() as before:
-            lab.copied = 512 * MIB
-            await asyncio.sleep(2 * beforehand.LOOK)
+            await asyncio.sleep(0.05)
             await before.take()
 
     task = asyncio.create_task(work())
-    await asyncio.sleep(3 * beforehand.LOOK)
+    await asyncio.sleep(0.1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
