@@ -119,6 +119,15 @@ def test_a_domain_that_can_move_is_ready_and_its_xml_for_the_destination_is_show
         assert elsewhere in xml and str(idle.disk.path) not in xml
 
 
+def test_a_definition_that_the_destination_s_libvirt_would_not_take_is_refused(idle: Idle) -> None:
+    given = ("--persistent", "--persistent-xml")
+    assert idle.problems(*given, idle.file()) == ""
+    address = "<address type='pci' domain='0x0000' bus='0x00' slot='0x05' function='0x0'/>"
+    twice = f"<video><model type='vga'/>{address}</video><watchdog model='i6300esb'>{address}</watchdog>"
+    told = idle.problems(*given, idle.file(more=twice))
+    assert "would not define it as --persistent-xml says: XML error: Attempted double use of PCI Address" in told
+
+
 def test_another_domain_of_that_name_or_a_renamed_one_of_that_uuid_is_in_the_way(
     idle: Idle, defined: list[str]
 ) -> None:

@@ -48,7 +48,7 @@ from qemu_blkmig.virt.domain import (
 )
 from qemu_blkmig.virt.hugepages import pages_lacking
 from qemu_blkmig.virt.kept import is_session, naming_variables, variables_for
-from qemu_blkmig.virt.rehearsal import is_of_xml, unreachable, would_refuse
+from qemu_blkmig.virt.rehearsal import is_of_xml, unfit, unreachable, would_refuse
 from qemu_blkmig.virt.storage import Volumes, pool_directory, qemu_owner, volume_path
 
 VARIABLES = "UEFI variables"
@@ -166,6 +166,8 @@ async def arrange(
                 options.persistent_xml, options, domain, own, paths, target, block
             )
             told += await _lacking(agent, target, persistent, paths)
+            if not trouble and (why := await unfit(target, persistent)) is not None:
+                trouble.append(f"libvirt would not define it as --persistent-xml says: {why.words.strip()}")
     if persistent is not None:
         persistent, unnamed = with_variables(persistent, options, domain, xml, source.uri, target.uri)
         trouble += unnamed

@@ -64,6 +64,19 @@ async def unreachable(
     return None
 
 
+async def unfit(target: Connection, xml: str) -> LibvirtError | None:
+    """Why the destination's libvirt would not take `xml` as a domain's definition; or None.
+
+    A migration brings a definition along behind the guest: libvirt reads it when that runs there already, and would
+    leave it undefined. Read is it as well where libvirt shows how it would start QEMU, which defines nothing.
+    """
+    try:
+        await target.call(target.handle.domainXMLToNative, "qemu-argv", xml, 0)
+    except LibvirtError as error:
+        return error if is_of_xml(error) else None
+    return None
+
+
 def _objection(error: LibvirtError, expected: str) -> LibvirtError | None:
     busy = error.code == libvirt().VIR_ERR_OPERATION_TIMEOUT
     return None if expected in error.words or busy or _is_unknown(error) else error

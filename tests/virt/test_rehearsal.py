@@ -8,24 +8,27 @@ from typing import cast
 import pytest
 
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
-from qemu_blkmig.virt.rehearsal import NOWHERE, unreachable, would_refuse
+from qemu_blkmig.virt.rehearsal import NOWHERE, unfit, unreachable, would_refuse
 
 
 class _Refusing:
     """A libvirt, and its domain, that gives this answer: real ones do only where a device is such."""
 
-    handle = None
-
     def __init__(self, words: str, code: int, uri: str = "") -> None:
         self.error = LibvirtError("libvirt", words, code)
         self.uri = uri
         self.asked: list[str] = []
+        self.handle = self
 
     async def call(self, function: Callable[..., object], *arguments: object) -> object:
         """See `Connection`."""
         return function(*arguments)
 
     def migrate3(self, *_: object) -> None:
+        """See libvirt."""
+        raise self.error
+
+    def domainXMLToNative(self, *_: object) -> None:
         """See libvirt."""
         raise self.error
 
@@ -81,3 +84,11 @@ async def test_a_domain_that_does_not_run_is_asked_for_as_such(daemonless: Conne
     domain = await daemonless.domain("test")
     refused = await would_refuse(daemonless, domain, daemonless, domain.XMLDesc(), offline=True)
     assert refused is not None and "offline migration is not supported" in refused.words
+
+
+@pytest.mark.parametrize(
+    ("code", "passes"), [("XML_ERROR", False), ("CONFIG_UNSUPPORTED", False), ("NO_SUPPORT", True), ("NO_SECRET", True)]
+)
+async def test_a_definition_is_unfit_by_what_is_said_of_its_xml(code: str, passes: bool) -> None:
+    end = _Refusing("no", getattr(libvirt(), f"VIR_ERR_{code}"))
+    assert (await unfit(cast("Connection", end), "<domain/>") is None) == passes
