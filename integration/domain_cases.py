@@ -11,33 +11,39 @@ import os
 import random
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 from integration.cases import UNDECIDED, Verdict
+from integration.hosts import PORT
 from integration.lab import Format, LabError, assert_records_sound, wait_until
 from integration.listened import PHASES
 from integration.luck import command_line
 from integration.network import Network
-from integration.tool import Outcome
-from integration.virtlab import VirtLab
+from integration.tool import COMMAND, Outcome, finish, start
+from integration.virtlab import IMAGES, VirtLab
 from qemu_blkmig.demo.guest import Orders, Writer
 
 MIB = 1 << 20
 SPAN = 4 << 20
 PATIENCE = 90.0
 """Seconds in which everything must have come to rest."""
+WAITING = ("begun beforehand", "copied", "converged")
+"""Moments of `integration.held` at which libvirt's first attempt waits for the first pass to end, or for more."""
 MOMENTS = (
-    "prepared", "connected", "copied", "converged", "behind the gate", "last round over", "closed", "decided",
-    "gate to be opened", "gate open", "handed over",
+    "prepared", "connected", *WAITING, "behind the gate", "last round over", "closed", "decided", "gate to be opened",
+    "gate open", "handed over",
 )  # fmt: skip
 """Of `integration.held`."""
-FATAL = ("source", "destination", "power")
+P2P = ["--p2p", f"--agent=ssh://hostb:{PORT}"]
+FATAL = ("source", "destination", "power", "destroy here", "destroy there")
 """What takes the guest along, if it strikes the side that has it."""
 
 Strike = Callable[["_Run", ExitStack], bool]
@@ -69,14 +75,18 @@ class DomainCase:
         form: Format = "raw" if fault in FATAL else dice.choice(("raw", "qcow2"))
         # A guest that writes faster is paused after some rounds.
         slow = ["--bandwidth=4", "--max-rounds=5"]
-        more = dice.choice(([], slow, ["--verify=full"], ["--persistent"], ["--undefinesource"]))
+        parallel = ["--parallel", f"--parallel-connections={dice.randrange(2, 5)}", "--migrateuri=tcp://hostb"]
+        parallel.append("--listen-address=0.0.0.0")
+        more = dice.choice(
+            ([], slow, ["--verify=full"], ["--persistent"], ["--undefinesource"], ["--timeout=2"], P2P, parallel)
+        )
         return cls(
             seed=seed,
             fault=fault,
-            moment=dice.choice((*PHASES[:4], *MOMENTS)),
+            moment=dice.choice((*PHASES[:4], *MOMENTS, *WAITING)),
             after=dice.choice((0.0, dice.uniform(0, 0.3), dice.uniform(0, 1.5))),
             then=dice.choice(("resume", "resume", "resume", "cleanup")),
-            sizes=tuple(dice.randrange(1 << 14, 1 << 16) * 512 for _ in range(dice.choice((1, 1, 2)))),
+            sizes=tuple(dice.randrange(1 << 14, 1 << 16) * 512 for _ in range(dice.choice((1, 1, 2, 3)))),
             format=form,
             orders=Orders(writer=writer, rate=dice.choice((50, 200)), span=SPAN),
             options=("--on-stall=pause", *more),
@@ -101,6 +111,8 @@ class _Run:
         self.domain.wait_for_writing(more=20)
         held = case.moment if case.moment in MOMENTS else None
         self.attempt = lab.attempt(self.domain, *case.options, hold=held)
+        self.beside: list[subprocess.Popen[str]] = []
+        """Commands that were started while it ran, and end with it."""
         self._codes: list[int] = []
         self._struck = False
 
@@ -109,6 +121,8 @@ class _Run:
             self._struck = self._reached() and self._strike(mending)
             self.attempt.go_on()
             outcome = self.attempt.outcome()
+        for other in map(finish, self.beside):
+            self._assert_true(other.stdout + other.stderr)
         self._take(outcome)
         if self.case.fault == "nothing":
             outcome.succeeded()
@@ -139,15 +153,19 @@ class _Run:
     def _take(self, outcome: Outcome) -> None:
         """Judge what holds after each command, what was broken being mended."""
         self._codes.append(outcome.code)
-        assert "Traceback" not in outcome.stderr and "defect" not in outcome.stderr, outcome.stderr
         self._assert_ran_once()
         if outcome.code != UNDECIDED:
             self._wait_for_one(outcome.stderr)
-        told = "".join(line for line in outcome.stderr.splitlines() if line.startswith("  now:  "))
+        self._assert_true(outcome.stderr)
+
+    def _assert_true(self, told: str) -> None:
+        """The guest runs where it is told to, and nothing is told that is no user's matter."""
+        assert "Traceback" not in told and "defect" not in told, told
+        states = "".join(line for line in told.splitlines() if line.startswith(("  now:  ", "job ")))
         for place, host in (("source", "hosta"), ("destination", "hostb")):
-            if f"the guest runs at the {place}" in told:
+            if f"the guest runs at the {place}" in states:
                 runs = self.domain.runs()
-                assert runs == [host] or (self._may_be_gone and not runs), f"runs on {runs}, but: {outcome.stderr}"
+                assert runs == [host] or (self._may_be_gone and not runs), f"runs on {runs}, but: {told}"
 
     def _finish(self, outcome: Outcome) -> None:
         """Do what a person does who finds a job left: what was mended is resumed, and what still is left cleaned up."""
@@ -312,6 +330,65 @@ def _reset(run: _Run, mending: ExitStack) -> bool:
     return True
 
 
+def _cancel(run: _Run, _: ExitStack) -> bool:
+    """From another terminal; it may be too late for that, which it is told then."""
+    jobs = run.lab.jobs()
+    run.beside += [start([*run.lab.entering, *COMMAND, "cancel", job]) for job in jobs]
+    return bool(jobs)
+
+
+def _virsh(command: str) -> Strike:
+    """A command of hosta's admin about the domain."""
+
+    def tell(run: _Run, _: ExitStack) -> bool:
+        run.lab.hosts.virsh(command, run.domain.name)
+        return True
+
+    return tell
+
+
+def _destroy_there(run: _Run, _: ExitStack) -> bool:
+    """An admin of hostb's ends what libvirt has begun there, or what has arrived."""
+    wait_until(lambda: run.domain.state(far=True) not in (None, "shut off"), "the domain at hostb", 5)
+    run.lab.hosts.virsh("destroy", run.domain.name, far=True)
+    return True
+
+
+def _pause(run: _Run, mending: ExitStack) -> bool:
+    """An admin pauses the guest, for a moment; if it cannot be resumed then, until the tool has ended."""
+    run.lab.hosts.virsh("suspend", run.domain.name)
+    for far in (False, True):
+        mending.callback(_without_error, partial(run.lab.hosts.virsh, far=far), "resume", run.domain.name)
+    time.sleep(0.5)
+    _without_error(run.lab.hosts.virsh, "resume", run.domain.name)
+    return True
+
+
+def _copy_job(run: _Run, mending: ExitStack) -> bool:
+    """Somebody mirrors a disk, until the tool has ended."""
+    copy = ("--dest", IMAGES / "copied.raw", "--format", "raw", "--transient-job", "--bandwidth", 1)
+    run.lab.hosts.virsh("blockcopy", run.domain.name, "vda", *copy)
+    mending.callback(_without_error, run.lab.hosts.virsh, "blockjob", run.domain.name, "vda", "--abort")
+    return True
+
+
+def _backup(run: _Run, mending: ExitStack) -> bool:
+    """Somebody backs a disk up, which does not end before the tool has."""
+    file = run.lab.hosts.near / "backup.xml"
+    file.write_text(
+        "<domainbackup><disks><disk name='vda' type='file'>"
+        f"<target file='{IMAGES}/backed-up.raw'/><driver type='raw'/></disk></disks></domainbackup>"
+    )
+    run.lab.hosts.virsh("backup-begin", run.domain.name, "--backupxml", file)
+    mending.callback(_without_error, run.lab.hosts.virsh, "domjobabort", run.domain.name)
+    return True
+
+
+def _without_error(command: Callable[..., object], *words: object) -> None:
+    with contextlib.suppress(LabError):
+        command(*words)
+
+
 def _power_off(run: _Run, mending: ExitStack) -> bool:
     run.lab.hosts.power_off()
     mending.callback(run.lab.hosts.boot)
@@ -340,5 +417,12 @@ FAULTS: dict[str, Strike] = {
     "cut-30": _cut_for(30),
     "reset": _reset,
     "power": _power_off,
+    "cancel": _cancel,
+    "abort": _virsh("domjobabort"),
+    "destroy here": _virsh("destroy"),
+    "destroy there": _destroy_there,
+    "pause": _pause,
+    "copy job": _copy_job,
+    "backup": _backup,
 }
 """See `integration.faults`; "here" is hosta."""

@@ -159,8 +159,8 @@ class VirtLab:
 
     def cleaned_up(self) -> None:
         """Give up what was suspended, if anything was."""
-        for path in (self.hosts.near / "state").glob("*/record.json"):
-            self.tool("cleanup", path.parent.name).succeeded()
+        for job in self.jobs():
+            self.tool("cleanup", job).succeeded()
 
     def put_in_order(self) -> None:
         """Forget what a failed test left of jobs."""
@@ -189,9 +189,13 @@ class VirtLab:
         paths = [self.outside(disk.path, far=True) for disk in domain.disks]
         return [path for path in paths if path.exists()]
 
+    def jobs(self) -> list[str]:
+        """The names of the jobs of which there is a record on hosta."""
+        return [path.parent.name for path in (self.hosts.near / "state").glob("*/record.json")]
+
     def job(self) -> str:
         """The name of the one job that is kept on hosta."""
-        (found,) = (path.parent.name for path in (self.hosts.near / "state").glob("*/record.json"))
+        (found,) = self.jobs()
         return found
 
     def assert_arrived(self, domain: Domain, *, paths: Sequence[Path] | None = None) -> None:
