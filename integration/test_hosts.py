@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -127,6 +128,19 @@ def test_the_network_can_be_slow_and_far_away(hosts: Hosts) -> None:
             [*hosts.enter, "ssh", "-o", "BatchMode=yes", *near, "hostb", "true"], check=True, stdin=subprocess.DEVNULL
         )
         assert time.monotonic() - start > 0.8
+
+
+@pytest.mark.parametrize("mbit", [40, 1000, 10000])
+def test_a_line_that_was_not_looked_after_for_some_milliseconds_makes_up_for_it(hosts: Hosts, mbit: int) -> None:
+    network = Network(hosts)
+    network.limit(mbit)
+    try:
+        for far in (False, True):
+            (shape,) = json.loads(hosts.run("tc", "-j", "qdisc", "show", "dev", "net0", far=far))
+            assert shape["options"]["rate"] == mbit * 125000
+            assert shape["options"]["burst"] >= 0.0039 * mbit * 125000
+    finally:
+        network.limit(None)
 
 
 def test_nothing_is_left_of_two_hosts() -> None:
