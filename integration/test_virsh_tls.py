@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.virthosts import PLAIN, VirtHosts, two_virt_hosts
+from integration.virthosts import VirtHosts, two_virt_hosts, with_certificates
 from integration.virtlab import Domain, VirtLab
 from qemu_blkmig.demo.guest import Kernel
 from tests.certificates import make_certificates
@@ -22,10 +22,11 @@ TCP = ("--migrateuri", "tcp://hostb:49180", "--listen-address", "0.0.0.0")
 
 @pytest.fixture(scope="module")
 def virt() -> Iterator[VirtHosts]:
-    with tempfile.TemporaryDirectory(prefix="pki-", dir="/tmp") as directory:
-        make_certificates(Path(directory), "DNS:hosta,DNS:hostb")
-        with two_virt_hosts(qemu_conf=f'{PLAIN}migrate_tls_x509_cert_dir = "{directory}"\n') as hosts:
-            yield hosts
+    with (
+        tempfile.TemporaryDirectory(prefix="pki-", dir="/tmp") as directory,
+        two_virt_hosts(qemu_conf=with_certificates(Path(directory))) as hosts,
+    ):
+        yield hosts
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from integration.hosts import PORT, TIED, Hosts
+from integration.hosts import ADDRESSES, PORT, TIED, Hosts
 from integration.lab import Disk, LabError, wait_until
 from qemu_blkmig.demo.guest import Kernel, Orders, odd_memory
+from tests.certificates import make_certificates
 
 _PRIVATE = {
     "etc": "/etc/libvirt",
@@ -60,6 +61,12 @@ AS_DEBIAN = (
 """QEMUs run as a user of their own, and libvirt gives them their images while they run."""
 OWNED_BY_HAND = AS_DEBIAN.replace("dynamic_ownership = 1", "dynamic_ownership = 0")
 """QEMUs run as a user of their own, and libvirt leaves images' owners alone."""
+
+
+def with_certificates(directory: Path) -> str:
+    """PLAIN with certificates for `--tls`, which are made in `directory`; both hosts have to see it."""
+    make_certificates(directory, ",".join(f"DNS:{host}" for host in ADDRESSES))
+    return f'{PLAIN}migrate_tls_x509_cert_dir = "{directory}"\n'
 
 
 class VirtHosts(Hosts):
