@@ -31,17 +31,18 @@ class Gateway:
     address: str | tuple[str, int]
 
     def connect(self) -> socket.socket:
-        """Connect to the destination's QEMU. Raises `OSError`."""
+        """Connect to the destination's QEMU, which may then be silent for as long as it likes. Raises `OSError`."""
         if isinstance(self.address, tuple):
-            return socket.create_connection(self.address, CONNECT)
-        end = socket.socket(socket.AF_UNIX)
-        try:
-            end.settimeout(CONNECT)
-            end.connect(self.address)
-            end.settimeout(None)
-        except OSError:
-            end.close()
-            raise
+            end = socket.create_connection(self.address, CONNECT)
+        else:
+            end = socket.socket(socket.AF_UNIX)
+            try:
+                end.settimeout(CONNECT)
+                end.connect(self.address)
+            except OSError:
+                end.close()
+                raise
+        end.settimeout(None)
         return end
 
     def close(self) -> None:
