@@ -108,7 +108,8 @@ def _carry_at_once(
     async def work(reporter: Reporter, interrupts: Interrupts, clock: Clock) -> Result:
         import asyncio
 
-        async with beginning.reaching(None if isinstance(wanted, ManagedOptions) else wanted.source):
+        ends = (None, wanted.target_uri) if isinstance(wanted, ManagedOptions) else (wanted.source, None)
+        async with beginning.reaching(*ends):
             with interrupts.before_there_is_a_job():
                 do = await asyncio.to_thread(work_of, wanted)
                 return await do(wanted, reporter, interrupts, clock, beginning=beginning)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from qemu_blkmig.job.record import Job
     from qemu_blkmig.qmp.socket import SocketMonitor
+    from qemu_blkmig.virt.connection import Connection
 
 END = 5.0
 """Seconds in which an agent that nobody has taken must end."""
@@ -43,6 +44,7 @@ class Beginning:
         self._job: Job | None = None
         self._connection: BegunConnection | None = None
         self._source: asyncio.Task[SocketMonitor] | None = None
+        self._libvirt: asyncio.Task[Connection] | None = None
         self._signals = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -90,8 +92,9 @@ class Beginning:
                 last.callback(_end, agent)
 
     @contextlib.asynccontextmanager
-    async def reaching(self, source: str | None) -> AsyncIterator[None]:
-        """Connect to the source QEMU's QMP socket, if there is one, beside what is done inside.
+    async def reaching(self, source: str | None, libvirt: str | None = None) -> AsyncIterator[None]:
+        """Connect to the source QEMU's QMP socket, and to the destination's libvirt, by its URI, if there are such,
+        beside what is done inside.
 
         A connection that nobody has taken by then is closed.
         """
@@ -99,18 +102,26 @@ class Beginning:
 
         if source is not None:
             self._source = asyncio.create_task(_reach(source))
+        if libvirt is not None:
+            self._libvirt = asyncio.create_task(_reach_libvirt(libvirt))
         try:
             yield
         finally:
-            if (reached := self.take_source()) is not None:
-                reached.cancel()
-                with contextlib.suppress(BlkmigError, asyncio.CancelledError):
-                    await (await reached).close()
+            for reached in (self.take_source(), self.take_libvirt()):
+                if reached is not None:
+                    reached.cancel()
+                    with contextlib.suppress(BlkmigError, asyncio.CancelledError):
+                        await (await reached).close()
 
     def take_source(self) -> asyncio.Task[SocketMonitor] | None:
         """The connection to the source QEMU, as `take_agent`. The task raises `Refused`."""
         source, self._source = self._source, None
         return source
+
+    def take_libvirt(self) -> asyncio.Task[Connection] | None:
+        """The connection to the destination's libvirt, as `take_source`."""
+        reached, self._libvirt = self._libvirt, None
+        return reached
 
     def take_agent(self) -> subprocess.Popen[bytes] | None:
         """The agent on this host, if it was begun and was not taken before; it is the caller's from now on."""
@@ -140,6 +151,12 @@ async def _reach(path: str) -> SocketMonitor:
     monitor = await SocketMonitor.connect(path, who="source QEMU")
     ask(monitor)
     return monitor
+
+
+async def _reach_libvirt(uri: str) -> Connection:
+    from qemu_blkmig.virt.connection import TARGET, Connection
+
+    return await Connection.open(uri, TARGET)
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:

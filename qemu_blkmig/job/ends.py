@@ -8,13 +8,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.managed_options import ManagedOptions
-from qemu_blkmig.virt.connection import Connection
+from qemu_blkmig.virt.connection import SOURCE, TARGET, Connection
 from qemu_blkmig.virt.domain import Domain
 from qemu_blkmig.virt.kept import own_variables
-
-SOURCE = "the source's libvirt"
-TARGET = "the destination's libvirt"
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,10 @@ class Ends:
     domain: Domain
 
     @classmethod
-    async def open(cls, options: ManagedOptions, stack: contextlib.AsyncExitStack) -> Ends:
-        """Connect to both; they are closed with `stack`.
+    async def open(
+        cls, options: ManagedOptions, stack: contextlib.AsyncExitStack, beginning: Beginning | None = None
+    ) -> Ends:
+        """Connect to both; they are closed with `stack`. `beginning`: of the connection to the destination's.
 
         Raises `Refused`, also where there is no such domain or it does not run (or does, offline), and what
         `Connection.call` raises.
@@ -48,7 +48,8 @@ class Ends:
             )
         if active and options.offline:
             raise Refused(f"domain {options.domain} runs", advice="without --offline it moves while it runs")
-        target = await Connection.open(options.target_uri, TARGET)
+        begun = beginning.take_libvirt() if beginning is not None else None
+        target = await (begun or Connection.open(options.target_uri, TARGET))
         stack.push_async_callback(target.close)
         domain = Domain.parse(await source.call(handle.XMLDesc))
         if options.offline:

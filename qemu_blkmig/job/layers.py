@@ -116,8 +116,7 @@ async def _plan(options: MigrateOptions | CopyOptions, stack: contextlib.AsyncEx
 
 async def _let_pools_know(options: ManagedOptions, paths: Sequence[str], tell: Tell) -> None:
     """libvirt's pools at the destination list the layers; also those of a job that was resumed by itself."""
-    from qemu_blkmig.job.ends import TARGET
-    from qemu_blkmig.virt.connection import Connection
+    from qemu_blkmig.virt.connection import TARGET, Connection
     from qemu_blkmig.virt.storage import refresh_pools
 
     try:

@@ -88,7 +88,7 @@ class Lifecycle:
         beginning: Beginning | None = None,
     ) -> None:
         """`suspended`: a job to be gone on with, in place of a new one. `beginning`: of its way to the destination."""
-        self._beginning = beginning
+        self.beginning = beginning
         self._suspended = suspended
         self._display = reporter
         self.steering = steering
@@ -163,7 +163,7 @@ class Lifecycle:
             self._signals.close()
 
     def _new_job(self) -> Job:
-        begun = self._beginning.take_job() if self._beginning is not None else None
+        begun = self.beginning.take_job() if self.beginning is not None else None
         return begun or Job.create()
 
     def _steered(self) -> Steered:
@@ -281,7 +281,7 @@ class Lifecycle:
 
     async def connect_source(self, path: str) -> Monitor:
         """Connect to the source QEMU, which is asked at once what it can do. Raises `Refused`."""
-        begun = self._beginning.take_source() if self._beginning is not None else None
+        begun = self.beginning.take_source() if self.beginning is not None else None
         self._source = await (begun or SocketMonitor.connect(path, who="source QEMU"))
         ask(self._source)
         self.job.record.source_qmp = path
@@ -300,7 +300,7 @@ class Lifecycle:
         """Start the agent beside the destination's storage at `place`. Raises `Refused`, `DestinationFailed`."""
         self.job.record.target_place = place
         await self.job.save()
-        self._host = host_of(place, self.job.runtime, self.job.record.job, self._beginning)
+        self._host = host_of(place, self.job.runtime, self.job.record.job, self.beginning)
         standing = asyncio.create_task(self.watchdog.stand())
         self._agent = await self._host.start_agent()
         await standing

@@ -115,7 +115,7 @@ class _Run:
 
     async def _reach(self) -> tuple[Ends, Monitor]:
         """The domain, by both libvirts, and its QEMU, which is asked what it can do: that takes a while, too."""
-        ends = await Ends.open(self._options, self._stack)
+        ends = await Ends.open(self._options, self._stack, self._life.beginning)
         monitor = await PassthroughMonitor.connect(ends.source, ends.handle, "source QEMU")
         self._life.adopt_domain(monitor, ends.source, ends.target)
         await probe(monitor)

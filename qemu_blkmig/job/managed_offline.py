@@ -60,7 +60,7 @@ async def _move(
 ) -> Result:
     watch, record = Stopwatch(clock, life.reporter), life.job.record
     with watch.phase("prepare"):
-        ends = await Ends.open(options, stack)
+        ends = await Ends.open(options, stack, life.beginning)
         domain = ends.domain
         record.offline = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
         agent = await life.start_agent(options.place)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from qemu_blkmig.engine.outlast import only_wait
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused, RequestError
 
+SOURCE = "the source's libvirt"
+TARGET = "the destination's libvirt"
 KEEPALIVE = (5, 3)
 """Seconds between two signs of life, and how many may be missed, before a connection is taken for broken."""
 

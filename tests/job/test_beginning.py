@@ -23,6 +23,7 @@ from qemu_blkmig.transport import route
 from qemu_blkmig.transport.local import LocalHost
 from qemu_blkmig.transport.route import COMMAND_VARIABLE, BegunConnection
 from qemu_blkmig.transport.starting import start
+from qemu_blkmig.virt.connection import Connection
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\n'
 
@@ -105,6 +106,42 @@ async def test_a_source_that_nobody_took_is_let_go_and_one_that_is_not_there_is_
             assert source is not None
             with pytest.raises(Refused, match="there is no QMP socket"):
                 await source
+
+
+async def test_the_destination_s_libvirt_is_connected_to_early_and_let_go_where_nobody_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[str] = []
+
+    class Reached:
+        def __init__(self, uri: str) -> None:
+            self.uri = uri
+
+        async def close(self) -> None:
+            closed.append(self.uri)
+
+    async def reach(uri: str, _who: str) -> Reached:
+        if uri == "qemu+ssh://nobody/system":
+            raise Refused("cannot connect")
+        return Reached(uri)
+
+    monkeypatch.setattr(Connection, "open", reach)
+    with Beginning(Local("/new")) as begun:
+        async with begun.reaching(None, "qemu+ssh://hostb/system"):
+            reached = begun.take_libvirt()
+            assert reached is not None and begun.take_libvirt() is None
+            assert (await reached).uri == "qemu+ssh://hostb/system"
+        assert not closed
+        async with begun.reaching(None, "qemu+ssh://hostc/system"):
+            await asyncio.sleep(0.1)
+        assert closed == ["qemu+ssh://hostc/system"]
+        async with begun.reaching(None, "qemu+ssh://nobody/system"):
+            await asyncio.sleep(0.1)
+        async with begun.reaching(None, "qemu+ssh://nobody/system"):
+            reached = begun.take_libvirt()
+            assert reached is not None
+            with pytest.raises(Refused, match="cannot connect"):
+                await reached
 
 
 def test_a_signal_while_the_program_is_loaded_is_no_other_failure(
