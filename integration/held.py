@@ -53,6 +53,7 @@ AROUND: dict[str, tuple[type, str, str]] = {
     "started": (TargetQemu, "start_guest", "after"),
     "behind the gate": (LastRound, "keep_in_step", "after"),
     "handed over": (DomainMigration, "wait", "after"),
+    "to begin beforehand": (ManagedSwitchover, "begin_beforehand", "before"),
     "begun beforehand": (ManagedSwitchover, "begin_beforehand", "after"),
 }
 """Moments, by the method before or after which they lie; "decided", "storage" and those of the gate besides."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from integration.lab import LabError, wait_until
+from integration.luck import command_line
 from integration.virtlab import IMAGES, Domain, VirtLab
 
 MIB = 1 << 20
@@ -67,6 +70,13 @@ def no_jobs(virtlab: VirtLab, domain: Domain) -> None:
     wait_until(lambda: not qmp(virtlab, domain, "query-jobs"), "the end of the job", 30)
 
 
+def watchdog(virtlab: VirtLab) -> int:
+    """The pid of the watchdog of the one job that is under way."""
+    words = "qemu_blkmig.job.watchdog", str(virtlab.hosts.near / "state")
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return next(pid for pid in pids if all(word in command_line(pid) for word in words))
+
+
 def suspended(virtlab: VirtLab, domain: Domain) -> str:
     """A job whose disk has been copied, suspended by what has nothing to do with the disk."""
     attempt = virtlab.attempt(domain, hold="copied")
@@ -105,6 +115,35 @@ def test_a_job_that_begins_while_the_disk_is_copied_costs_nothing_of_what_was_co
     no_jobs(virtlab, full)
     full.wait_for_writing(more=20)
     goes_on(virtlab, full, job)
+
+
+def test_a_backup_that_libvirt_would_have_to_wait_for_is_not_aborted(virtlab: VirtLab, full: Domain) -> None:
+    attempt = virtlab.attempt(full, hold="to begin beforehand")
+    attempt.wait_held()
+    backup_begins(virtlab, full, "push")
+    attempt.go_on()
+    outcome = attempt.outcome()
+    job = virtlab.job()
+    outcome.failed(1, "(backup) was started by somebody else", f"let it end: qemu-blkmig resume {job}", now=HERE)
+    assert [each["type"] for each in qmp(virtlab, full, "query-jobs")] == ["backup"]
+
+
+def test_a_backup_that_has_begun_since_a_job_was_left_is_not_aborted_by_cleaning_up(
+    virtlab: VirtLab, full: Domain
+) -> None:
+    attempt = virtlab.attempt(full, hold="behind the gate")
+    attempt.wait_held()
+    attempt.signal(signal.SIGSTOP)
+    os.kill(watchdog(virtlab), signal.SIGKILL)
+    attempt.signal(signal.SIGKILL)
+    attempt.outcome()
+    wait_until(lambda: full.runs() == ["hosta"], "the guest to be given back", 60)
+    backup_begins(virtlab, full, "push")
+    virtlab.tool("cleanup", virtlab.job()).succeeded()
+    assert [each["type"] for each in qmp(virtlab, full, "query-jobs")] == ["backup"]
+    virtlab.hosts.virsh("domjobabort", full.name)
+    no_jobs(virtlab, full)
+    virtlab.assert_stayed(full)
 
 
 def test_a_pull_backup_and_we_keep_out_of_each_other_s_way(virtlab: VirtLab, full: Domain) -> None:

@@ -20,6 +20,7 @@ from qemu_blkmig.job.settlement import Settlement, clean_source, give_back_limit
 from qemu_blkmig.job.volumes import forget_volumes
 from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+from qemu_blkmig.virt.migration import is_migrated
 from qemu_blkmig.virt.monitor import PassthroughMonitor
 from qemu_blkmig.virt.storage import refresh_pools
 
@@ -203,11 +204,10 @@ class Domains:
 
         async def ended() -> bool:
             try:
-                job = await near.call((await self._domain(near)).jobInfo)
+                return not await is_migrated(near, await self._domain(near))
             except LibvirtError:
                 # It has gone with the domain.
                 return True
-            return bool(job[0] == libvirt().VIR_DOMAIN_JOB_NONE)
 
         if not await until(ended, SETTLE):
             try:

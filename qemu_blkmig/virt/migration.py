@@ -96,6 +96,15 @@ async def asked_for(source: Connection, domain: Any, target: Connection, wish: W
         await source.call(domain.migrate3, target.handle, parameters, flags)
 
 
+async def is_migrated(source: Connection, domain: Any) -> bool:
+    """Whether a migration away is what libvirt does with it now, and not a backup, say. Raises as `call` does."""
+    module = libvirt()
+    told = await source.call(domain.jobStats)
+    under_way = told.get("type", module.VIR_DOMAIN_JOB_NONE) != module.VIR_DOMAIN_JOB_NONE
+    operation = told.get(module.VIR_DOMAIN_JOB_OPERATION)
+    return bool(under_way and operation == module.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+
+
 class DomainMigration:
     """A migration of `domain` under way; libvirt's two daemons do it, or undo it, together."""
 
@@ -131,10 +140,14 @@ class DomainMigration:
         return None
 
     async def abort(self) -> None:
-        """Tell libvirt to call it off; `failed` tells what came of it."""
+        """Tell libvirt to call it off; `failed` tells what came of it.
+
+        One that has to wait until a backup is over, half a minute at most, does not have that aborted.
+        """
         if not self.ended:
             with contextlib.suppress(LibvirtError, ConnectionLost):
-                await self._source.call(self._domain.abortJob)
+                if await is_migrated(self._source, self._domain):
+                    await self._source.call(self._domain.abortJob)
 
     async def passes(self) -> int:
         """How often RAM has been passed over."""
