@@ -12,7 +12,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Stalled
+from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Refused, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
 from qemu_blkmig.job.beforehand import Beforehand
 from qemu_blkmig.job.connected import Connected
@@ -32,6 +32,7 @@ from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.guest import migration_status
 from qemu_blkmig.time_limit import time_limit
+from qemu_blkmig.virt.connection import LibvirtError
 from qemu_blkmig.virt.migration import starts_of
 
 HANDOVER = 60.0
@@ -119,8 +120,12 @@ class ManagedSwitchover:
         raise AssertionError("counting has ended")
 
     async def _begin(self, attempt: int, *, live: bool) -> Passage:
-        await self._take_run_state(live=live)
-        return await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
+        """What is refused by now, a connection or a place to listen at, can be mended: the copies are kept."""
+        try:
+            await self._take_run_state(live=live)
+            return await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
+        except (Refused, LibvirtError) as error:
+            raise LibvirtFailed(f"libvirt's migration could not begin: {error}", advice=error.advice) from error
 
     async def begin_beforehand(self) -> Passage:
         """See `Attempts`."""
