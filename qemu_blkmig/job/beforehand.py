@@ -17,11 +17,10 @@ from typing import Protocol
 
 from qemu_blkmig.engine.migration import Figures, Phase
 from qemu_blkmig.engine.outlast import outlast
-from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Refused
+from qemu_blkmig.errors import BlkmigError, LibvirtFailed
 from qemu_blkmig.job.passage import Passage
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.time_limit import time_limit
-from qemu_blkmig.virt.connection import LibvirtError
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Attempts(Protocol):
     """What makes attempts of libvirt's. All of it may raise a `BlkmigError`."""
 
     async def begin_beforehand(self) -> Passage:
-        """Begin one."""
+        """Begin one. Raises `LibvirtFailed` where libvirt does not, or nothing leads to it."""
 
     async def call_off(self, passage: Passage) -> None:
         """End one, however it stands; the guest goes on here, and may be taken over again."""
@@ -125,12 +124,20 @@ class Beforehand:
         """One attempt; why it failed. It is there to be taken, or called off."""
         try:
             self._passage = passage = await self._attempts.begin_beforehand()
-        except (LibvirtFailed, LibvirtError, Refused) as error:
+        except LibvirtFailed as error:
             return error
-        if await self._keeps(passage):
-            return None
+        try:
+            if await self._keeps(passage):
+                return None
+        except BlkmigError as error:
+            # It must not go on with nobody looking after it.
+            log.info("libvirt's migration, begun beforehand, is called off: %s", error)
         failure = None if passage.fit else await self._attempts.why_failed(passage)
-        await self._attempts.call_off(passage)
+        try:
+            await self._attempts.call_off(passage)
+        except BlkmigError:
+            self._passage = None
+            raise
         self._passage = None
         return failure
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 
 from qemu_blkmig.engine.migration import DiskFigures, Figures, Phase
-from qemu_blkmig.errors import BlkmigError, GuestStateError, LibvirtFailed, Refused
+from qemu_blkmig.errors import BlkmigError, GuestStateError, LibvirtFailed, RecordFailed
 from qemu_blkmig.job import beforehand
 from qemu_blkmig.job.beforehand import Beforehand, seconds_left
 from qemu_blkmig.job.passage import Passage
 from qemu_blkmig.qmp.disks import Disk
-from qemu_blkmig.virt.connection import LibvirtError
+from qemu_blkmig.qmp.monitor import NoAnswer
 
 MIB = 1 << 20
 
@@ -58,7 +58,7 @@ class _Lab:
         self.called_off: list[_Passage] = []
         self.failures: list[BlkmigError] = []
         self.refuses: list[BlkmigError] = []
-        self.paused = False
+        self.paused = self.silent = self.full = False
         self.passed = 32 << 10
 
     def beforehand(self, *, taken: bool = True) -> Beforehand:
@@ -75,6 +75,8 @@ class _Lab:
 
     async def call_off(self, passage: Passage) -> None:
         self.called_off.append(cast(Any, passage))
+        if self.full:
+            raise RecordFailed("the disk is full")
 
     async def why_failed(self, passage: Passage) -> BlkmigError:
         why = await passage.migration.failed()
@@ -85,6 +87,8 @@ class _Lab:
         await passage.end()
 
     async def is_overtaken(self, passage: Passage) -> bool:
+        if self.silent:
+            raise NoAnswer("source QEMU did not answer query-migrate within 30 s")
         return self.paused
 
     async def begins(self, number: int = 1) -> _Passage:
@@ -211,7 +215,7 @@ async def test_one_that_fails_is_made_again_once_and_then_ends_the_job() -> None
 
 async def test_one_that_cannot_even_begin_is_made_again_once_and_then_ends_the_job() -> None:
     lab = _Lab()
-    lab.refuses = [Refused("no"), LibvirtError("libvirt", "no", 1)]
+    lab.refuses = [LibvirtFailed("no"), LibvirtFailed("no")]
     async with lab.beforehand():
         await _until(lambda: bool(lab.failures))
     assert [str(each) for each in lab.failures] == ["no"] and not lab.begun
@@ -247,6 +251,25 @@ async def test_one_for_which_the_guest_was_paused_too_early_is_called_off_at_onc
         lab.paused = True
         await _until(lambda: bool(lab.called_off))
     assert not lab.failures
+
+
+async def test_one_that_cannot_be_looked_after_is_called_off() -> None:
+    lab = _Lab()
+    async with lab.beforehand() as before:
+        await lab.begins()
+        lab.silent = True
+        await _until(lambda: bool(lab.called_off))
+        assert await before.take() is None
+    assert lab.called_off == lab.begun and not lab.failures
+
+
+async def test_one_whose_end_cannot_be_recorded_is_not_taken() -> None:
+    lab = _Lab()
+    lab.paused = lab.full = True
+    async with lab.beforehand() as before:
+        await _until(lambda: bool(lab.called_off))
+        assert await before.take() is None
+    assert lab.called_off == lab.begun and not lab.failures
 
 
 @pytest.mark.parametrize("wanted", [False, True])
