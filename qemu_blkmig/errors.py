@@ -142,11 +142,11 @@ class WatchdogGone(MigrationError):
 class LibvirtFailed(MigrationError):
     """libvirt could not migrate the domain, or gave it up; it gives the guest back at the source.
 
-    `aborted`: somebody has told it to.
+    `aborted`: somebody has told it to. `busy`: it was at something else with that domain for too long (a dump).
     """
 
     mendable = True
-    aborted = False
+    aborted = busy = False
 
 
 class Refused(BlkmigError):

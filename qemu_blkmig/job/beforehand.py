@@ -59,7 +59,7 @@ class Beforehand:
     For the time of a `with`, at whose end an attempt that nobody took is ended. It is called off as soon as it has
     shown that libvirt can do it, if it may not be `taken`, or if the pass will take too long. One that fails is made
     again, by who wants it if it is time by then; if that fails, too, the job is ended by `fail`, and at once where
-    somebody has aborted it: that is meant for the whole job.
+    somebody has aborted it: that is meant for the whole job. That libvirt was busy tells nothing of the next.
     """
 
     def __init__(
@@ -112,6 +112,8 @@ class Beforehand:
                 if self._wanted.is_set() or (failure := await self._try()) is None:
                     return
                 log.info("libvirt's migration, begun beforehand: %s", failure)
+                if isinstance(failure, LibvirtFailed) and failure.busy:
+                    return
                 aborted = isinstance(failure, LibvirtFailed) and failure.aborted
                 if aborted or (last and not self._wanted.is_set()):
                     self._fail(failure)
@@ -150,7 +152,12 @@ class Beforehand:
             await self._until_wanted(WATCH)
             # Until its destination QEMU waits, for its huge pages say, an end would only have that begun anew.
             waiting += WATCH if passage.gate.passed else 0.0
-        return passage.fit and self._may_be_taken
+        if self._may_be_taken:
+            return passage.fit
+        # Nor does libvirt end it before, and nobody could begin another.
+        while passage.fit and not passage.gate.passed:  # noqa: ASYNC110
+            await asyncio.sleep(WATCH)
+        return False
 
     def _is_too_long(self, waiting: float) -> bool:
         """Whether an attempt whose destination QEMU is `waiting` for so many seconds is to wait no longer."""

@@ -130,6 +130,7 @@ def not_migrated(why: BlkmigError | None, other_xml: str | None) -> LibvirtFaile
     if isinstance(why, LibvirtError):
         failed = LibvirtFailed(f"libvirt, here or at the destination, could not migrate the guest: {why.words.strip()}")
         failed.aborted = why.code == libvirt().VIR_ERR_OPERATION_ABORTED
+        failed.busy = why.code == libvirt().VIR_ERR_OPERATION_TIMEOUT
         if is_of_xml(why):
             failed.advice, failed.lasting = other_xml, True
         return failed

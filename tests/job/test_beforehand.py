@@ -160,8 +160,12 @@ async def test_one_that_may_not_be_taken_is_called_off_as_soon_as_the_destinatio
         await _until(lambda: bool(lab.called_off))
         assert await before.take() is None
     async with lab.beforehand(taken=False) as before:
-        await lab.begins(2)
-        assert await before.take() is None
+        begun = await lab.begins(2)
+        taking = asyncio.create_task(before.take())
+        await asyncio.sleep(3 * beforehand.WATCH)
+        assert lab.called_off == lab.begun[:1], "libvirt would not end it yet"
+        begun.gate.passed = 1
+        assert await taking is None
     assert lab.called_off == lab.begun and not lab.failures
 
 
@@ -251,6 +255,17 @@ async def test_one_for_which_the_guest_was_paused_too_early_is_called_off_at_onc
         lab.paused = True
         await _until(lambda: bool(lab.called_off))
     assert not lab.failures
+
+
+async def test_a_libvirt_that_is_busy_with_the_domain_ends_no_job() -> None:
+    lab = _Lab()
+    busy = LibvirtFailed("cannot acquire state change lock")
+    busy.busy = True
+    async with lab.beforehand() as before:
+        (await lab.begins()).fail(busy)
+        await asyncio.sleep(2 * beforehand.AGAIN)
+        assert await before.take() is None
+    assert lab.called_off == lab.begun and len(lab.begun) == 1 and not lab.failures
 
 
 async def test_one_that_cannot_be_looked_after_is_called_off() -> None:

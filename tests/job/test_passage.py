@@ -47,3 +47,9 @@ def test_xml_that_was_refused_is_not_to_be_tried_again_as_it_is() -> None:
     told = not_migrated(LibvirtError("the source's libvirt", "no", 42), "give other XML")
     assert told.advice is None and not told.lasting
     assert not_migrated(refused, None).lasting, "what the next attempt makes of the same domain is no other XML"
+
+
+def test_a_libvirt_that_was_busy_with_the_domain_is_told_from_one_that_objects() -> None:
+    words, module = "cannot acquire state change lock (held by monitor=remoteDispatchDomainCoreDump)", libvirt()
+    assert not_migrated(LibvirtError("the source's libvirt", words, module.VIR_ERR_OPERATION_TIMEOUT), None).busy
+    assert not not_migrated(LibvirtError("the source's libvirt", words, module.VIR_ERR_OPERATION_FAILED), None).busy
