@@ -32,6 +32,7 @@ class Watchdog:
         self._stdin = tell
         self._answers = answers
         self._stands = False
+        self._arming = asyncio.Lock()
         self._heart = asyncio.get_running_loop().create_task(self._beat())
 
     @classmethod
@@ -68,12 +69,13 @@ class Watchdog:
 
         Raises `WatchdogGone` when the watchdog does not say that it will: no guest may be paused without one.
         """
-        self._tell(f"arm {seconds}")
-        try:
-            async with time_limit(ANSWER):
-                answer = await self._answer()
-        except TimeoutError:
-            answer = "nothing"
+        async with self._arming:
+            self._tell(f"arm {seconds}")
+            try:
+                async with time_limit(ANSWER):
+                    answer = await self._answer()
+            except TimeoutError:
+                answer = "nothing"
         if answer != "armed":
             raise WatchdogGone(f"the watchdog (pid {self.pid}) is not there any more, or hangs (it said {answer})")
 

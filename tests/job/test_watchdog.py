@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from qemu_blkmig.job.watchdog import Verdict, watch
+from qemu_blkmig.job.watchdog_client import Watchdog
 
 
 class Coordinator:
@@ -89,3 +92,13 @@ def test_a_coordinator_that_is_gone_before_the_watchdog_stands_is_no_traceback(t
     command = [sys.executable, "-m", "qemu_blkmig.job.watchdog", str(tmp_path), "-1", str(gone.pid)]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+async def test_two_that_arm_it_at_once_are_both_answered(coordinator: Coordinator) -> None:
+    answers = asyncio.StreamReader()
+    watchdog = Watchdog(MagicMock(pid=1), coordinator.writing, answers)
+    arming = asyncio.gather(watchdog.arm(30), watchdog.arm(30))
+    await asyncio.sleep(0.05)
+    answers.feed_data(b"armed\narmed\n")
+    await arming
+    watchdog.take_over()
