@@ -70,13 +70,17 @@ class Beforehand:
         fail: Callable[[BlkmigError], None],
         *,
         taken: bool,
+        may: bool = True,
     ) -> None:
+        """`may`: whether one may be begun at all."""
         self._figures = figures
         self._occupied = {disk.name: disk.allocated or disk.size for disk in disks}
         self._attempts = attempts
         self._fail = fail
         self._may_be_taken = taken
         self._wanted = asyncio.Event()
+        if not may:
+            self._wanted.set()
         self._passage: Passage | None = None
 
     async def __aenter__(self) -> Beforehand:

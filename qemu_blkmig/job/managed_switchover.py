@@ -33,6 +33,7 @@ from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.guest import MIGRATED, migration_status, run_state
 from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.virt.connection import LibvirtError
+from qemu_blkmig.virt.domain import gives_devices_back
 from qemu_blkmig.virt.migration import starts_of
 
 HANDOVER = 60.0
@@ -88,7 +89,9 @@ class ManagedSwitchover:
         self._last.may_last |= not options.live
         self._moving = self._hurried = False
         taken = options.live and not (options.on_stall is OnStall.THROTTLE or options.switchover.waits)
-        self.beforehand = Beforehand(connected.engine.figures, disks, self, connected.guard.end, taken=taken)
+        # A guest is not to lose its fast network device for a while only to see that it can.
+        may = not gives_devices_back(ends.domain.xml)
+        self.beforehand = Beforehand(connected.engine.figures, disks, self, connected.guard.end, taken=taken, may=may)
         """libvirt's first attempt, which begins with the disks' first pass."""
 
     async def run(self) -> Downtime | None:

@@ -193,6 +193,11 @@ def files_needed(xml: str) -> dict[str, str]:
     return found | _passed_through(root)
 
 
+def gives_devices_back(xml: str) -> bool:
+    """Whether QEMU takes a device from the guest as soon as it is to migrate (teaming), and gives it back if not."""
+    return rooted(xml).find("./devices//teaming[@type='transient']") is not None
+
+
 def _passed_through(root: ElementTree.Element) -> dict[str, str]:
     """PCI devices that the guest gives back while it is migrated, and is to have at the destination (teaming)."""
     found = {}

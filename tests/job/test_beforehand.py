@@ -61,10 +61,10 @@ class _Lab:
         self.paused = self.silent = self.full = False
         self.passed = 32 << 10
 
-    def beforehand(self, *, taken: bool = True) -> Beforehand:
+    def beforehand(self, *, taken: bool = True, may: bool = True) -> Beforehand:
         disk = cast(Disk, _disk("vda", 4096 * MIB, 512 * MIB))
         figures = lambda: _figures(self.phase, 0, self.speed)  # noqa: E731
-        return Beforehand(figures, [disk], self, self.failures.append, taken=taken)
+        return Beforehand(figures, [disk], self, self.failures.append, taken=taken, may=may)
 
     async def begin_beforehand(self) -> Passage:
         await asyncio.sleep(0)
@@ -142,9 +142,12 @@ async def test_it_begins_with_the_pass_and_is_whose_takes_it() -> None:
     assert not begun.ends and not lab.called_off and len(lab.begun) == 1
 
 
-async def test_nothing_begins_when_it_is_time_anyway() -> None:
+async def test_nothing_begins_when_it_is_time_anyway_or_where_nothing_may() -> None:
     lab = _Lab()
     async with lab.beforehand() as before:
+        assert await before.take() is None
+    async with lab.beforehand(may=False) as before:
+        await asyncio.sleep(2 * beforehand.WATCH)
         assert await before.take() is None
     assert not lab.begun
 

@@ -19,8 +19,10 @@ def _switchover(life: MagicMock | None = None) -> ManagedSwitchover:
     life.job.record.throttled = []
     connected = MagicMock()
     connected.guest = AsyncMock()
+    ends = MagicMock()
+    ends.domain.xml = "<domain/>"
     parts = [MagicMock() for _ in range(3)]
-    return ManagedSwitchover(life, parts[0], parts[1], parts[2], connected, MagicMock(), MagicMock(), [], AsyncMock())
+    return ManagedSwitchover(life, parts[0], parts[1], parts[2], connected, ends, MagicMock(), [], AsyncMock())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from qemu_blkmig.errors import Refused
 from qemu_blkmig.virt.domain import (
     Domain,
     files_needed,
+    gives_devices_back,
     image_files,
     lasting_memory,
     nvram_of,
@@ -209,3 +210,9 @@ def test_the_host_s_ends_of_devices_are_among_what_a_host_must_have() -> None:
         "/sys/bus/pci/devices/0000:3b:0a.1/vendor": "PCI device 0000:3b:0a.1",
         "/sys/bus/pci/devices/0000:3c:0a.1/vendor": "PCI device 0000:3c:0a.1",
     }
+
+
+def test_a_guest_gives_a_device_back_where_it_is_one_of_a_pair() -> None:
+    team = "<domain><devices><hostdev><teaming type='{}'/></hostdev></devices></domain>"
+    assert gives_devices_back(team.format("transient")) and not gives_devices_back(team.format("persistent"))
+    assert not gives_devices_back("<domain><devices/></domain>")
