@@ -68,15 +68,17 @@ class Beforehand:
         disks: Sequence[Disk],
         attempts: Attempts,
         fail: Callable[[BlkmigError], None],
+        tell: Callable[[str], None],
         *,
         taken: bool,
         may: bool = True,
     ) -> None:
-        """`may`: whether one may be begun at all."""
+        """`may`: whether one may be begun at all. `tell`: the user, that one failed."""
         self._figures = figures
         self._occupied = {disk.name: disk.allocated or disk.size for disk in disks}
         self._attempts = attempts
         self._fail = fail
+        self._tell = tell
         self._may_be_taken = taken
         self._wanted = asyncio.Event()
         if not may:
@@ -122,6 +124,7 @@ class Beforehand:
                 if aborted or (last and not self._wanted.is_set()):
                     self._fail(failure)
                     return
+                self._tell(f"libvirt's migration, tried beforehand, failed, and is tried once more: {failure}")
                 await self._until_wanted(AGAIN)
         except BlkmigError as error:
             log.info("libvirt's migration, begun beforehand: %s", error)

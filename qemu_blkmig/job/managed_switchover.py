@@ -91,7 +91,9 @@ class ManagedSwitchover:
         taken = options.live and not (options.on_stall is OnStall.THROTTLE or options.switchover.waits)
         # A guest is not to lose its fast network device for a while only to see that it can.
         may = not gives_devices_back(ends.domain.xml)
-        self.beforehand = Beforehand(connected.engine.figures, disks, self, connected.guard.end, taken=taken, may=may)
+        self.beforehand = Beforehand(
+            connected.engine.figures, disks, self, connected.guard.end, self._reporter.note, taken=taken, may=may
+        )
         """libvirt's first attempt, which begins with the disks' first pass."""
 
     async def run(self) -> Downtime | None:

@@ -7,6 +7,7 @@ with the first connection and ends with the process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import threading
@@ -69,6 +70,29 @@ def _start_events() -> None:
     threading.Thread(target=run, name="libvirt events", daemon=True).start()
 
 
+async def _apart(function: Callable[..., _T], *arguments: object) -> _T:
+    """Call it in a thread that nobody waits for when the process ends: a host that is down answers after minutes."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[_T] = loop.create_future()
+
+    def settle(give: Callable[[], None]) -> None:
+        if not answer.done():
+            give()
+
+    def run() -> None:
+        try:
+            result = function(*arguments)
+            give = functools.partial(answer.set_result, result)
+        except BaseException as error:
+            give = functools.partial(answer.set_exception, error)
+        # The loop has ended when nobody waits any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, give)
+
+    threading.Thread(target=run, name="libvirt connects", daemon=True).start()
+    return await answer
+
+
 class Connection:
     """One libvirt daemon; `who` names it in messages ("the source's libvirt")."""
 
@@ -84,7 +108,7 @@ class Connection:
         module = libvirt()
         _start_events()
         try:
-            handle = await asyncio.to_thread(module.open, uri)
+            handle = await _apart(module.open, uri)
         except module.libvirtError as error:
             raise Refused(
                 f"{who}: cannot connect to {uri or 'libvirt'}: {error}",

@@ -57,6 +57,7 @@ class _Lab:
         self.begun: list[_Passage] = []
         self.called_off: list[_Passage] = []
         self.failures: list[BlkmigError] = []
+        self.told: list[str] = []
         self.refuses: list[BlkmigError] = []
         self.paused = self.silent = self.full = False
         self.passed = 32 << 10
@@ -64,7 +65,7 @@ class _Lab:
     def beforehand(self, *, taken: bool = True, may: bool = True) -> Beforehand:
         disk = cast(Disk, _disk("vda", 4096 * MIB, 512 * MIB))
         figures = lambda: _figures(self.phase, 0, self.speed)  # noqa: E731
-        return Beforehand(figures, [disk], self, self.failures.append, taken=taken, may=may)
+        return Beforehand(figures, [disk], self, self.failures.append, self.told.append, taken=taken, may=may)
 
     async def begin_beforehand(self) -> Passage:
         await asyncio.sleep(0)
@@ -218,6 +219,7 @@ async def test_one_that_fails_is_made_again_once_and_then_ends_the_job() -> None
         (await lab.begins(2)).fail(LibvirtFailed("the port is in use"))
         await _until(lambda: bool(lab.failures))
     assert lab.called_off == lab.begun and [str(each) for each in lab.failures] == ["the port is in use"]
+    assert len(lab.told) == 1 and lab.told[0].endswith("once more: its libvirt was started anew")
 
 
 async def test_one_that_cannot_even_begin_is_made_again_once_and_then_ends_the_job() -> None:

@@ -1,0 +1,39 @@
+"""Connecting to a libvirt."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+import pytest
+
+from qemu_blkmig.errors import Refused
+from qemu_blkmig.virt.connection import TARGET, Connection, libvirt
+
+
+def test_nobody_who_ends_waits_for_a_host_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, called, answered = threading.Event(), threading.Event(), threading.Event()
+
+    def connect(_uri: str) -> None:
+        called.set()
+        answers.wait(30)
+        answered.set()
+
+    monkeypatch.setattr(libvirt(), "open", connect)
+
+    async def interrupted() -> None:
+        connecting = asyncio.create_task(Connection.open("qemu+ssh://hostb/system", TARGET))
+        await asyncio.to_thread(called.wait)
+        connecting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await connecting
+
+    asyncio.run(interrupted())
+    assert not answered.is_set()
+    answers.set()
+
+
+async def test_what_libvirt_says_of_a_host_is_told() -> None:
+    with pytest.raises(Refused, match="the destination's libvirt: cannot connect to test:///missing"):
+        await Connection.open("test:///missing", TARGET)
