@@ -24,7 +24,7 @@ from integration.luck import Attempt, command
 from integration.tool import Outcome
 from qemu_blkmig.demo.guest import Orders, Writer
 
-UNDECIDED = 4
+FAILED, UNDECIDED = 1, 4
 FATAL = ("source", "destination", "power", "reboot")
 """What takes the guest along, if it strikes the side that has it."""
 MOMENTS = ("moving RAM", "paused", "last round over", "closed", "undecided", "continued", "completed", "started")

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from integration.cases import UNDECIDED, Verdict
+from integration.cases import FAILED, UNDECIDED, Verdict
 from integration.hosts import PORT
 from integration.lab import Format, LabError, assert_records_sound, wait_until
 from integration.listened import PHASES
@@ -156,6 +156,8 @@ class _Run:
         self._assert_ran_once()
         if outcome.code != UNDECIDED:
             self._wait_for_one(outcome.stderr)
+        if outcome.code == FAILED:
+            assert self.domain.runs() != ["hostb"], f"the source is told to be the truth: {outcome}"
         self._assert_true(outcome.stderr)
 
     def _assert_true(self, told: str) -> None:

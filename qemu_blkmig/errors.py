@@ -156,7 +156,9 @@ class Refused(BlkmigError):
 
 
 class Undecided(BlkmigError):
-    """Which side owns the guest cannot be known from here; a person must look."""
+    """Which side owns the guest cannot be known from here, or something is left undone though it has arrived; a person
+    must look.
+    """
 
     exit_code = 4
 

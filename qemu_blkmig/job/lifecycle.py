@@ -566,17 +566,35 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
             failure.advice = f"{mend}{go_on} goes on where it was"
         failure.advice = f"{failure.advice}; {give_up}"
         return failure
+    arrived = settlement.owner is Owner.DESTINATION and (settlement.decided or settlement.left_there)
+    if arrived and not isinstance(failure, Interrupted):
+        return _arrived_all_the_same(failure, settlement, job)
     if settlement.decided:
         failure.state = "; ".join(settlement.facts)
         failure.advice = failure.advice or _anew(failure)
         return failure
     if settlement.left_there:
         failure.state = "; ".join(settlement.facts)
-        failure.advice = f"when the destination host can be reached again, run: qemu-blkmig cleanup {job.record.job}"
+        failure.advice = _when_reached(job)
         return failure
     undecided = _left_to_watchdog(str(failure), settlement, job.record.job)
     undecided.__cause__ = failure
     return undecided
+
+
+def _arrived_all_the_same(failure: BlkmigError, settlement: Settlement, job: Job) -> Undecided:
+    """No failure whose exit code would say that the source is the truth: it is not any more."""
+    told = Undecided(
+        f"the guest was handed over, but then: {failure}",
+        state="; ".join(settlement.facts),
+        advice="see how the guest is there" if settlement.decided else _when_reached(job),
+    )
+    told.__cause__ = failure
+    return told
+
+
+def _when_reached(job: Job) -> str:
+    return f"when the destination host can be reached again, run: qemu-blkmig cleanup {job.record.job}"
 
 
 def _anew(failure: BlkmigError) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qemu_blkmig.errors import BlkmigError, DestinationFailed, Interrupted, Refused, Undecided
+from qemu_blkmig.errors import BlkmigError, DestinationFailed, HostSilent, Interrupted, Refused, Undecided
 from qemu_blkmig.job import lifecycle
 from qemu_blkmig.job.connected import compare_instead
 from qemu_blkmig.job.lifecycle import Lifecycle
@@ -104,3 +104,18 @@ async def test_who_failed_before_anything_was_touched_is_told_what_to_do(
     life.journal.outcome, life.journal.close = lambda *_: None, lambda: None
     told = await life._fail(failure)
     assert (told.state, told.advice) == ("nothing was touched", advice)
+
+
+@pytest.mark.parametrize(
+    ("decided", "advice"), [(True, "see how the guest is there"), (False, "when the destination host can be reached")]
+)
+def test_what_fails_once_the_guest_has_arrived_does_not_say_that_the_source_is_the_truth(
+    life: Any, decided: bool, advice: str
+) -> None:
+    facts = ["the guest runs at the destination"]
+    settlement = Settlement(Owner.DESTINATION, decided=decided, left_there=not decided, facts=facts)
+    told = lifecycle._told(HostSilent("hostb did not answer"), settlement, life.job)
+    assert told.exit_code == 4 and told.state == facts[0] and (told.advice or "").startswith(advice)
+    assert str(told) == "the guest was handed over, but then: hostb did not answer"
+    settlement.owner = Owner.SOURCE
+    assert lifecycle._told(HostSilent("hostb did not answer"), settlement, life.job).exit_code == 1
