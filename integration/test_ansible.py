@@ -81,6 +81,7 @@ def guests(virtlab: VirtLab) -> Iterator[list[Domain]]:
     virtlab.put_in_order()
 
 
+@pytest.mark.thorough
 def test_a_host_is_emptied_past_a_guest_that_cannot_move(
     virtlab: VirtLab, guests: list[Domain], ansible: Ansible
 ) -> None:

@@ -26,8 +26,8 @@ DOCS = REPOSITORY / "docs"
 PROMPT = "hosta# "
 LIMIT = 600
 """Seconds that a page's session may take, on a busy machine too."""
-LONG = ("emptying-a-host.md",)
-"""Pages that only a thorough run has; what this one shows is in test_ansible.py as well."""
+LONG = ("ansible.md", "emptying-a-host.md")
+"""Pages that only a thorough run has; what they show is in test_ansible.py as well."""
 _BLOCK = re.compile(r"(?:^<!-- ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)

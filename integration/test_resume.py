@@ -17,6 +17,7 @@ from integration.judges import BLOCK, assert_rest_equal, record_blocks
 from integration.lab import Format, Guest, Lab, assert_records_sound, wait_until
 from integration.listened import Listened
 from integration.luck import Attempt, Bench, command, kill
+from integration.thorough import also
 from integration.tool import COMMAND, assert_nothing_left
 from qemu_blkmig.demo.guest import Orders
 
@@ -218,7 +219,7 @@ def test_an_image_that_was_replaced_meanwhile_is_refused(bench: Bench) -> None:
     attempt.assert_destination_has_it()
 
 
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@pytest.mark.parametrize("kind", ["qcow2", *also("raw")])
 def test_an_agent_of_an_earlier_attempt_that_hangs_is_named_with_what_to_do(bench: Bench, kind: str) -> None:
     attempt = bench.attempt_at("bulk", kind=kind)
     agent = attempt.agent()

@@ -13,6 +13,7 @@ import pytest
 
 from integration.lab import LabError, wait_until
 from integration.luck import command_line
+from integration.thorough import also
 from integration.virtlab import IMAGES, Domain, VirtLab
 
 MIB = 1 << 20
@@ -94,7 +95,7 @@ def goes_on(virtlab: VirtLab, domain: Domain, job: str, *options: str) -> None:
     virtlab.assert_nothing_left()
 
 
-@pytest.mark.parametrize("kind", ["push", "copy"])
+@pytest.mark.parametrize("kind", ["push", *also("copy")])
 def test_a_job_that_begins_while_the_disk_is_copied_costs_nothing_of_what_was_copied(
     virtlab: VirtLab, full: Domain, kind: str
 ) -> None:
