@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from integration.lab import wait_until
+from integration.listened import Listened
 from integration.thorough import also
 from integration.virtlab import Domain, VirtLab
 
@@ -20,6 +21,14 @@ BEFOREHAND = "begun beforehand"
 """libvirt has begun with the first pass: the destination's QEMU starts, hardly anything of RAM has crossed."""
 GATE_CLOSED = ["behind the gate", "last round over", "closed"]
 """The guest stands still, and libvirt waits for what the gate withholds."""
+
+
+def begun(virtlab: VirtLab, domain: Domain, moment: str) -> Listened:
+    """A run that is held at the moment, for which libvirt has begun beforehand: the destination's QEMU is there."""
+    attempt = virtlab.attempt(domain, hold=moment)
+    attempt.wait_held()
+    wait_until(lambda: domain.state(far=True) == "paused", "libvirt to have begun", 10)
+    return attempt
 
 
 @pytest.mark.parametrize(
@@ -186,9 +195,7 @@ def test_ctrl_c_behind_the_gate_gives_the_guest_back(virtlab: VirtLab, domain: D
 def test_what_libvirt_began_too_early_is_called_off_and_the_domain_moves_when_it_is_time(
     virtlab: VirtLab, domain: Domain
 ) -> None:
-    attempt = virtlab.attempt(domain, hold="copied")
-    attempt.wait_held()
-    wait_until(lambda: domain.state(far=True) == "paused", "libvirt to have begun", 10)
+    attempt = begun(virtlab, domain, "copied")
     wait_until(lambda: domain.state(far=True) is None, "it to be called off", 30)
     assert domain.runs() == ["hosta"]
     assert "None" in virtlab.hosts.virsh("domjobinfo", domain.name)
@@ -235,9 +242,7 @@ def test_a_migration_that_is_aborted_before_it_is_time_is_not_tried_again(virtla
 def test_a_guest_that_an_admin_pauses_while_libvirt_waits_stays_paused(
     virtlab: VirtLab, domain: Domain, moment: str
 ) -> None:
-    attempt = virtlab.attempt(domain, hold=moment)
-    attempt.wait_held()
-    wait_until(lambda: domain.state(far=True) == "paused", "libvirt to have begun", 10)
+    attempt = begun(virtlab, domain, moment)
     virtlab.hosts.virsh("suspend", domain.name)
     attempt.go_on()
     outcome = attempt.outcome().succeeded()
@@ -251,9 +256,7 @@ def test_a_guest_that_an_admin_pauses_while_libvirt_waits_stays_paused(
 def test_a_guest_that_an_admin_pauses_stays_so_when_what_libvirt_began_too_early_is_called_off(
     virtlab: VirtLab, domain: Domain
 ) -> None:
-    attempt = virtlab.attempt(domain, hold="copied")
-    attempt.wait_held()
-    wait_until(lambda: domain.state(far=True) == "paused", "libvirt to have begun", 10)
+    attempt = begun(virtlab, domain, "copied")
     virtlab.hosts.virsh("suspend", domain.name)
     wait_until(lambda: domain.state(far=True) is None, "it to be called off", 30)
     assert domain.state() == "paused"

@@ -46,7 +46,7 @@ class Attempts(Protocol):
     async def end(self, passage: Passage) -> None:
         """End one, however it stands, as the job does."""
 
-    async def why_failed(self, passage: Passage) -> BlkmigError:
+    async def why_failed(self, passage: Passage) -> LibvirtFailed:
         """Why it came to nothing, for the user."""
 
     async def is_overtaken(self, passage: Passage) -> bool:
@@ -67,7 +67,7 @@ class Beforehand:
         figures: Callable[[], Figures],
         disks: Sequence[Disk],
         attempts: Attempts,
-        fail: Callable[[BlkmigError], None],
+        fail: Callable[[LibvirtFailed], None],
         tell: Callable[[str], None],
         *,
         taken: bool,
@@ -118,10 +118,9 @@ class Beforehand:
                 if self._wanted.is_set() or (failure := await self._try()) is None:
                     return
                 log.info("libvirt's migration, begun beforehand: %s", failure)
-                if isinstance(failure, LibvirtFailed) and failure.busy:
+                if failure.busy:
                     return
-                aborted = isinstance(failure, LibvirtFailed) and failure.aborted
-                if aborted or (last and not self._wanted.is_set()):
+                if failure.aborted or (last and not self._wanted.is_set()):
                     self._fail(failure)
                     return
                 self._tell(f"libvirt's migration, tried beforehand, failed, and is tried once more: {failure}")
@@ -129,7 +128,7 @@ class Beforehand:
         except BlkmigError as error:
             log.info("libvirt's migration, begun beforehand: %s", error)
 
-    async def _try(self) -> BlkmigError | None:
+    async def _try(self) -> LibvirtFailed | None:
         """One attempt; why it failed. It is there to be taken, or called off."""
         try:
             self._passage = passage = await self._attempts.begin_beforehand()

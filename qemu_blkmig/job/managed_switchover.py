@@ -154,7 +154,7 @@ class ManagedSwitchover:
             with contextlib.suppress(BlkmigError):
                 await self._ends.source.call(self._ends.handle.suspend)
 
-    async def why_failed(self, passage: Passage) -> BlkmigError:
+    async def why_failed(self, passage: Passage) -> LibvirtFailed:
         """See `Attempts`."""
         if passage.gate.failure is not None:
             return LibvirtFailed(f"the way of the guest's RAM to the destination broke: {passage.gate.failure}")

@@ -22,9 +22,9 @@ MIB = 1 << 20
 class _Migration:
     def __init__(self) -> None:
         self.ended = False
-        self.why: BlkmigError | None = None
+        self.why: LibvirtFailed | None = None
 
-    async def failed(self) -> BlkmigError | None:
+    async def failed(self) -> LibvirtFailed | None:
         return self.why
 
 
@@ -43,7 +43,7 @@ class _Passage:
     async def end(self) -> None:
         self.ends += 1
 
-    def fail(self, why: BlkmigError) -> None:
+    def fail(self, why: LibvirtFailed) -> None:
         self.fit = False
         self.migration.ended, self.migration.why = True, why
 
@@ -56,7 +56,7 @@ class _Lab:
         self.speed = 64 * MIB
         self.begun: list[_Passage] = []
         self.called_off: list[_Passage] = []
-        self.failures: list[BlkmigError] = []
+        self.failures: list[LibvirtFailed] = []
         self.told: list[str] = []
         self.refuses: list[BlkmigError] = []
         self.paused = self.silent = self.full = False
@@ -79,8 +79,8 @@ class _Lab:
         if self.full:
             raise RecordFailed("the disk is full")
 
-    async def why_failed(self, passage: Passage) -> BlkmigError:
-        why = await passage.migration.failed()
+    async def why_failed(self, passage: Passage) -> LibvirtFailed:
+        why: LibvirtFailed | None = cast(Any, passage).migration.why
         assert why is not None
         return why
 
