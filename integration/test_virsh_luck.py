@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from integration.lab import wait_until
+from integration.lab import LabError, wait_until
 from integration.listened import Listened
 from integration.thorough import also
 from integration.virtlab import Domain, VirtLab
@@ -265,6 +266,34 @@ def test_a_guest_that_an_admin_pauses_stays_so_when_what_libvirt_began_too_early
     assert domain.state(far=True) == "paused"
     virtlab.hosts.virsh("resume", domain.name, far=True)
     virtlab.assert_arrived(domain)
+
+
+@pytest.mark.parametrize("aborted", [False, *also(True)])
+def test_a_guest_that_an_admin_pauses_stays_so_when_libvirt_s_migration_fails_by_itself(
+    virtlab: VirtLab, domain: Domain, aborted: bool
+) -> None:
+    attempt = begun(virtlab, domain, BEFOREHAND)
+    virtlab.hosts.virsh("suspend", domain.name)
+    if aborted:
+        virtlab.hosts.virsh("domjobabort", domain.name)
+    else:
+        # What has ended by that may be gone before it is said to be.
+        with contextlib.suppress(LabError):
+            virtlab.hosts.virsh("destroy", domain.name, far=True)
+    wait_until(lambda: domain.runs() == ["hosta"], "libvirt to resume it", 30)
+    attempt.go_on()
+    if aborted:
+        attempt.outcome().failed(1, "canceled by client", now="the guest is at the source, paused")
+        virtlab.cleaned_up()
+        assert domain.state() == "paused"
+        virtlab.hosts.virsh("resume", domain.name)
+        virtlab.assert_stayed(domain)
+    else:
+        attempt.outcome().succeeded()
+        assert domain.state(far=True) == "paused"
+        virtlab.hosts.virsh("resume", domain.name, far=True)
+        virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
 
 
 def test_a_guest_with_hardly_any_ram_is_not_paused_before_its_disks_are_copied(virtlab: VirtLab) -> None:

@@ -44,6 +44,10 @@ class Guard:
         self._work: asyncio.Task[object] | None = work
         self._pauses_are_ours = False
         self._ends_on_io_error = False
+        self.resumes_are_libvirts = False
+        """libvirt resumes a guest that ran when it began to move it, and that it has not moved, whoever has paused it
+        meanwhile; an admin's resume it does not let in before (9.0). So who left it paused still wants it so.
+        """
         self.error: BlkmigError | None = None
         self._task = asyncio.create_task(self._watch())
 
@@ -115,7 +119,7 @@ class Guard:
             raise GuestStateError(f"the guest was shut down during the migration ({reason})")
         if event.name == "GUEST_PANICKED":
             raise GuestStateError(f"the guest crashed during the migration (action {event.data.get('action')})")
-        if not self._pauses_are_ours:
+        if not self._pauses_are_ours and not (self.resumes_are_libvirts and event.name == "RESUME"):
             await self._note_run_state(event.name)
 
     async def _note_run_state(self, event: str) -> None:

@@ -128,9 +128,11 @@ class ManagedSwitchover:
         """What is refused by now, a connection or a place to listen at, can be mended: the copies are kept."""
         try:
             await self._take_run_state(live=live)
-            return await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
+            passage = await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
         except (Refused, LibvirtError) as error:
             raise LibvirtFailed(f"libvirt's migration could not begin: {error}", advice=error.advice) from error
+        self._guard.resumes_are_libvirts = passage.found_running
+        return passage
 
     async def begin_beforehand(self) -> Passage:
         """See `Attempts`."""
@@ -314,6 +316,7 @@ class ManagedSwitchover:
 
     async def _give_run_state_back(self) -> None:
         """Until the next attempt nothing is ours but the disks' copies."""
+        self._guard.resumes_are_libvirts = False
         self._job.record.run_state_taken = self._job.record.migrating = False
         try:
             await self._job.save()

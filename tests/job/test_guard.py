@@ -1,0 +1,55 @@
+"""Whose a pause or a resume is that the guest is seen to make while it is being moved."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from unittest.mock import AsyncMock, MagicMock
+
+from qemu_blkmig.job.guard import EVENTS, Guard
+from qemu_blkmig.qmp.monitor import Event, EventStream
+
+
+class _Source:
+    """A QEMU whose guest an admin has paused."""
+
+    def __init__(self) -> None:
+        self.state = "running"
+        self._stream = EventStream(EVENTS, asyncio.get_running_loop().create_future())
+
+    async def execute(self, command: str, *_: object, **__: object) -> Any:
+        assert command == "query-status"
+        return {"status": self.state}
+
+    def events(self, *_: str) -> Any:
+        stream = MagicMock()
+        stream.__enter__.return_value = self._stream
+        stream.__exit__.return_value = None
+        return stream
+
+    async def say(self, name: str, **data: str) -> None:
+        if name in ("STOP", "RESUME"):
+            self.state = "paused" if name == "STOP" else "running"
+        self._stream.deliver(Event(name, data, 0.0))
+        await asyncio.sleep(0.01)
+
+
+async def test_that_libvirt_resumes_a_guest_it_has_not_moved_is_not_taken_for_an_admin_s_resume() -> None:
+    source, job, watchdog = _Source(), MagicMock(), MagicMock()
+    job.save = AsyncMock()
+    job.record.was_running = True
+    watchdog.wait_ended = asyncio.Event().wait
+    work = asyncio.create_task(asyncio.Event().wait())
+    guard = Guard(job, source, None, watchdog, work)  # type: ignore[arg-type]
+    await asyncio.sleep(0.01)
+    guard.resumes_are_libvirts = True
+    await source.say("STOP")
+    await source.say("RESUME")
+    assert not job.record.was_running
+    # It is paused again for that.
+    await source.say("STOP")
+    guard.resumes_are_libvirts = False
+    await source.say("RESUME")
+    assert job.record.was_running
+    await guard.stand_down()
+    work.cancel()
