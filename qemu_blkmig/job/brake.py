@@ -84,7 +84,6 @@ class Brake:
 
     async def _apply(self) -> None:
         source, record = self._life.source, self._life.job.record
-        await self._life.watchdog.arm(PATIENCE)
         known = {disk.name: disk for disk in record.throttled}
         # What somebody else has given a disk meanwhile is its own from now on.
         own = [
@@ -97,6 +96,8 @@ class Brake:
             groups[group] = groups.get(group, 0.0) + self._limits[name]
         record.throttled = [disk.slower(int(groups[names[disk.name]])) for disk in own]
         await self._life.job.save()
+        # From when the record says so nobody disarms it (`Lifecycle.disarm`).
+        await self._life.watchdog.arm(PATIENCE)
         for disk in record.throttled:
             await slow_writes(source, disk, disk.rates[-1], names[disk.name])
 
@@ -116,7 +117,7 @@ class Brake:
         if not self._limits:
             return
         await give_back(self._life.job, self._life.source)
-        self._life.watchdog.disarm()
+        self._life.disarm()
         self._limits.clear()
         self._looked = None
         self._life.reporter.note("the guest's disk writes are not slowed any more")

@@ -326,6 +326,11 @@ class Lifecycle:
             self._lost = await self._agent.why_gone(MOMENT)
         return self._lost
 
+    def disarm(self) -> None:
+        """Silence of ours is no reason to act any more, unless the guest's run state, or its limits, are still ours."""
+        if not (self.job.record.run_state_taken or self.job.record.throttled):
+            self.watchdog.disarm()
+
     async def attach_target(self, path: str) -> None:
         """Connect to a destination QEMU that already waits at the QMP socket `path` there. Raises `Refused`."""
         self.target = await TargetQemu.attach(self.host, self.agent, path)

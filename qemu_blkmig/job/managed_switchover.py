@@ -301,11 +301,10 @@ class ManagedSwitchover:
         return Downtime(total, disk=disks_took - verify, verify=verify, ram=ram, steps=steps)
 
     async def _take_run_state(self, *, live: bool) -> None:
-        """Before any pause: the watchdog is armed, and the record says that a migration is ours.
+        """Before any pause: the record says that a migration is ours, and the watchdog is armed.
 
         Raises `GuestStateError` when somebody else migrates the guest.
         """
-        await self._life.watchdog.arm(PATIENCE)
         await self._guest.check_still_here()
         await self._guest.check_awake()
         if not live:
@@ -313,6 +312,8 @@ class ManagedSwitchover:
         self._job.record.run_state_taken = True
         self._job.record.migrating = True
         await self._job.save()
+        # From when the record says so nobody disarms it (`Lifecycle.disarm`).
+        await self._life.watchdog.arm(PATIENCE)
 
     async def _give_run_state_back(self) -> None:
         """Until the next attempt nothing is ours but the disks' copies."""
@@ -321,8 +322,7 @@ class ManagedSwitchover:
         try:
             await self._job.save()
         finally:
-            if not self._job.record.throttled:
-                self._life.watchdog.disarm()
+            self._life.disarm()
 
     def _pulse(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Another host must answer all the while."""

@@ -247,8 +247,7 @@ class Switchover:
         self._reporter.note(f"{text}: trying again")
         self._job.record.run_state_taken = self._job.record.migrating = False
         await self._job.save()
-        if not self._job.record.throttled:
-            self._life.watchdog.disarm()
+        self._life.disarm()
         await self._life.drop_target()
         self._guard = await self._again()
 
