@@ -151,7 +151,7 @@ async def _served(chain: Chain, check: Callable[[], None]) -> AsyncIterator[NbdR
         raise Refused(f"the base {chain.files[0]} cannot be read: {error.what}") from error
     try:
         await asyncio.to_thread(check)
-        yield NbdReader(server.connections)
+        yield NbdReader(server.connections[0])
     finally:
         # It only reads, and that ends a thread that is left reading, too.
         await asyncio.to_thread(server.kill)

@@ -15,6 +15,7 @@ import errno
 import os
 import random
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ class Run:
 class HashTable:
     """One disk's table. All offsets and lengths are bytes of the disk, and whole units but for the disk's end.
 
-    Every method raises `OSError` as file operations do.
+    What is written may be noted in one thread while what lies elsewhere is read back in another. Every method raises
+    `OSError` as file operations do.
     """
 
     def __init__(self, path: Path, size: int, unit: int, algorithm: Algorithm) -> None:
@@ -104,6 +106,7 @@ class HashTable:
         self._entries = _PAGE + -(-self._count // _PAGE) * _PAGE
         self._length = self._entries + self._count * self.digest_size
         self._unproven = 0
+        self._counting = threading.Lock()
         self._next = 0
 
     @property
@@ -123,17 +126,16 @@ class HashTable:
         """The range is being made zero."""
         self._set(offset // self.unit, -(-length // self.unit), _ZERO)
 
-    def unread(self, most: int) -> Iterator[Run]:
-        """Runs to be read back, of `most` bytes (units or more) at most each, once around from the last one given.
+    def unread(self, most: int, below: int | None = None) -> Iterator[Run]:
+        """Runs to be read back, of `most` bytes (units or more) at most each, once around from what was `good` last.
 
-        What a caller does not go on to is left for the next iteration.
+        `below`: only from there to that byte, whatever is left before.
         """
         start = self._next
-        for low, high in ((start, self._count), (0, start)):
+        end = self._count if below is None else min(self._count, below // self.unit)
+        for low, high in ((start, end), (0, start if below is None else 0)):
             for first, kind, count in self._runs(low, high, most // self.unit):
-                self._next = first + count
                 yield self._run(first, kind, count)
-            self._next = 0
 
     def unread_from(self, offset: int, most: int) -> Iterator[Run]:
         """Runs to be read back from `offset` on, which is one of a unit; see `unread`, which they do not concern."""
@@ -154,6 +156,7 @@ class HashTable:
     def good(self, extent: Extent) -> None:
         """The extent, of one `Run`, was read back as it was written, but for what was told to be amiss."""
         self._judge(extent, {_DATA: _GOOD_DATA, _ZERO: _GOOD_ZERO})
+        self._next = -(-extent.end // self.unit)
 
     def amiss(self, extent: Extent) -> None:
         """The extent, of one `Run`, was read back otherwise: it stays unproven until it is written again."""
@@ -196,15 +199,19 @@ class HashTable:
         for at in range(first, first + count, _BLOCK):
             length = min(_BLOCK, first + count - at)
             before = os.pread(self._descriptor, length, _PAGE + at)
-            self._unproven += length - before.translate(_IS_UNPROVEN).count(1)
+            self._count_unproven(length - before.translate(_IS_UNPROVEN).count(1))
             self._write_all(bytes([state]) * length, _PAGE + at)
 
     def _judge(self, extent: Extent, verdict: dict[int, int]) -> None:
         first, count = extent.offset // self.unit, -(-extent.length // self.unit)
         before = os.pread(self._descriptor, count, _PAGE + first)
         after = before.translate(bytes(verdict.get(state, state) for state in range(256)))
-        self._unproven += after.translate(_IS_UNPROVEN).count(1) - before.translate(_IS_UNPROVEN).count(1)
+        self._count_unproven(after.translate(_IS_UNPROVEN).count(1) - before.translate(_IS_UNPROVEN).count(1))
         self._write_all(after, _PAGE + first)
+
+    def _count_unproven(self, more: int) -> None:
+        with self._counting:
+            self._unproven += more
 
     def _runs(self, low: int, high: int, most: int) -> Iterator[tuple[int, int, int]]:
         """(first unit, state, count) of units to be read back."""

@@ -53,7 +53,7 @@ class Settings:
 
 
 class DiskMover:
-    """What blocks belongs in a worker thread, one call at a time; `flush` may go on beside, see `flushes_beside`."""
+    """What blocks belongs in a worker thread, one call at a time, but for what `works_beside`."""
 
     def __init__(
         self,
@@ -125,9 +125,9 @@ class DiskMover:
         self._unflushed = True
 
     @property
-    def flushes_beside(self) -> bool:
-        """Whether `flush` may be called in another thread while something is copied, or read back."""
-        return self._writer.flushes_beside
+    def works_beside(self) -> bool:
+        """Whether `flush`, and `verify` of what is not copied, may each go on in a thread of its own beside copies."""
+        return self._writer.works_beside
 
     def flush(self) -> None:
         """Make all that was copied stable, and the hash table that tells of it. Raises `DestinationWriteError`."""
@@ -150,13 +150,17 @@ class DiskMover:
         what = f"the destination cannot be flushed: {error}"
         return errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0)
 
-    def verify(self, most: int, interrupted: Callable[[], bool]) -> Verified:
+    def verify(self, most: int, interrupted: Callable[[], bool], below: int | None = None) -> Verified:
         """Read back about `most` bytes of what was written and not read back since, past the page cache where possible.
 
-        Ends early when `interrupted`. Raises `Refused` where nothing is hashed, `DestinationWriteError`.
+        It is flushed before; all `below` that byte, which alone is read back if it is told, is stable already. Ends
+        early when `interrupted`. Raises `Refused` where nothing is hashed, `DestinationWriteError`.
         """
-        self._flush_for_reading()
-        return self._reading(lambda read_back: read_back.run(most, interrupted))
+        if below is None:
+            self._flush_for_reading()
+        elif not self.works_beside:
+            below = 0
+        return self._reading(lambda read_back: read_back.run(most, interrupted, below))
 
     def arrived(self, offset: int, most: int, interrupted: Callable[[], bool]) -> list[Extent]:
         """Of about `most` bytes from `offset` on, what lies there, stable, as one before us was to write it.

@@ -24,7 +24,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.hashing import Algorithm
 from qemu_blkmig.nbd.address import TcpAddress, UnixAddress
 
-PROTOCOL = 5
+PROTOCOL = 6
 LINE_LIMIT = 4 << 20
 BATCH_LIMIT = 16_384
 """Most extents in one copy request."""
@@ -227,10 +227,14 @@ class Verify(Message, frozen=True, tag="verify"):
     """Read back about `limit` bytes of what was written to `disk` and not read back since.
 
     It is flushed first, and read past the page cache where possible. Ends early when a copy of the disk waits.
+
+    `below`: only what lies before that byte, all of which is stable, beside copies of the first pass that lie behind
+    it; nothing where that cannot be.
     """
 
     disk: str
     limit: int
+    below: int | None = None
 
 
 class Arrived(Message, frozen=True, tag="arrived"):

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination.exits import ended
@@ -27,6 +27,13 @@ KEEPING_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOL
 a third of qemu-nbd's CPU and more."""
 
 
+class Spare(NamedTuple):
+    """Connections beside those for writing: what is flushed on one holds for all, and what was written can be read."""
+
+    flusher: Connection
+    reader: Connection
+
+
 class QemuNbd:
     """A running server; made by `start`. It dies with the thread that started it."""
 
@@ -35,13 +42,13 @@ class QemuNbd:
         process: subprocess.Popen[bytes],
         complaints: IO[bytes],
         connections: Sequence[Connection],
-        flusher: Connection | None,
+        spare: Spare | None,
     ) -> None:
-        """`flusher`: one more, on which a flush holds for what was written on the others; None: there is none such."""
+        """`spare`: None where the server does not promise that connections agree (NBD_FLAG_CAN_MULTI_CONN)."""
         self._process = process
         self._complaints = complaints
         self.connections = connections
-        self.flusher = flusher
+        self.spare = spare
 
     @property
     def pid(self) -> int:
@@ -73,7 +80,7 @@ class QemuNbd:
 
 
 async def start(path: str, image_format: str, connections: int, *, keep_allocated: bool = False) -> QemuNbd:
-    """Serve the image to `connections` connections, one more for flushes, and to nobody else.
+    """Serve the image to `connections` connections and the spare ones, and to nobody else.
 
     Call it from a thread that lives on.
 
@@ -91,7 +98,7 @@ async def start(path: str, image_format: str, connections: int, *, keep_allocate
         "--format",
         image_format,
     ]
-    return await _start([*options, os.path.abspath(path)], f"{path} as {image_format}", connections, flusher=True)  # noqa: PTH100 - symlinks stay
+    return await _start([*options, os.path.abspath(path)], f"{path} as {image_format}", connections, spare=True)  # noqa: PTH100 - symlinks stay
 
 
 async def start_reading(image: str, image_format: str | None) -> QemuNbd:
@@ -100,20 +107,22 @@ async def start_reading(image: str, image_format: str | None) -> QemuNbd:
     QEMU's image locks refuse it while anything writes to one of the files.
     """
     options = ["--format", image_format] if image_format is not None else []
-    return await _start(["--read-only", *options, image], image, 1, flusher=False)
+    return await _start(["--read-only", *options, image], image, 1, spare=False)
 
 
-async def _start(options: Sequence[str], what: str, count: int, *, flusher: bool) -> QemuNbd:
+async def _start(options: Sequence[str], what: str, count: int, *, spare: bool) -> QemuNbd:
     directory = await asyncio.to_thread(tempfile.mkdtemp, prefix="blkmig-")
+    all_of_them = count + len(Spare._fields) if spare else count
     try:
-        process, complaints, made = await _serve(options, what, count + flusher, Path(directory) / "nbd")
+        process, complaints, made = await _serve(options, what, all_of_them, Path(directory) / "nbd")
     finally:
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-    spare = made.pop() if flusher else None
-    if spare is not None and not spare.flushes_for_all:
-        spare.close()
-        spare = None
-    return QemuNbd(process, complaints, made, spare)
+    others = made[count:]
+    if others and made[0].flushes_for_all:
+        return QemuNbd(process, complaints, made[:count], Spare(*others))
+    for connection in others:
+        connection.close()
+    return QemuNbd(process, complaints, made[:count], None)
 
 
 async def _serve(

@@ -72,11 +72,14 @@ class ReadBack:
         """Let go of the thread that reads, when nothing is read any more."""
         self._reader.shutdown(wait=False)
 
-    def run(self, most: int, interrupted: Callable[[], bool]) -> Verified:
-        """Read back about `most` bytes, at least some; fewer once `interrupted`, or when too much differs."""
+    def run(self, most: int, interrupted: Callable[[], bool], below: int | None = None) -> Verified:
+        """Read back about `most` bytes, at least some; fewer once `interrupted`, or when too much differs.
+
+        `below`: nothing that lies behind that byte.
+        """
         checked = 0
         differ: list[Extent] = []
-        with closing(self._judged(_gather(self._table.unread(_AT_ONCE), most))) as judged:
+        with closing(self._judged(_gather(self._table.unread(_AT_ONCE, below), most))) as judged:
             for extent, bad in judged:
                 differ += bad
                 checked += extent.length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -55,15 +56,20 @@ Tell = Callable[[protocol.Progress | protocol.Space], Awaitable[None]]
 
 @dataclass
 class _Disk:
-    """A prepared disk. `thread` does all that blocks for it, one thing at a time; `flusher` flushes beside that.
+    """A prepared disk. `thread` does what blocks for it, one thing at a time; `flusher` flushes beside that, and
+    `reader` reads back.
 
-    `touched`: it may be written to. `urgent`: requests that wait for what is read back to end.
+    `turn` is held while anything is done in `thread`, `reading` while anything is read, and by what may not go on
+    beside that; `turn` is taken first. `below`: the byte up to which is read back beside the first pass. `touched`: it
+    may be written to. `urgent`: requests that wait for what is read back to end.
     """
 
     prepared: images.Prepared
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     flusher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     flushing: asyncio.Lock = field(default_factory=asyncio.Lock)
     carrying: Carrying | None = None
     server: qemu_nbd.QemuNbd | None = None
@@ -71,6 +77,7 @@ class _Disk:
     mover: DiskMover | None = None
     table: HashTable | None = None
     urgent: int = 0
+    below: int = 0
     control: Control | None = None
     touched: bool = False
     closed: bool = False
@@ -81,20 +88,25 @@ class _Disk:
         return self.prepared.image.disk
 
     @contextlib.asynccontextmanager
-    async def urgently(self) -> AsyncIterator[None]:
-        """Take the turn; what reads back makes room."""
-        self.urgent += 1
-        try:
-            await self.turn.acquire()
-        finally:
-            self.urgent -= 1
-        try:
+    async def urgently(self, *, beside: bool = False) -> AsyncIterator[None]:
+        """Take the turn, and the reading unless that may go on `beside`; what reads back makes room."""
+        async with contextlib.AsyncExitStack() as held:
+            self.urgent += 1
+            try:
+                await held.enter_async_context(self.turn)
+                if not beside:
+                    await held.enter_async_context(self.reading)
+            finally:
+                self.urgent -= 1
             yield
-        finally:
-            self.turn.release()
 
     async def run(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+    async def read(self, read: Callable[[Callable[[], bool]], _T], interrupted: Callable[[], bool]) -> _T:
+        """What `read` finds, which is asked to end when `interrupted`, or when something urgent waits."""
+        work = functools.partial(read, lambda: interrupted() or self.urgent > 0)
+        return await asyncio.get_running_loop().run_in_executor(self.reader, work)
 
     @contextlib.contextmanager
     def cancellable(self) -> Iterator[Control]:
@@ -387,7 +399,7 @@ class Service:
             await asyncio.to_thread(server.kill)
             raise
         disk.server = server
-        return NbdWriter(server.connections, prepared.descriptor, server.flusher)
+        return NbdWriter(server.connections, prepared.descriptor, server.spare)
 
     async def _move(self, op: protocol.Copy) -> protocol.CopyReply:
         disk, mover = self._opened(op.disk)
@@ -408,14 +420,19 @@ class Service:
             control = stack.enter_context(disk.cancellable())
             disk.carrying = carrying = Carrying(mover, extents, control, bulk=bulk)
             stack.callback(disk.carried, carrying)
-            task = asyncio.create_task(self._carry(disk, mover, carrying, stack.pop_all()))
+            begins = extents[0].offset if bulk else None
+            task = asyncio.create_task(self._carry(disk, mover, carrying, begins, stack.pop_all()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return carrying
 
-    async def _carry(self, disk: _Disk, mover: DiskMover, carrying: Carrying, joinable: contextlib.ExitStack) -> None:
+    async def _carry(
+        self, disk: _Disk, mover: DiskMover, carrying: Carrying, begins: int | None, joinable: contextlib.ExitStack
+    ) -> None:
+        """`begins`: the byte at which its part of the first pass begins, if it is of that."""
+        beside = begins is not None and begins >= disk.below
         try:
-            async with disk.urgently(), self._reporting(disk, carrying):
+            async with disk.urgently(beside=beside), self._reporting(disk, carrying):
                 with joinable:
                     self._still(disk, mover)
                     await carrying.run(disk.run)
@@ -428,7 +445,7 @@ class Service:
     async def _digest(self, op: protocol.Digests) -> protocol.DigestsReply:
         disk, mover = self._opened(op.disk)
         with disk.cancellable() as control:
-            async with disk.turn:
+            async with disk.urgently():
                 self._still(disk, mover)
                 return await disk.digests(op, control)
 
@@ -468,38 +485,42 @@ class Service:
         """Beside a copy, if need be: what that writes meanwhile is for the next flush."""
         disk, mover = self._opened(op.disk)
         async with disk.flushing:
-            if disk.carrying is not None and mover.flushes_beside:
+            if disk.carrying is not None and mover.works_beside:
                 self._still(disk, mover)
                 await asyncio.get_running_loop().run_in_executor(disk.flusher, mover.flush)
             else:
-                async with disk.urgently():
+                async with disk.urgently(beside=mover.works_beside):
                     self._still(disk, mover)
                     await disk.run(mover.flush)
         return protocol.Done()
 
     async def _verify(self, op: protocol.Verify) -> protocol.VerifyReply:
-        found = await self._read_back(op, lambda mover, interrupted: mover.verify(op.limit, interrupted))
+        disk, mover = self._opened(op.disk)
+        _check_limit(op)
+        async with contextlib.AsyncExitStack() as held:
+            if op.below is None:
+                await held.enter_async_context(disk.turn)
+            await held.enter_async_context(disk.reading)
+            self._still(disk, mover)
+            disk.below = op.below or 0
+            found = await disk.read(lambda interrupted: mover.verify(op.limit, interrupted, op.below), self._is_ended)
         differ = [(extent.offset, extent.length) for extent in found.differ]
         return protocol.VerifyReply(found.checked, found.left, differ)
 
     async def _arrived(self, op: protocol.Arrived) -> protocol.ArrivedReply:
-        found = await self._read_back(op, lambda mover, interrupted: mover.arrived(op.offset, op.limit, interrupted))
+        disk, mover = self._opened(op.disk)
+        _check_limit(op)
+        async with disk.turn, disk.reading:
+            self._still(disk, mover)
+            found = await disk.read(lambda interrupted: mover.arrived(op.offset, op.limit, interrupted), self._is_ended)
         return protocol.ArrivedReply([(extent.offset, extent.length) for extent in found])
 
-    async def _read_back(
-        self, op: protocol.Verify | protocol.Arrived, read: Callable[[DiskMover, Callable[[], bool]], _T]
-    ) -> _T:
-        """What `read` finds; copies that wait interrupt it."""
-        disk, mover = self._opened(op.disk)
-        if not 0 < op.limit <= protocol.MOST_READ_BACK:
-            raise errors.Refused(f"{op.limit} bytes cannot be read back at once", disk=op.disk)
-        async with disk.turn:
-            self._still(disk, mover)
-            return await disk.run(lambda: read(mover, lambda: self._ended or disk.urgent > 0))
+    def _is_ended(self) -> bool:
+        return self._ended
 
     async def _recognize(self, op: protocol.Recognize) -> protocol.Done:
         disk, mover = self._opened(op.disk)
-        async with disk.turn:
+        async with disk.turn, disk.reading:
             self._still(disk, mover)
             await disk.run(lambda: mover.recognize(op.end))
         return protocol.Done()
@@ -513,7 +534,7 @@ class Service:
 
     async def _close(self, op: protocol.Close) -> protocol.CloseReply:
         disk = self._disk(op.disk)
-        async with disk.flushing, disk.turn:
+        async with disk.flushing, disk.turn, disk.reading:
             self._still(disk, disk.mover)
             descriptor = disk.prepared.descriptor
             try:
@@ -529,6 +550,7 @@ class Service:
                 await disk.run(disk.table.close if self._kept else disk.table.remove)
         disk.thread.shutdown(wait=False)
         disk.flusher.shutdown(wait=False)
+        disk.reader.shutdown(wait=False)
         self._disks.pop(op.disk, None)
         return protocol.CloseReply(allocated)
 
@@ -550,16 +572,15 @@ class Service:
     async def _end(self, disk: _Disk, *, remove: bool) -> None:
         """Give the disk up. A thread that hangs in its storage is left behind: the process exits over it."""
         try:
-            async with time_limit(_TEARDOWN_SECONDS), disk.flushing, disk.turn:
+            async with time_limit(_TEARDOWN_SECONDS), disk.flushing, disk.turn, disk.reading:
                 if disk.closed:
                     return
                 await disk.run(lambda: None)
         except TimeoutError:
             _log.error("disk %s: still busy after %.0f s, given up", disk.name, _TEARDOWN_SECONDS)
         if disk.server is not None:
-            for connection in (*disk.server.connections, disk.server.flusher):
-                if connection is not None:
-                    connection.close()
+            for connection in (*disk.server.connections, *(disk.server.spare or ())):
+                connection.close()
             with contextlib.suppress(errors.DestinationFailed):
                 await disk.server.stop()
         if disk.table is not None:
@@ -665,6 +686,11 @@ def _table(op: protocol.Open, image: protocol.Image) -> HashTable | None:
     except OSError as error:
         what = f"the hashes of what is written cannot be stored beside {image.path}: {error.strerror}"
         raise errors.DestinationWriteError(what, disk=op.disk, offset=None, errno=error.errno or 0) from error
+
+
+def _check_limit(op: protocol.Verify | protocol.Arrived) -> None:
+    if not 0 < op.limit <= protocol.MOST_READ_BACK:
+        raise errors.Refused(f"{op.limit} bytes cannot be read back at once", disk=op.disk)
 
 
 def _extents(op: protocol.Copy) -> list[Extent]:

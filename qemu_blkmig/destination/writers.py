@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from qemu_blkmig import errors
+from qemu_blkmig.destination.qemu_nbd import Spare
 from qemu_blkmig.destination.writeback import WriteBack
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.connection import Connection
@@ -37,8 +38,8 @@ class Writer(Protocol):
         """What a poll loop has to drive while operations are under way."""
 
     @property
-    def flushes_beside(self) -> bool:
-        """Whether `flush` may be called in another thread than the rest, at the same time."""
+    def works_beside(self) -> bool:
+        """Whether `flush`, and all that reads, may each be called in a thread of its own, beside the rest."""
 
     def write(self, data: memoryview, offset: int, done: Done) -> None:
         """Write `data`, which stays as it is until `done`."""
@@ -72,7 +73,7 @@ class RawWriter:
     """
 
     connections: Sequence[Connection] = ()
-    flushes_beside = True
+    works_beside = True
 
     def __init__(self, descriptor: int, *, keep_allocated: bool = False) -> None:
         """`keep_allocated`: zeroes make no holes."""
@@ -166,14 +167,14 @@ class RawWriter:
 class NbdWriter(NbdReader):
     """Writes through NBD connections to a server of our own that alone has the image open.
 
-    `descriptor` is of the image's file; it stays the caller's. `flusher`: a connection of its own for flushes, where
-    the server promises that they hold for what was written on the others.
+    `descriptor` is of the image's file; it stays the caller's. `spare`: see `QemuNbd`.
     """
 
-    def __init__(self, connections: Sequence[Connection], descriptor: int, flusher: Connection | None) -> None:
-        super().__init__(connections)
-        self._flusher = flusher
-        self.flushes_beside = flusher is not None
+    def __init__(self, connections: Sequence[Connection], descriptor: int, spare: Spare | None) -> None:
+        super().__init__(connections[0] if spare is None else spare.reader)
+        self.connections = connections
+        self._spare = spare
+        self.works_beside = spare is not None
         self._descriptor = descriptor
         self._next = 0
         self._completed: list[tuple[Done, int]] = []
@@ -205,7 +206,7 @@ class NbdWriter(NbdReader):
 
     def flush(self) -> None:
         """On every connection where the server does not promise multi-conn. See `Writer`."""
-        for connection in self.connections if self._flusher is None else [self._flusher]:
+        for connection in self.connections if self._spare is None else [self._spare.flusher]:
             if error := connection.flush():
                 raise OSError(error, os.strerror(error))
 
@@ -215,9 +216,8 @@ class NbdWriter(NbdReader):
 
     def close(self) -> None:
         """See `Writer`."""
-        super().close()
-        if self._flusher is not None:
-            self._flusher.close()
+        for connection in (*self.connections, *(self._spare or ())):
+            connection.close()
 
     def _turn(self) -> Connection:
         connection = self.connections[self._next]

@@ -93,7 +93,8 @@ class DiskFigures:
     `bulk_done`: what the bulk pass has settled. `dirty`: what is owed beyond it, harvested, found amiss or, as last
     seen, recorded. `rounds`: dirty rounds in which something of this disk was brought over. `resumed`: what had been
     brought over by the bulk pass before it was resumed, and is not counted again. `put_off`: the part of `dirty` that
-    rounds have left to later ones because the guest writes it all the time.
+    rounds have left to later ones because the guest writes it all the time. `stable`: what the bulk pass has brought
+    over and flushed, from sector 0 on.
     """
 
     name: str
@@ -107,6 +108,7 @@ class DiskFigures:
     copied_dirty: int
     resumed: int = 0
     put_off: int = 0
+    stable: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class BlockMigration:
         self._mover = mover
         self._clock = clock
         self._on_change = on_change
+        self._on_stable = on_stable
         self._devices = [Device(disk, tuning.granule) for disk in disks]
         self._total = sum(disk.size for disk in disks)
         self._pace = Pace()
@@ -175,7 +178,7 @@ class BlockMigration:
             tuning.batch,
             tuning.room if compare is None else 0,
             lambda size: flush_interval(size, tuning.flushes, tuning.chunk_size),
-            on_stable,
+            self._note_stable,
             compare,
             tuning.chunk_size,
             _stride(tuning) if compare is None else None,
@@ -455,6 +458,10 @@ class BlockMigration:
             self._phase = phase
         self._publish()
 
+    def _note_stable(self, disk: str, stable: int) -> None:
+        self._on_stable(disk, stable)
+        self._publish()
+
     def _publish(self) -> None:
         figures = self._draw_figures()
         if figures == self._figures:
@@ -532,6 +539,7 @@ def _draw_disk(device: Device) -> DiskFigures:
         copied_dirty=device.copied_dirty,
         resumed=device.resumed,
         put_off=device.left_off,
+        stable=device.stable,
     )
 
 

@@ -174,8 +174,8 @@ class Carriage:
         disks = [disk.name for disk in self._plan.disks] if self._hash is not None else []
         return Verification(self._read_back, disks, engine, self._reporter.note, clock)
 
-    async def _read_back(self, disk: str, limit: int) -> VerifyReply:
-        return await self._agent.expect(protocol.Verify(disk, limit), VerifyReply)
+    async def _read_back(self, disk: str, limit: int, below: int | None) -> VerifyReply:
+        return await self._agent.expect(protocol.Verify(disk, limit, below), VerifyReply)
 
     def _unit(self, disk: Disk) -> int:
         """Bytes that are hashed together, and copied together; see docs/decisions/017-verified-as-written.md.

@@ -106,7 +106,7 @@ class Comparison:
         try:
             if disk not in self._readers:
                 connected = await asyncio.to_thread(connect, *self._exports[disk], contexts=[ALLOCATION])
-                self._readers[disk] = NbdReader([connected])
+                self._readers[disk] = NbdReader(connected)
             return await _digests(self._readers[disk], extent, unit, self._algorithm)
         except OSError as error:
             what = f"the source cannot be read in bytes {extent.offset} to {extent.end - 1}: {error.strerror}"
@@ -139,6 +139,6 @@ async def _digests(reader: NbdReader, extent: Extent, unit: int, algorithm: Algo
         return await asyncio.shield(working)
     except asyncio.CancelledError:
         control.cancel()
-        reader.connections[0].drop()
+        reader.connection.drop()
         await finished(asyncio.gather(working, return_exceptions=True), PATIENCE)
         raise

@@ -111,18 +111,18 @@ class GuestCopy:
             self._carriage.payload,
         )
         adapting = Adapting(self._life, self._plan.disks, self._clock, wanted=self._options.transfer.adaptive)
-        async with sharing:
+        async with sharing, self._verification.in_background():
             async with adapting:
                 with self._watch.phase("bulk"):
                     await begin(self._life, self._carriage, self._engine)
-                    await self._engine.bulk()
+                    with self._verification.beside_pass():
+                        await self._engine.bulk()
             sharing.bulk_over()
-            async with self._verification.in_background():
-                await self._converge()
+            await self._converge()
+            downtime = await self._last_round()
+            # The guest may run again meanwhile: what is to be copied again is copied in another last round.
+            while not await self._read_back():
                 downtime = await self._last_round()
-                # The guest may run again meanwhile: what is to be copied again is copied in another last round.
-                while not await self._read_back():
-                    downtime = await self._last_round()
         await self._carriage.close()
         await self._engine.finish()
         return self._result(downtime)

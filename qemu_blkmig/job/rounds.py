@@ -73,12 +73,13 @@ class Rounds:
             life.steering.on_change(self._follow)
             await self._follow()
             self._engine.aim(self._policy)
-            async with self._adapting:
-                with self._watch.phase("bulk"):
-                    await begin(life, self._connected.carriage, self._connected.engine)
-                    await self._engine.bulk()
-            sharing.bulk_over()
             async with self._connected.verification.in_background():
+                async with self._adapting:
+                    with self._watch.phase("bulk"):
+                        await begin(life, self._connected.carriage, self._connected.engine)
+                        with self._connected.verification.beside_pass():
+                            await self._engine.bulk()
+                sharing.bulk_over()
                 if self._options.switchover.waits:
                     await self._wait_for_word()
                 else:

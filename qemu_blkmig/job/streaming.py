@@ -128,7 +128,7 @@ class StreamCarriage:
     def verification(self, engine: BlockMigration, clock: Clock) -> Verification:
         """Nothing: what was sent cannot be read back."""
 
-        async def read_back(_disk: str, _limit: int) -> VerifyReply:
+        async def read_back(_disk: str, _limit: int, _below: int | None) -> VerifyReply:
             return VerifyReply(0, 0, [])
 
         return Verification(read_back, (), engine, self._reporter.note, clock)

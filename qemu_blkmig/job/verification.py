@@ -1,14 +1,15 @@
 """Verification as written: the destination reads back what it wrote, and what lies there otherwise is copied again.
 
 It proves that what was read at the source is what lies at the destination; not that nothing was missed. It goes on in
-the background while the guest runs, so that with the guest paused only the rest is to be read back.
+the background while the guest runs, beside the first pass already, so that with the guest paused only the rest is to be
+read back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.convergence import Policy, Rate
@@ -34,8 +35,8 @@ PLACES = 8
 PATIENCE = 60.0
 """Seconds in which a slice of the rest must be read back: the guest may be paused and must not wait for ever."""
 
-ReadBack = Callable[[str, int], Awaitable[VerifyReply]]
-"""Have about so many bytes of a disk read back."""
+ReadBack = Callable[[str, int, int | None], Awaitable[VerifyReply]]
+"""Have about so many bytes of a disk read back; if a byte is told, of what lies before that, which is stable."""
 
 
 class Verification:
@@ -64,7 +65,7 @@ class Verification:
         self._speed = Rate()
         self._checked = 0
         self._may_go_on = asyncio.Event()
-        self._may_go_on.set()
+        self._in_pass = False
 
     @property
     def wanted(self) -> bool:
@@ -83,7 +84,10 @@ class Verification:
 
     @contextlib.asynccontextmanager
     async def in_background(self) -> AsyncIterator[None]:
-        """Read back while what is inside goes on; if that fails, by what `rest` raises too, what is inside is ended."""
+        """Read back while what is inside goes on; if that fails, by what `rest` raises too, what is inside is ended.
+
+        Nothing is read before `beside_pass`.
+        """
         try:
             async with asyncio.TaskGroup() as group:
                 reading = group.create_task(self._keep_reading())
@@ -91,6 +95,16 @@ class Verification:
                 reading.cancel()
         except BaseExceptionGroup as group_of_errors:
             raise group_of_errors.exceptions[0] from group_of_errors
+
+    @contextlib.contextmanager
+    def beside_pass(self) -> Iterator[None]:
+        """While the first pass is inside, what it has brought over and flushed is read back; from then on, all."""
+        self._in_pass = True
+        self._may_go_on.set()
+        yield
+        self._in_pass = False
+        self._left.clear()
+        self._tell_engine()
 
     def hold(self) -> None:
         """Begin nothing more in the background: the guest is paused. `release` ends it."""
@@ -160,22 +174,27 @@ class Verification:
             for disk in self._disks:
                 if self._may_go_on.is_set():
                     checked += await self._read(disk)
-            if self._may_go_on.is_set():
+            if self._may_go_on.is_set() and not self._in_pass:
                 self._tell_engine()
             if not checked:
-                await self._until_something_was_copied()
+                await self._until_there_may_be_more()
 
-    async def _until_something_was_copied(self) -> None:
-        before = self._copied()
+    async def _until_there_may_be_more(self) -> None:
+        before = self._there()
         # The engine's figures are there at any time, and nobody waits for this.
-        while self._copied() == before or not self._may_go_on.is_set():
-            await self._clock.sleep(IDLE)
+        while self._there() == before or not self._may_go_on.is_set():
+            await self._clock.sleep(IDLE / 10 if self._in_pass else IDLE)
 
-    def _copied(self) -> int:
-        return sum(self._copied_by_disk().values())
+    def _there(self) -> tuple[int, ...]:
+        """What changes when there is more to be read back."""
+        disks = self._engine.figures().disks
+        return (self._in_pass, *(disk.stable if self._in_pass else disk.copied + disk.zeroed for disk in disks))
 
     def _copied_by_disk(self) -> dict[str, int]:
         return {disk.name: disk.copied + disk.zeroed for disk in self._engine.figures().disks}
+
+    def _stable(self, disk: str) -> int:
+        return next(each.stable for each in self._engine.figures().disks if each.name == disk)
 
     def _is_left(self, disk: str) -> bool:
         """Whether anything may be left to be read back. What failed half way, and was not counted, is copied again."""
@@ -206,7 +225,7 @@ class Verification:
 
     async def _read(self, disk: str, most: int = SLICE) -> int:
         began, copied = self._clock.now(), self._copied_by_disk()[disk]
-        reply = await self._read_back(disk, most)
+        reply = await self._read_back(disk, most, self._stable(disk) if self._in_pass else None)
         self._seen[disk] = copied
         self._left[disk] = reply.left
         self._checked += reply.checked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from qemu_blkmig.engine.extents import Extent
@@ -16,25 +16,25 @@ _ZERO = 2
 
 
 class NbdReader:
-    """Reads through the first of `connections`; implements `nbd.digests.Reader`. Blocking, for one thread."""
+    """Reads through `connection`; implements `nbd.digests.Reader`. Blocking, for one thread."""
 
-    def __init__(self, connections: Sequence[Connection]) -> None:
-        self.connections = connections
-        self._request = min(REQUEST, *(connection.request_limit for connection in connections))
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._request = min(REQUEST, connection.request_limit)
 
     def read(self, into: memoryview, offset: int) -> None:
         """See `Reader`."""
         completed: list[tuple[Any, int]] = []
         starts = range(0, len(into), self._request)
         for start in starts:
-            self.connections[0].read(into[start : start + self._request], offset + start, completed, None)
-        if error := self.connections[0].wait(completed, len(starts)):
+            self.connection.read(into[start : start + self._request], offset + start, completed, None)
+        if error := self.connection.wait(completed, len(starts)):
             raise OSError(error, os.strerror(error))
 
     def zeroes(self, offset: int, length: int) -> Iterator[Extent]:
         """See `Reader`."""
         end = offset + length
-        while ALLOCATION in self.connections[0].contexts and offset < end:
+        while ALLOCATION in self.connection.contexts and offset < end:
             for run, flags in self._status(offset, min(STATUS_LIMIT, end - offset)):
                 if flags & _ZERO and offset < end:
                     yield Extent(offset, min(run, end - offset))
@@ -42,12 +42,11 @@ class NbdReader:
 
     def close(self) -> None:
         """Disconnect."""
-        for connection in self.connections:
-            connection.close()
+        self.connection.close()
 
     def _status(self, offset: int, length: int) -> Entries:
         completed: list[tuple[Any, int]] = []
-        self.connections[0].status(offset, length, completed)
-        error = self.connections[0].wait(completed)
+        self.connection.status(offset, length, completed)
+        error = self.connection.wait(completed)
         entries: Entries = completed[0][0].get(ALLOCATION, [])
         return entries if entries and not error else [(length, 0)]

@@ -38,7 +38,7 @@ class BadDisk(RawWriter):
         super().write(memoryview(spoilt), offset, done)
 
 
-def verified(directory: Path, kind: type[RawWriter]) -> tuple[int, list[Extent]]:
+def verified(directory: Path, kind: type[RawWriter], below: int | None = None) -> tuple[int, list[Extent]]:
     """Bytes read back and what is found amiss, after a disk, parts of it zeroes, was copied through a writer."""
     source, destination = directory / "source", directory / "destination"
     content = bytearray(os.urandom(SIZE))
@@ -56,7 +56,7 @@ def verified(directory: Path, kind: type[RawWriter]) -> tuple[int, list[Extent]]
         disk.course([Extent(0, SIZE)], control, bulk=True, over=lambda _: None).run()
         control.close()
         checked, found = 0, []
-        while (told := disk.verify(MIB, lambda: False)).checked:
+        while (told := disk.verify(MIB, lambda: False, below)).checked:
             checked += told.checked
             found += told.differ
         disk.disconnect()
@@ -137,6 +137,14 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     hash_a_buffer_that_is_in_use_again,
     leave_out_what_was_found_to_be_zero,
 )
+
+
+def test_where_nothing_can_be_read_beside_the_first_pass_nothing_is(tmp_path: Path) -> None:
+    class OneThingAtATime(RawWriter):
+        works_beside = False
+
+    assert verified(tmp_path, OneThingAtATime, below=SIZE) == (0, [])
+    assert verified(tmp_path, RawWriter, below=SIZE // UNIT * UNIT) == (SIZE // UNIT * UNIT, [])
 
 
 def test_a_disk_that_changes_what_it_is_given_is_found_out_and_a_good_one_is_not() -> None:

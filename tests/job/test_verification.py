@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -41,12 +42,14 @@ class Played:
     def __init__(self, world: World, *replies: VerifyReply, clock: Clock | None = None) -> None:
         self.replies = deque(replies)
         self.asked = 0
+        self.below: list[int | None] = []
         self.notes: list[str] = []
         self.verification = Verification(self.read_back, ["vda"], world.engine, self.notes.append, clock or RealClock())
 
-    async def read_back(self, disk: str, limit: int) -> VerifyReply:
+    async def read_back(self, disk: str, limit: int, below: int | None) -> VerifyReply:
         """See `ReadBack`."""
         self.asked += 1
+        self.below.append(below)
         await asyncio.sleep(0)
         return self.replies.popleft() if self.replies else VerifyReply(0, 0, [])
 
@@ -61,6 +64,15 @@ async def copied(*, paused: bool) -> World:
         world.pause()
         await world.engine.complete()
     return world
+
+
+@contextlib.asynccontextmanager
+async def reading(verification: Verification) -> AsyncIterator[None]:
+    """It reads back in the background, the first pass being over."""
+    async with verification.in_background():
+        with verification.beside_pass():
+            pass
+        yield
 
 
 async def reach(condition: Callable[[], bool]) -> None:
@@ -142,22 +154,50 @@ async def test_what_fails_in_the_background_ends_what_goes_on() -> None:
     bad = VerifyReply(SECTOR, SECTOR, [(0, SECTOR)])
     played = Played(world, bad, bad)
     with pytest.raises(ContentsDiffer):
-        async with played.verification.in_background():
+        async with reading(played.verification):
             await asyncio.Event().wait()
 
-    async def lost(_disk: str, _limit: int) -> VerifyReply:
+    async def lost(_disk: str, _limit: int, _below: int | None) -> VerifyReply:
         raise DestinationWriteError("cannot be read back", disk="vda", offset=None, errno=5)
 
     verification = Verification(lost, ["vda"], world.engine, played.notes.append, RealClock())
     with pytest.raises(DestinationWriteError):
-        async with verification.in_background():
+        async with reading(verification):
             await asyncio.Event().wait()
+
+
+async def test_beside_the_first_pass_only_what_is_stable_is_read_back_and_nothing_is_owed() -> None:
+    world = await copied(paused=False)
+    played = Played(world, VerifyReply(SECTOR, SECTOR, [(0, SECTOR)]))
+    verification = played.verification
+    async with verification.in_background():
+        await asyncio.sleep(0.05)
+        assert not played.asked
+        with verification.beside_pass():
+            await reach(lambda: not played.replies)
+            assert set(played.below) == {SIZE * SECTOR} and not played.notes
+            assert world.engine.figures().pending == 0
+            played.below.clear()
+        assert "not what was written" in played.notes[0] and world.engine.figures().pending == SECTOR
+        await reach(lambda: None in played.below)
+
+
+async def test_what_was_left_beside_the_first_pass_is_not_what_is_left_after_it() -> None:
+    world = await copied(paused=False)
+    played = Played(world, VerifyReply(SECTOR, 0, []))
+    verification = played.verification
+    async with asyncio.timeout(10), verification.in_background():
+        with verification.beside_pass():
+            await reach(lambda: not played.replies)
+        asked = played.asked
+        await verification.until_caught_up(POLICY)
+        assert played.asked > asked
 
 
 async def test_what_fails_inside_is_raised_as_it_is() -> None:
     world = await copied(paused=False)
     with pytest.raises(DestinationFailed):
-        async with Played(world).verification.in_background():
+        async with reading(Played(world).verification):
             raise DestinationFailed("gone")
 
 
@@ -166,7 +206,7 @@ async def test_it_catches_up_when_little_is_left_and_when_all_was_read_back_once
     endless = [VerifyReply(SECTOR, SIZE * SECTOR, []) for _ in range(100)]
     for replies in ([VerifyReply(SIZE * SECTOR, 0, [])], endless):
         played = Played(world, *replies)
-        async with asyncio.timeout(10), played.verification.in_background():
+        async with asyncio.timeout(10), reading(played.verification):
             await played.verification.catch_up(Policy(downtime=1e-9, max_rounds=None))
 
 
@@ -174,13 +214,13 @@ async def test_held_nothing_is_owed_until_the_rest_is_read_back() -> None:
     world = await copied(paused=False)
     answer = asyncio.Event()
 
-    async def slowly(_disk: str, _limit: int) -> VerifyReply:
+    async def slowly(_disk: str, _limit: int, _below: int | None) -> VerifyReply:
         await answer.wait()
         return replies.popleft() if replies else VerifyReply(0, 0, [])
 
     replies = deque([VerifyReply(SECTOR, SECTOR, [(0, SECTOR)]), VerifyReply(0, SECTOR, [])])
     verification = Verification(slowly, ["vda"], world.engine, lambda _: None, RealClock())
-    async with verification.in_background():
+    async with reading(verification):
         await asyncio.sleep(0)
         verification.hold()
         answer.set()
@@ -196,7 +236,7 @@ async def test_when_nothing_was_written_nobody_is_asked_again_and_again() -> Non
     world = await copied(paused=False)
     clock = Impatient()
     played = Played(world, clock=clock)
-    async with played.verification.in_background():
+    async with reading(played.verification):
         await reach(lambda: clock.slept > 3)
         assert played.asked == 1
         world.act(Write(0, 0, 1, 3))

@@ -49,7 +49,7 @@ def test_raw_and_qcow2_written_zeroes_and_holes_have_the_same_digests(tmp_path: 
     descriptor = os.open(raw, os.O_RDONLY)
     writer, whole = RawWriter(descriptor), Extent(0, SIZE)
     with qemu_export(tmp_path, qcow2, driver="qcow2") as (listening, _):
-        reader = NbdReader([connect(listening, "disk", contexts=[ALLOCATION])])
+        reader = NbdReader(connect(listening, "disk", contexts=[ALLOCATION]))
         for unit in (512, 64 * KIB, MIB):
             for window in (whole, Extent(4 * MIB, SIZE - 4 * MIB), Extent(6 * MIB, MIB)):
                 if fault_of(window, unit, SIZE) is None:

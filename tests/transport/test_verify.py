@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -105,6 +106,57 @@ async def test_what_somebody_else_changes_after_it_was_written_is_found_and_told
         assert (reply.checked, reply.left, reply.differ) == (0, 2 * UNIT, [])
         await agent.request(dirty((5 * MIB, UNIT), (9 * MIB, UNIT)))
         assert await read_back(agent) == (2 * UNIT, [])
+        await agent.request(protocol.Close("d"))
+    assert same(source, destination, ("raw", image_format))
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_what_is_stable_is_read_back_beside_the_first_pass(
+    agent: AgentClient, tmp_path: Path, image_format: str
+) -> None:
+    size, stable = 16 * MIB + 512, 8 * MIB
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(os.urandom(size))
+    with qemu_export(tmp_path, source) as (listening, _):
+        await opened(agent, image(destination, size, format=image_format), opening(listening, hash="xxh3-128"))
+        await agent.request(bulk((0, stable)))
+        await agent.request(protocol.Flush("d"))
+        flip(destination, 5 * MIB + 1, image_format)
+        await agent.request(protocol.Bandwidth(MIB))
+        copy = asyncio.create_task(agent.request(bulk((stable, size - stable))))
+        reply = await agent.expect(protocol.Verify("d", 256 * MIB, below=stable), protocol.VerifyReply)
+        assert (reply.checked, reply.differ) == (stable, [(5 * MIB, UNIT)])
+        again = await agent.expect(protocol.Verify("d", 256 * MIB, below=stable), protocol.VerifyReply)
+        assert (again.checked, again.differ) == (0, [])
+        assert not copy.done()
+        await agent.request(protocol.Bandwidth(None))
+        await copy
+        assert await read_back(agent) == (size - stable, [])
+        await agent.request(dirty((5 * MIB, UNIT)))
+        assert await read_back(agent) == (UNIT, [])
+        await agent.request(protocol.Close("d"))
+    assert same(source, destination, ("raw", image_format))
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_nothing_is_written_where_something_is_being_read_back(
+    agent: AgentClient, tmp_path: Path, image_format: str
+) -> None:
+    size = 32 * MIB
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(os.urandom(size))
+    with qemu_export(tmp_path, source) as (listening, qmp):
+        await opened(agent, image(destination, size, format=image_format), opening(listening, hash="xxh3-128"))
+        await agent.request(bulk((0, size)))
+        await agent.request(protocol.Flush("d"))
+        guest_does(qmp, listening, f"write -P 7 0 {size}")
+        for at in range(0, size, 2 * MIB):
+            verify = agent.expect(protocol.Verify("d", 4 * MIB, below=size), protocol.VerifyReply)
+            reply, _ = await asyncio.gather(verify, agent.request(dirty((at, 2 * MIB))))
+            assert not reply.differ
+        assert (await read_back(agent))[1] == []
+        reply = await agent.expect(protocol.Verify("d", MIB), protocol.VerifyReply)
+        assert (reply.checked, reply.left) == (0, 0)
         await agent.request(protocol.Close("d"))
     assert same(source, destination, ("raw", image_format))
 
