@@ -1,0 +1,100 @@
+"""What may go on beside reading back, and what may not: by an agent's operations, and storage that is slow to read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from qemu_blkmig.destination import protocol
+from qemu_blkmig.destination.service import Service
+from qemu_blkmig.destination.writers import RawWriter
+from tests.nbd.servers import qemu_export
+from tests.transport.conftest import MIB, bulk, dirty, image, opening
+
+SIZE, STABLE = 16 * MIB, 8 * MIB
+
+
+DIGESTS = protocol.Digests("d", 0, MIB, MIB, "sha256")
+
+
+async def tell(_: object) -> None:
+    """Nobody listens."""
+
+
+class Slow:
+    """Readings wait until `go_on`; `begun` once one does."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+        read = RawWriter.read
+
+        def slowly(writer: RawWriter, into: memoryview, offset: int) -> None:
+            self.begun.set()
+            self.go_on.wait(60)
+            read(writer, into, offset)
+
+        patch.setattr(RawWriter, "read", slowly)
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    """An agent whose disk `d` is brought over, and stable, up to `STABLE`."""
+    (tmp_path / "source").write_bytes(os.urandom(SIZE))
+    made = Service(tell)
+    with qemu_export(tmp_path, tmp_path / "source") as (listening, _):
+        for op in (
+            protocol.Prepare([image(tmp_path / "destination", SIZE)]),
+            opening(listening, hash="xxh3-128"),
+            bulk((0, STABLE)),
+            protocol.Flush("d"),
+        ):
+            assert not isinstance(await made.perform(op), protocol.Failure)
+        yield made
+        await made.end(remove=True)
+
+
+async def reading(service: Service, slow: Slow) -> asyncio.Task[protocol.Outcome]:
+    """What is stable is being read back."""
+    verify = asyncio.create_task(service.perform(protocol.Verify("d", SIZE, below=STABLE)))
+    assert await asyncio.to_thread(slow.begun.wait, 10)
+    return verify
+
+
+@pytest.mark.parametrize("op", [bulk((STABLE, SIZE - STABLE)), protocol.Flush("d")], ids=["copy", "flush"])
+async def test_the_first_pass_goes_on_beside_it(
+    service: Service, op: protocol.Operation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch)
+    verify = await reading(service, slow)
+    async with asyncio.timeout(30):
+        assert not isinstance(await service.perform(op), protocol.Failure)
+    assert not verify.done()
+    slow.go_on.set()
+    reply = await verify
+    assert isinstance(reply, protocol.VerifyReply) and reply.checked and not reply.differ
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        dirty((SIZE - MIB, MIB)),
+        bulk((0, SIZE)),
+        protocol.Verify("d", SIZE),
+        DIGESTS,
+    ],
+    ids=["round", "anew", "verify", "digests"],
+)
+async def test_all_else_waits_for_it(service: Service, op: protocol.Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch)
+    verify = await reading(service, slow)
+    other = asyncio.create_task(service.perform(op))
+    assert not (await asyncio.wait([other], timeout=0.5))[0]
+    slow.go_on.set()
+    replies = await asyncio.gather(verify, other)
+    assert not [each for each in replies if isinstance(each, protocol.Failure)]
