@@ -90,7 +90,7 @@ async def start(path: str, image_format: str, connections: int, *, keep_allocate
     """
     options = [
         "--cache",
-        "none" if await asyncio.to_thread(_opens_direct, path) else "writeback",
+        "none" if await asyncio.to_thread(opens_direct, path) else "writeback",
         "--discard",
         "ignore" if keep_allocated else "unmap",
         "--detect-zeroes",
@@ -169,7 +169,7 @@ async def _first_connection(process: subprocess.Popen[bytes], listening: Path) -
             await asyncio.sleep(0.01)
 
 
-def _opens_direct(path: str) -> bool:
+def opens_direct(path: str) -> bool:
     """Whether O_DIRECT is to be had: some file systems, such as an older tmpfs, refuse to open a file with it."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from qemu_blkmig.destination.hashtable import HashTable, Run
-from qemu_blkmig.destination.writers import Writer
+from qemu_blkmig.destination.writers import Read, Writer
 from qemu_blkmig.engine.extents import Extent, Remainder, union
 
 MOST_DIFFER = 1024
@@ -65,6 +65,7 @@ class ReadBack:
         self._ahead = [memoryview(bytearray(_AT_ONCE)) for _ in range(2)]
         self._buffer = memoryview(bytearray(_AT_ONCE))
         self._zeroes = bytes(table.unit)
+        self._reads: Read = writer.read
         # All that is asked of the writer is asked in this one thread.
         self._reader = ThreadPoolExecutor(max_workers=1)
 
@@ -125,7 +126,7 @@ class ReadBack:
 
     def _expect(self, runs: Sequence[Run]) -> None:
         extents = [run.extent for run in runs if run.digests is not None]
-        self._reader.submit(self._writer.expect_reads, extents).result()
+        self._reads = self._reader.submit(self._writer.reading, extents).result()
 
     def _reading_ahead(self, runs: Sequence[Run]) -> Generator[tuple[Run, memoryview | None], None, None]:
         """Each run, and what was read of it; meanwhile the next one is read, and nothing any more when this is over."""
@@ -156,7 +157,7 @@ class ReadBack:
     def _fill(self, buffer: memoryview, extent: Extent) -> memoryview:
         """Read an extent of at most `_AT_ONCE` bytes."""
         view = buffer[: extent.length]
-        self._writer.read(view, extent.offset)
+        self._reads(view, extent.offset)
         return view
 
     def _judge(self, run: Run, read: memoryview | None) -> Iterator[Extent]:

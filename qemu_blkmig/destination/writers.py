@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from qemu_blkmig import errors
+from qemu_blkmig.destination.placement import Placements
 from qemu_blkmig.destination.qemu_nbd import Spare
 from qemu_blkmig.destination.writeback import WriteBack
 from qemu_blkmig.engine.extents import Extent
@@ -22,6 +23,8 @@ from qemu_blkmig.nbd.connection import Connection
 from qemu_blkmig.nbd.reader import NbdReader
 
 Done = Callable[[int], None]
+Read = Callable[[memoryview, int], None]
+"""Reads what the image holds from an offset on. Blocks. Raises `OSError` or `ConnectionLost`."""
 
 _PUNCH_HOLE_KEEP_SIZE = 0x03
 _ZERO_RANGE_KEEP_SIZE = 0x11
@@ -54,10 +57,13 @@ class Writer(Protocol):
         """Make everything stable. Blocks. Raises `OSError` or `ConnectionLost`."""
 
     def read(self, into: memoryview, offset: int) -> None:
-        """Read what the image holds. Blocks. Raises `OSError` or `ConnectionLost`."""
+        """See `Read`."""
 
-    def expect_reads(self, extents: Sequence[Extent]) -> None:
-        """The extents, stable by now, will be read: from where they are stored, as far as that can be brought about."""
+    def reading(self, extents: Sequence[Extent]) -> Read:
+        """What reads the extents, stable by now, from where they are stored, as far as that can be brought about.
+
+        It does as long as nothing is written there, or zeroed.
+        """
 
     def zeroes(self, offset: int, length: int) -> Iterator[Extent]:
         """Ranges within the range that are known to read as zeroes, ascending. Blocks."""
@@ -103,17 +109,12 @@ class RawWriter:
 
     def read(self, into: memoryview, offset: int) -> None:
         """See `Writer`."""
-        while into:
-            count = os.preadv(self._descriptor, [into], offset)
-            if not count:
-                raise OSError(errno.EIO, f"the image ends at {offset}")
-            into, offset = into[count:], offset + count
+        _read_all(self._descriptor, into, offset)
 
-    def expect_reads(self, extents: Sequence[Extent]) -> None:
-        """Drop the extents from the page cache, which holds what was written, then have them read ahead."""
-        for advice in (os.POSIX_FADV_DONTNEED, os.POSIX_FADV_WILLNEED):
-            for extent in extents:
-                os.posix_fadvise(self._descriptor, extent.offset, extent.length, advice)
+    def reading(self, extents: Sequence[Extent]) -> Read:
+        """The page cache, which holds what was written, drops the extents, then has them read ahead; see `Writer`."""
+        _have_read_ahead(self._descriptor, extents)
+        return self.read
 
     def zeroes(self, offset: int, length: int) -> Iterator[Extent]:
         """The holes of a regular file; see `Writer`."""
@@ -167,15 +168,18 @@ class RawWriter:
 class NbdWriter(NbdReader):
     """Writes through NBD connections to a server of our own that alone has the image open.
 
-    `descriptor` is of the image's file; it stays the caller's. `spare`: see `QemuNbd`.
+    `descriptor` is of the image's file, of that format; it stays the caller's. `spare`: see `QemuNbd`.
     """
 
-    def __init__(self, connections: Sequence[Connection], descriptor: int, spare: Spare | None) -> None:
+    def __init__(
+        self, connections: Sequence[Connection], descriptor: int, image_format: str, spare: Spare | None
+    ) -> None:
         super().__init__(connections[0] if spare is None else spare.reader)
         self.connections = connections
         self._spare = spare
         self.works_beside = spare is not None
         self._descriptor = descriptor
+        self._placements = Placements(descriptor, image_format)
         self._next = 0
         self._completed: list[tuple[Done, int]] = []
         self._limit = min(connection.request_limit for connection in connections)
@@ -210,9 +214,21 @@ class NbdWriter(NbdReader):
             if error := connection.flush():
                 raise OSError(error, os.strerror(error))
 
-    def expect_reads(self, extents: Sequence[Extent]) -> None:
-        """Drop the image's file from the page cache: where in it the extents lie is the server's affair."""
+    def reading(self, extents: Sequence[Extent]) -> Read:
+        """Past the server, where it is told in what place of the image's file the extents lie; see `Writer`."""
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        placement = self._placements.of(extents)
+        _have_read_ahead(self._descriptor, placement.places(extents))
+
+        def read(into: memoryview, offset: int) -> None:
+            for part in placement.parts(offset, len(into)):
+                view = into[part.extent.offset - offset : part.extent.end - offset]
+                if part.place is None:
+                    self.read(view, part.extent.offset)
+                else:
+                    _read_all(self._descriptor, view, part.place)
+
+        return read
 
     def close(self) -> None:
         """See `Writer`."""
@@ -223,6 +239,21 @@ class NbdWriter(NbdReader):
         connection = self.connections[self._next]
         self._next = (self._next + 1) % len(self.connections)
         return connection
+
+
+def _read_all(descriptor: int, into: memoryview, offset: int) -> None:
+    while into:
+        count = os.preadv(descriptor, [into], offset)
+        if not count:
+            raise OSError(errno.EIO, f"the image ends at {offset}")
+        into, offset = into[count:], offset + count
+
+
+def _have_read_ahead(descriptor: int, extents: Sequence[Extent]) -> None:
+    """Have extents of a file read from where they are stored."""
+    for advice in (os.POSIX_FADV_DONTNEED, os.POSIX_FADV_WILLNEED):
+        for extent in extents:
+            os.posix_fadvise(descriptor, extent.offset, extent.length, advice)
 
 
 def _all_of(count: int, done: Done) -> Done:

@@ -22,6 +22,8 @@ from qemu_blkmig.units import show_bytes
 
 SLICE = 32 << 20
 """Bytes that are read back in one request; copies make it shorter."""
+BESIDE = 64 << 20
+"""The same, beside the first pass: nobody waits for it."""
 AHEAD = 8 << 20
 """The same, of the rest, while the engine's last round is judged, which has a time limit."""
 IDLE = 0.1
@@ -173,7 +175,7 @@ class Verification:
             checked = 0
             for disk in self._disks:
                 if self._may_go_on.is_set():
-                    checked += await self._read(disk)
+                    checked += await self._read(disk, BESIDE if self._in_pass else SLICE)
             if self._may_go_on.is_set() and not self._in_pass:
                 self._tell_engine()
             if not checked:
@@ -218,12 +220,12 @@ class Verification:
         while checked:
             try:
                 async with time_limit(PATIENCE):
-                    checked = await self._read(disk) and self._left[disk]
+                    checked = await self._read(disk, SLICE) and self._left[disk]
             except TimeoutError:
                 what = f"{show_bytes(SLICE)} of what was written could not be read back within {PATIENCE:.0f} s"
                 raise DestinationFailed(what, disk=disk) from None
 
-    async def _read(self, disk: str, most: int = SLICE) -> int:
+    async def _read(self, disk: str, most: int) -> int:
         began, copied = self._clock.now(), self._copied_by_disk()[disk]
         reply = await self._read_back(disk, most, self._stable(disk) if self._in_pass else None)
         self._seen[disk] = copied

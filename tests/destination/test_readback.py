@@ -14,7 +14,7 @@ import pytest
 
 from qemu_blkmig.destination.hashtable import HashTable
 from qemu_blkmig.destination.readback import ReadBack
-from qemu_blkmig.destination.writers import Writer
+from qemu_blkmig.destination.writers import Read, Writer
 from qemu_blkmig.engine.extents import Extent
 
 UNIT = 64 << 10
@@ -47,8 +47,9 @@ class _Storage:
         finally:
             self._one.release()
 
-    def expect_reads(self, extents: Sequence[Extent]) -> None:
+    def reading(self, extents: Sequence[Extent]) -> Read:
         assert self.idle
+        return self.read
 
     def zeroes(self, offset: int, length: int) -> Iterator[Extent]:
         assert self.idle
