@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import TracebackType
 
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Refused, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
@@ -48,13 +49,15 @@ AT_THE_PAUSE = ("pre-switchover", "device", "completed")
 """What QEMU says of its migration from when it has paused the guest (MIGRATION events)."""
 DISKS_TAKEN = AT_THE_PAUSE[1:]
 """The same, from when it has taken the guest's disks from it: libvirt lets it go on from the first at once."""
+ENDING = 60.0
+"""Seconds more in which libvirt must have ended what it was told to call off, once another attempt is to begin."""
 STALE = "somebody has paused or resumed the guest while libvirt moved it, which would undo that"
 
 
 class ManagedSwitchover:
     """Takes a domain, whose disks are in step, over to the destination.
 
-    `converge` makes ready for another attempt, when the disks were too dirty at the pause.
+    `converge` makes ready for another attempt, when the disks were too dirty at the pause. For the time of a `with`.
     """
 
     def __init__(
@@ -88,13 +91,28 @@ class ManagedSwitchover:
         self._last = LastRound(life, options, watch, connected)
         self._last.may_last |= not options.live
         self._moving = self._hurried = False
+        self._ending: asyncio.Task[None] | None = None
         taken = options.live and not (options.on_stall is OnStall.THROTTLE or options.switchover.waits)
         # A guest is not to lose its fast network device for a while only to see that it can.
         may = not gives_devices_back(ends.domain.xml)
-        self.beforehand = Beforehand(
+        self._beforehand = Beforehand(
             connected.engine.figures, disks, self, connected.guard.end, self._reporter.note, taken=taken, may=may
         )
         """libvirt's first attempt, which begins with the disks' first pass."""
+
+    async def __aenter__(self) -> ManagedSwitchover:
+        await self._beforehand.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._beforehand.__aexit__(kind, error, trace)
+        finally:
+            if self._ending is not None:
+                self._ending.cancel()
+                await asyncio.gather(self._ending, return_exceptions=True)
 
     async def run(self) -> Downtime | None:
         """Switch over; how long the guest stood still, where that can be told."""
@@ -121,7 +139,7 @@ class ManagedSwitchover:
                         self._watch.step("last round")
                         await self._last.verify()
                         return await self._hand_over(passage, paused)
-            await (self._again(STALE) if stale else self._too_dirty(attempt))
+            await (self._again(passage, STALE) if stale else self._too_dirty(passage, attempt))
         raise AssertionError("counting has ended")
 
     async def _begin(self, attempt: int, *, live: bool) -> Passage:
@@ -136,6 +154,7 @@ class ManagedSwitchover:
 
     async def begin_beforehand(self) -> Passage:
         """See `Attempts`."""
+        await self._let_last_end()
         try:
             return await self._begin(0, live=True)
         except BlkmigError:
@@ -145,16 +164,47 @@ class ManagedSwitchover:
     async def call_off(self, passage: Passage) -> None:
         """See `Attempts`."""
         await self.end(passage)
-        if passage.migration.ended:
-            await self._give_run_state_back()
+        await self._leave(passage)
 
     async def end(self, passage: Passage) -> None:
-        """See `Attempts`. A guest that somebody has paused meanwhile, and libvirt lets go on, is paused again."""
-        paused_by_others = self._is_stale(passage) and passage.found_running
+        """See `Attempts`."""
         await passage.end()
-        if paused_by_others and passage.migration.ended:
+        if passage.migration.ended:
+            await self._pause_again(passage)
+
+    async def _pause_again(self, passage: Passage) -> None:
+        """A guest that somebody has paused meanwhile, and libvirt has let go on."""
+        if passage.found_running and self._is_stale(passage):
             with contextlib.suppress(BlkmigError):
                 await self._ends.source.call(self._ends.handle.suspend)
+
+    async def _leave(self, passage: Passage) -> None:
+        """Give the guest's run state back after an attempt; if libvirt has not ended that yet, when it has."""
+        if passage.migration.ended:
+            await self._give_run_state_back()
+            return
+        self._reporter.note("libvirt has not ended yet what was called off; another attempt begins when it has")
+        self._ending = asyncio.create_task(self._leave_late(passage))
+
+    async def _leave_late(self, passage: Passage) -> None:
+        await passage.migration.failed()
+        await self._pause_again(passage)
+        await self._give_run_state_back()
+
+    async def _let_last_end(self) -> None:
+        """Return once no attempt before is under way. Raises `LibvirtFailed` where one still is."""
+        if self._ending is None:
+            return
+        await asyncio.wait({self._ending}, timeout=ENDING)
+        if not self._ending.done():
+            failed = LibvirtFailed(
+                "libvirt has not ended the migration that was called off, and cannot begin another",
+                advice=f"see what keeps it, here and at the destination (virsh domjobinfo {self._ends.domain.name})",
+            )
+            failed.busy = True
+            raise failed
+        ending, self._ending = self._ending, None
+        ending.result()
 
     async def why_failed(self, passage: Passage) -> LibvirtFailed:
         """See `Attempts`."""
@@ -181,8 +231,9 @@ class ManagedSwitchover:
     @contextlib.asynccontextmanager
     async def _under_way(self, attempt: int) -> AsyncIterator[Passage]:
         """libvirt's migration with the gate closed; unless it was opened, it is called off in the end."""
-        passage = await self.beforehand.take()
+        passage = await self._beforehand.take()
         if passage is None:
+            await self._let_last_end()
             passage = await self._begin(attempt, live=self._options.live and not self._hurried)
         try:
             yield passage
@@ -259,16 +310,16 @@ class ManagedSwitchover:
         self._guard.ignore_pauses()
         await self._ends.source.call(self._ends.handle.suspend)
 
-    async def _too_dirty(self, attempt: int) -> None:
+    async def _too_dirty(self, passage: Passage, attempt: int) -> None:
         options = self._options
         text = "when RAM was ready the disks were too dirty for --downtime, the guest was given back"
         if attempt >= ATTEMPTS and options.on_stall in (OnStall.ABORT, OnStall.THROTTLE):
             raise Stalled(f"{text}, {ATTEMPTS} times", advice="raise --downtime, or choose --on-stall pause or wait")
-        await self._again(text)
+        await self._again(passage, text)
 
-    async def _again(self, why: str) -> None:
+    async def _again(self, passage: Passage, why: str) -> None:
         self._reporter.note(f"{why}: trying again")
-        await self._give_run_state_back()
+        await self._leave(passage)
         await self._converge()
 
     async def _hand_over(self, passage: Passage, paused: float) -> Downtime | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import cast
 from unittest.mock import AsyncMock, MagicMock
 
 import pytest
@@ -37,6 +39,60 @@ async def test_what_is_refused_after_hours_of_copying_does_not_cost_the_copies(
     with pytest.raises(LibvirtFailed, match="could not begin") as told:
         await over.begin_beforehand()
     assert told.value.mendable and told.value.advice == refused.advice and str(refused) in str(told.value)
+
+
+class _Unending:
+    """An attempt that libvirt has not ended, although it was told to, until `over` is set."""
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+        self.migration = self
+        self.found_running = True
+
+    @property
+    def ended(self) -> bool:
+        return self.over.is_set()
+
+    async def end(self) -> None:
+        return
+
+    async def failed(self) -> None:
+        await self.over.wait()
+
+
+async def test_what_libvirt_ends_late_is_waited_for_and_its_run_state_given_back_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    life = MagicMock()
+    over, late, following = _switchover(life), _Unending(), MagicMock()
+    record = life.job.record
+    record.run_state_taken = record.migrating = record.was_running = True
+    monkeypatch.setattr(over._ends.source, "call", paused := AsyncMock())
+    monkeypatch.setattr(over, "_begin", AsyncMock(return_value=following))
+    monkeypatch.setattr(managed_switchover, "ENDING", 0.05)
+    await over.call_off(cast(Passage, late))
+    assert record.run_state_taken and record.migrating, "it is under way still"
+    assert "has not ended" in life.reporter.note.call_args[0][0]
+    with pytest.raises(LibvirtFailed, match="cannot begin another") as told:
+        await over.begin_beforehand()
+    assert told.value.mendable and told.value.busy and record.migrating
+    record.was_running = False
+    late.over.set()
+    assert await over.begin_beforehand() is following
+    assert not record.run_state_taken and not record.migrating
+    paused.assert_awaited_once_with(over._ends.handle.suspend)
+
+
+async def test_what_libvirt_has_not_ended_when_the_job_ends_is_left_to_who_settles_it() -> None:
+    life = MagicMock()
+    over, late = _switchover(life), _Unending()
+    life.job.record.migrating = True
+    over._beforehand = AsyncMock()
+    async with over:
+        await over.call_off(cast(Passage, late))
+    late.over.set()
+    await asyncio.sleep(0.01)
+    assert life.job.record.migrating
 
 
 @pytest.mark.parametrize(
