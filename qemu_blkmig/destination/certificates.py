@@ -75,13 +75,11 @@ def _value(configuration: str, name: str) -> str | None:
 
 def out_of_date(path: Path, now: datetime) -> str | None:
     """What is wrong with the dates of a certificate, the first one of its file, or of all of an authority's."""
-    found = []
-    for encoded in _CERTIFICATE.findall(path.read_text(errors="replace")):
-        try:
-            found.append(validity(base64.b64decode(encoded)))
-        except (ValueError, IndexError, StopIteration):
-            # The handshake tells what it is, if it is no certificate.
-            return None
+    try:
+        found = [validity(each) for each in _certificates(path)]
+    except (ValueError, IndexError):
+        # The handshake tells what it is, if it is no certificate.
+        return None
     if path.name != AUTHORITY:
         found = found[:1]
     if not found or any(begin <= now <= end for begin, end in found):
@@ -92,22 +90,26 @@ def out_of_date(path: Path, now: datetime) -> str | None:
     return f"{path} is valid from {_shown(begin)} on, and the host's clock says {_shown(now)}"
 
 
+def _certificates(path: Path) -> list[bytes]:
+    """All of a file, in DER. Raises `ValueError` where one is not even encoded as such."""
+    return [base64.b64decode(encoded) for encoded in _CERTIFICATE.findall(path.read_text(errors="replace"))]
+
+
 def _names_authority_by_number(path: Path) -> bool:
     """Whether it, or one that it comes with, does; False, too, where that cannot be told."""
     try:
-        found = [base64.b64decode(encoded) for encoded in _CERTIFICATE.findall(path.read_text(errors="replace"))]
-        return any(names_authority_by_number(each) for each in found)
-    except (ValueError, IndexError, StopIteration):
+        return any(names_authority_by_number(each) for each in _certificates(path))
+    except (ValueError, IndexError):
         return False
 
 
 def names_authority_by_number(certificate: bytes) -> bool:
     """Whether a certificate (in DER) names the serial number of the one that has signed it. Raises as `validity`."""
     for listed in (content for tag, content in _signed(certificate) if tag == _EXTENSIONS):
-        for _, extension in _elements(next(_elements(listed))[1]):
+        for _, extension in _elements(_first(listed)):
             (_, identifier), *_, (_, value) = _elements(extension)
             if identifier == _AUTHORITY_KEY:
-                return any(tag == _NUMBER for tag, _ in _elements(next(_elements(value))[1]))
+                return any(tag == _NUMBER for tag, _ in _elements(_first(value)))
     return False
 
 
@@ -125,12 +127,19 @@ def validity(certificate: bytes) -> tuple[datetime, datetime]:
 
 def _signed(certificate: bytes) -> Iterator[tuple[int, bytes]]:
     """The fields of what the authority has signed."""
-    return _elements(next(_elements(next(_elements(certificate))[1]))[1])
+    return _elements(_first(_first(certificate)))
 
 
 def _moment(tag: int, content: bytes) -> datetime:
     form = "%y%m%d%H%M%SZ" if tag == _UTC_TIME else "%Y%m%d%H%M%SZ"
     return datetime.strptime(content.decode("ascii"), form).replace(tzinfo=UTC)
+
+
+def _first(encoded: bytes) -> bytes:
+    """The contents of the first element. Raises `ValueError` where there is none."""
+    for _, content in _elements(encoded):
+        return content
+    raise ValueError("no element of ASN.1")
 
 
 def _elements(encoded: bytes) -> Iterator[tuple[int, bytes]]:

@@ -96,6 +96,9 @@ def test_an_authority_that_was_renewed_is_valid_beside_the_old_one(host: Path) -
 
 
 def test_what_is_no_certificate_has_no_date(host: Path) -> None:
-    for text in ("", "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n", "\0"):
+    form = "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n"
+    for text in ("", form.format("MAA="), form.format(""), form.format("MAIwAA=="), "\0"):
         (host / "server-cert.pem").write_text(text)
         assert certificates.out_of_date(host / "server-cert.pem", datetime.now(UTC)) is None
+        told = certificates.look(str(host), server=True)
+        assert not told.dated and not told.by_number
