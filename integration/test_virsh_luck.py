@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,6 +15,7 @@ from integration.lab import LabError, wait_until
 from integration.listened import Listened
 from integration.thorough import also
 from integration.virtlab import Domain, VirtLab
+from qemu_blkmig.job.sharing import FOLDER, Circle
 
 HERE = "the guest runs at the source"
 THERE = "the guest runs at the destination"
@@ -207,6 +209,21 @@ def test_what_libvirt_began_too_early_is_called_off_and_the_domain_moves_when_it
     virtlab.assert_nothing_left()
 
 
+def test_nothing_begins_while_a_job_waits_for_its_slot(virtlab: VirtLab, domain: Domain) -> None:
+    state = virtlab.hosts.near / "state"
+    taken = Circle(state / FOLDER / "slots").join("another", 1)
+    assert taken is not None
+    attempt = virtlab.attempt(domain, "--slots", 1)
+    attempt.wait_event(lambda event: "waits for a slot" in event.get("text", ""), "it to wait")
+    for _ in range(20):
+        assert domain.state(far=True) is None
+        time.sleep(0.1)
+    os.close(taken)
+    attempt.outcome().succeeded()
+    virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
 def test_what_only_the_start_of_the_destination_s_qemu_tells_ends_a_long_copy_at_its_begin(virtlab: VirtLab) -> None:
     disk = virtlab.disk("port.qcow2", 128 << 20, data=[(1 << 20, 64 << 20)])
     display = "<graphics type='vnc' port='5999' autoport='no' listen='127.0.0.1'/></devices>"
@@ -293,6 +310,40 @@ def test_a_guest_that_an_admin_pauses_stays_so_when_libvirt_s_migration_fails_by
         assert domain.state(far=True) == "paused"
         virtlab.hosts.virsh("resume", domain.name, far=True)
         virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+@pytest.mark.thorough
+def test_a_migration_that_libvirt_cannot_end_for_minutes_costs_no_copies(virtlab: VirtLab, domain: Domain) -> None:
+    hosts = virtlab.hosts
+    waits, waiting = hosts.far / "hook.waits", hosts.far / "hook.waiting"
+    hook = hosts.far / "libvirt/etc/hooks/qemu"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(
+        f'#!/bin/sh\n[ "$2" = prepare ] && touch {waiting} && while [ -e {waits} ]; do sleep 0.2; done\nexit 0\n'
+    )
+    hook.chmod(0o755)
+    waits.touch()
+    hosts.stop_libvirtd(far=True)
+    hosts.start_libvirtd(far=True)
+    try:
+        attempt = virtlab.attempt(domain, hold="copied")
+        attempt.wait_held()
+        wait_until(waiting.exists, "hostb's libvirt to prepare", 20)
+        hosts.virsh("suspend", domain.name)
+        attempt.wait_event(lambda event: "has not ended yet" in event.get("text", ""), "it to be called off in vain")
+        attempt.go_on()
+        time.sleep(2)
+        waits.unlink()
+        attempt.outcome().succeeded()
+    finally:
+        waits.unlink(missing_ok=True)
+        hook.unlink()
+        hosts.stop_libvirtd(far=True)
+        hosts.start_libvirtd(far=True)
+    assert domain.state(far=True) == "paused"
+    hosts.virsh("resume", domain.name, far=True)
+    virtlab.assert_arrived(domain)
     virtlab.assert_nothing_left()
 
 

@@ -30,6 +30,8 @@ JUDGED = 1.0
 """Seconds that it waits at least, before it is judged by the speed of the pass so far whether it is worth waiting."""
 WATCH = 0.2
 """Seconds between two looks at an attempt that waits."""
+BEGUN = 0.05
+"""Seconds between two looks whether the pass has begun, which may have to wait for others' (--slots)."""
 AGAIN = 5.0
 """Seconds after which one that failed is made again: who was just being started anew is there by then."""
 
@@ -114,6 +116,8 @@ class Beforehand:
 
     async def _offer(self) -> None:
         try:
+            while self._figures().phase is Phase.CREATED and not self._wanted.is_set():
+                await self._until_wanted(BEGUN)
             for last in (False, True):
                 if self._wanted.is_set() or (failure := await self._try()) is None:
                     return

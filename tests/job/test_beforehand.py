@@ -143,6 +143,18 @@ async def test_it_begins_with_the_pass_and_is_whose_takes_it() -> None:
     assert not begun.ends and not lab.called_off and len(lab.begun) == 1
 
 
+async def test_it_does_not_begin_while_the_pass_waits_for_others() -> None:
+    lab = _Lab()
+    lab.phase = Phase.CREATED
+    async with lab.beforehand() as before:
+        await asyncio.sleep(3 * beforehand.BEGUN)
+        assert not lab.begun
+        lab.phase = Phase.RECORDING
+        begun = await lab.begins()
+        lab.phase = Phase.BULK
+        assert cast(Any, await before.take()) is begun
+
+
 async def test_nothing_begins_when_it_is_time_anyway_or_where_nothing_may() -> None:
     lab = _Lab()
     async with lab.beforehand() as before:
