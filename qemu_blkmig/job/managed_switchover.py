@@ -31,7 +31,7 @@ from qemu_blkmig.job.reporting import Stopwatch
 from qemu_blkmig.job.result import Downtime
 from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.features import probe
-from qemu_blkmig.qmp.guest import MIGRATED, migration_status, run_state
+from qemu_blkmig.qmp.guest import migration_away
 from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.virt.connection import LibvirtError
 from qemu_blkmig.virt.domain import gives_devices_back
@@ -221,12 +221,8 @@ class ManagedSwitchover:
         return self._job.record.was_running is not passage.found_running
 
     async def _has_paused(self) -> bool:
-        """Whether QEMU has paused the guest for its migration.
-
-        Of one by which the guest came here it says "completed" until this one begins.
-        """
-        status = await migration_status(self._life.source)
-        return status in AT_THE_PAUSE and (status != "completed" or await run_state(self._life.source) in MIGRATED)
+        """Whether QEMU has paused the guest for its migration."""
+        return await migration_away(self._life.source) in AT_THE_PAUSE
 
     @contextlib.asynccontextmanager
     async def _under_way(self, attempt: int) -> AsyncIterator[Passage]:

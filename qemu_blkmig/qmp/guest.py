@@ -30,6 +30,15 @@ async def migration_status(monitor: Monitor, *, timeout: float = 30) -> str:  # 
     return str((await monitor.execute("query-migrate", timeout=timeout)).get("status", "none"))
 
 
+async def migration_away(monitor: Monitor) -> str:
+    """QEMU's word for where a migration of its guest away stands.
+
+    Of one by which the guest came here it says "completed" until another begins: that is "none" here.
+    """
+    status = await migration_status(monitor)
+    return "none" if status == "completed" and await run_state(monitor) not in MIGRATED else status
+
+
 async def run_state(monitor: Monitor) -> str:
     """Return the guest's run state by QEMU's name of it ("running", "paused", "io-error", "postmigrate", ...)."""
     return str((await monitor.execute("query-status"))["status"])
@@ -53,9 +62,9 @@ class QemuGuest:
 
     async def check_still_here(self) -> None:
         """Raise `GuestStateError` if somebody migrates the guest away, or did: it is not ours to pause and resume."""
-        migration = await migration_status(self._monitor)
-        state = await run_state(self._monitor)
-        if migration in UNDER_WAY or (migration == "completed" and state in MIGRATED):
+        migration = await migration_away(self._monitor)
+        if migration in UNDER_WAY or migration == "completed":
+            state = await run_state(self._monitor)
             raise GuestStateError(f"somebody else migrates the guest away (migration {migration}, run state {state})")
 
     async def check_awake(self) -> None:

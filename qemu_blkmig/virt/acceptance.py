@@ -30,7 +30,7 @@ _POLL = 0.2
 
 async def same_daemon(source: Connection, target: Connection) -> bool:
     """Whether both are the same host's libvirt, as the host's UUID tells (virConnectGetCapabilities)."""
-    told = [await end.call(end.handle.getCapabilities) for end in (source, target)]
+    told = [await end.capabilities() for end in (source, target)]
     uuids = [ElementTree.fromstring(xml).findtext("./host/uuid") for xml in told]
     return uuids[0] is not None and uuids[0] == uuids[1]
 
@@ -98,7 +98,7 @@ async def lacks(target: Connection, there: Domain, running: Domain | None) -> li
         return [f"the destination cannot run this domain: {error}"]
     found = [*not_offered(offered, there.xml)]
     if static_labels(there.xml):
-        found += drivers_lacking(await target.call(target.handle.getCapabilities), there.xml)
+        found += drivers_lacking(await target.capabilities(), there.xml)
     return found + ([] if running is None else await _cpu_lacks(target, rooted(running.xml).find("./cpu"), which))
 
 

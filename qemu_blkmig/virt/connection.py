@@ -101,6 +101,7 @@ class Connection:
         self.uri = uri
         self.who = who
         self._order = asyncio.Lock()
+        self._capabilities: str | None = None
 
     @classmethod
     async def open(cls, uri: str | None, who: str) -> Connection:
@@ -186,6 +187,12 @@ class Connection:
                 if error.code not in (module.VIR_ERR_NO_DOMAIN, module.VIR_ERR_INVALID_ARG):
                     raise
         raise Refused(f"{self.who} has no domain {name!r}", advice=f"virsh -c {self.uri} list --all")
+
+    async def capabilities(self) -> str:
+        """The XML of virConnectGetCapabilities, which is asked for once. Raises as `call` does."""
+        if self._capabilities is None:
+            self._capabilities = str(await self.call(self.handle.getCapabilities))
+        return self._capabilities
 
     async def close(self) -> None:
         """Let go of the daemon."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+from qemu_blkmig.units import show_bytes
 from qemu_blkmig.virt.connection import Connection, LibvirtError
 from qemu_blkmig.virt.domain import rooted
 
@@ -103,7 +104,7 @@ def _bytes(element: ElementTree.Element, attribute: str | None = None) -> int:
 
 async def _sizes(target: Connection) -> list[int]:
     """The page sizes that the host knows, in bytes, the ordinary one first."""
-    told = ElementTree.fromstring(await target.call(target.handle.getCapabilities))
+    told = ElementTree.fromstring(await target.capabilities())
     return sorted(int(page.get("size", "0")) << 10 for page in told.findall("./host/cpu/pages"))
 
 
@@ -118,7 +119,5 @@ async def _free(target: Connection, size: int) -> int | None:
 
 
 def _shown(size: int) -> str:
-    for name, unit in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if size and size % unit == 0:
-            return f"{size // unit} {name}"
-    return f"{size >> 10} KiB"
+    """As pages are called: 2 MiB."""
+    return show_bytes(size).replace(".0 ", " ")

@@ -142,7 +142,7 @@ async def qemu_owner(connection: Connection, domain_xml: str) -> tuple[int, int]
     """The user and group that QEMU will run as there, and libvirt's DAC gives its images to; None where unknown."""
     root = ElementTree.fromstring(domain_xml)
     own = root.findtext("./seclabel[@model='dac'][@type='static']/label")
-    told = ElementTree.fromstring(await connection.call(connection.handle.getCapabilities))
+    told = ElementTree.fromstring(await connection.capabilities())
     for model in told.findall("./host/secmodel"):
         if own is None and model.findtext("model") == "dac":
             own = model.findtext(f"./baselabel[@type='{root.get('type')}']")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -37,3 +38,11 @@ def test_nobody_who_ends_waits_for_a_host_that_does_not_answer(monkeypatch: pyte
 async def test_what_libvirt_says_of_a_host_is_told() -> None:
     with pytest.raises(Refused, match="the destination's libvirt: cannot connect to test:///missing"):
         await Connection.open("test:///missing", TARGET)
+
+
+async def test_what_a_libvirt_can_do_is_asked_once(daemonless: Connection) -> None:
+    handle, daemonless.handle = daemonless.handle, MagicMock(wraps=daemonless.handle)
+    told = [await daemonless.capabilities() for _ in range(2)]
+    assert told[0] == told[1] and "<host>" in told[0]
+    daemonless.handle.getCapabilities.assert_called_once_with()
+    daemonless.handle = handle
