@@ -170,7 +170,7 @@ class Verification:
         self._engine.owe(disk, extents)
 
     async def _keep_reading(self) -> None:
-        while True:
+        while self._disks:
             await self._may_go_on.wait()
             checked = 0
             for disk in self._disks:
