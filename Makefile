@@ -20,8 +20,9 @@ demo: setup
 lab: setup
 	@.venv/bin/python -m integration.laboratory
 
+# Two at a time: installing and mypy keep one processor busy.
 test: setup
-	.venv/bin/tox $(TOX_ARGS)
+	.venv/bin/tox run-parallel --parallel 2 --parallel-live $(TOX_ARGS)
 
 bench: setup
 	.venv/bin/python -m integration.bench $(BENCH_ARGS)
