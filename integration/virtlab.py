@@ -6,11 +6,13 @@ Their images lie in /var/lib/libvirt/images, of which each host has its own.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +88,7 @@ class VirtLab:
         self._kernel = kernel
         self._initramfs = initramfs
         self._count = 0
+        self._kept: Domain | None = None
         for far in (False, True):
             self.outside(IMAGES, far=far).mkdir(exist_ok=True)
 
@@ -123,6 +126,39 @@ class VirtLab:
         domain = Domain(self, name, disks)
         domain.wait_for_writing()
         return domain
+
+    def take(self) -> Domain:
+        """A guest with one qcow2 disk, 16 MiB of it data, which writes: the one kept, if there is one.
+
+        Give it back with `keep`.
+        """
+        domain, self._kept = self._kept, None
+        if domain is None:
+            return self.boot(self.disk(f"{uuid.uuid4()}.qcow2", 128 << 20, data=[(1 << 20, 16 << 20)]))
+        self.hosts.virsh("resume", domain.name)
+        domain.wait_for_writing()
+        return domain
+
+    def keep(self, domain: Domain) -> None:
+        """Keep it, paused, for the next test if it runs on hosta as if nothing had been; else end it."""
+        if self._is_well(domain):
+            self.hosts.virsh("suspend", domain.name)
+            self._kept = domain
+        else:
+            domain.destroy()
+            self.put_in_order()
+
+    def _is_well(self, domain: Domain) -> bool:
+        with contextlib.suppress(LabError):
+            if domain.runs() != ["hosta"] or domain.state(far=True) is not None or domain.console(far=True):
+                return False
+            images = self.hosts.virsh("domblklist", domain.name).split()
+            asked = '{"execute": "query-named-block-nodes"}', '{"execute": "query-block-exports"}'
+            nodes, exports = (self.hosts.virsh("qemu-monitor-command", domain.name, each) for each in asked)
+            bare = "blkmig" not in nodes and json.loads(exports)["return"] == []
+            settled = not self.jobs() and not self.images_there(domain)
+            return bare and settled and images[1::2] == [str(disk.path) for disk in domain.disks]
+        return False
 
     @property
     def target(self) -> str:
@@ -205,21 +241,21 @@ class VirtLab:
         """
         assert domain.runs() == ["hostb"], domain.runs()
         domain.wait_for_writing(far=True, more=20)
+        self.hosts.virsh("destroy", domain.name, far=True)
         self._assert_sound(domain, paths or [disk.path for disk in domain.disks], far=True)
 
     def assert_stayed(self, domain: Domain) -> None:
-        """Assert that it runs on hosta alone, goes on writing, and that no record of its disks is lost or torn.
-
-        It is ended for that.
-        """
+        """Assert that it runs on hosta alone, goes on writing, and that no record of its disks is lost or torn."""
         assert domain.runs() == ["hosta"], domain.runs()
         assert domain.state(far=True) is None, "hostb still knows it"
         assert not domain.console(far=True), "it ran on hostb"
         domain.wait_for_writing(more=20)
+        # As with `stop` in QEMU: what it has acknowledged is in the images then.
+        self.hosts.virsh("suspend", domain.name)
         self._assert_sound(domain, [disk.path for disk in domain.disks], far=False)
+        self.hosts.virsh("resume", domain.name)
 
     def _assert_sound(self, domain: Domain, paths: Sequence[Path], *, far: bool) -> None:
-        self.hosts.virsh("destroy", domain.name, far=far)
         acked = max(domain.acked(), domain.acked(far=True))
         for disk, path in zip(domain.disks, paths, strict=True):
             if not disk.read_only:
