@@ -76,7 +76,7 @@ def test_no_guest_is_paused_without_a_watchdog_that_answers(bench: Bench) -> Non
     attempt.assert_suspended()
 
 
-@pytest.mark.parametrize("moment", ["bulk", *PAUSED, *also("prepared", "converged", "moving RAM")])
+@pytest.mark.parametrize("moment", ["last round over", *also("bulk", "paused", "prepared", "converged", "moving RAM")])
 def test_a_killed_agent_leaves_the_guest_at_the_source(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment, "--verify", "full")
     kill(attempt.agent())
@@ -96,7 +96,7 @@ def test_an_agent_that_hangs_in_the_last_round_does_not_keep_the_guest_paused(be
     attempt.assert_suspended()
 
 
-@pytest.mark.parametrize("moment", ["bulk", "paused"])
+@pytest.mark.parametrize("moment", ["paused", *also("bulk")])
 def test_a_killed_nbd_server_at_the_destination_leaves_the_guest_at_the_source(bench: Bench, moment: str) -> None:
     attempt = bench.attempt_at(moment, kind="qcow2")
     kill(attempt.child("qemu-nbd"))

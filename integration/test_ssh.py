@@ -122,7 +122,7 @@ def test_a_connection_that_is_killed_in_the_handover_leaves_one_running_guest(fa
         attempt.assert_source_has_it()
 
 
-@pytest.mark.parametrize("moment", ["bulk", "undecided", *also("paused", "started")])
+@pytest.mark.parametrize("moment", ["undecided", *also("bulk", "paused", "started")])
 def test_the_watchdog_settles_over_a_connection_of_its_own(far: Bench, moment: str) -> None:
     attempt = far.attempt_at(moment)
     attempt.signal(signal.SIGKILL)
