@@ -389,7 +389,7 @@ class Lab:
 
     def boot(self, disks: Sequence[Disk], orders: Orders | None = None, hardware: Hardware | None = None) -> Guest:
         """Start a guest; it does not wait for it to write."""
-        orders = orders or Orders(rate=200)
+        orders = orders or Orders(rate=100)
         directory = self.directory / f"guest{len(self.guests)}"
         directory.mkdir()
         initramfs = self._initramfs(orders.agent)

@@ -117,7 +117,7 @@ class VirtLab:
         self._count += 1
         name = f"vm{self._count}"
         console = IMAGES / f"{name}.console"
-        orders = orders or Orders(rate=200)
+        orders = orders or Orders(rate=100)
         xml = domain_xml(name, disks, orders, self._kernel, self._initramfs(orders.agent), console)
         file = self.hosts.near / f"{name}.xml"
         file.write_text(alter(xml))
