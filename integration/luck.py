@@ -42,8 +42,10 @@ class Attempt(Listened):
             left.unlink(missing_ok=True)
         go = lab.directory / "go"
         command = [*lab.entering, *(COMMAND if hold is None else held_at(hold, go, block=block))]
-        # A busy machine is no stall; of two such options the last counts.
-        command += [verb, f"qmp:{source.qmp}", lab.place, "--progress=json", "--max-rounds", "1000"]
+        # A busy machine is no stall, and would hunt for the usual downtime for minutes; of two such options the last
+        # counts.
+        calm = ("--max-rounds", "1000", "--downtime", "3000")
+        command += [verb, f"qmp:{source.qmp}", lab.place, "--progress=json", *calm]
         if launch:
             command += ["--launch", source.launch_command(lab.target)]
         super().__init__([*command, *map(str, options)], go)
