@@ -20,6 +20,7 @@ from pathlib import Path
 
 from integration.hosts import PORT, REPOSITORY, Hosts
 from integration.lab import wait_until
+from integration.unpacked import unpacked
 from integration.virthosts import VirtHosts
 from qemu_blkmig.demo.guest import build_initramfs, find_kernel
 
@@ -43,7 +44,7 @@ class Laboratory:
     def __init__(self, hosts: Hosts) -> None:
         self.hosts = hosts
         self._state = hosts.near / "state"
-        kernel = find_kernel()
+        kernel = unpacked(find_kernel(), hosts.near / "vmlinux")
         build_initramfs(hosts.near / "initramfs", kernel)
         for far, folder in ((False, hosts.near), (True, hosts.far)):
             for name in ("vm", "bin"):
@@ -54,10 +55,10 @@ class Laboratory:
             script += "; [ ! -e /usr/bin/pkttyagent ] || mount --bind /dev/null /usr/bin/pkttyagent"
             hosts.run("sh", "-ec", script, far=far)
         # The same guest boots on both hosts, from a kernel and initramfs that each has.
-        (hosts.far / "initramfs").write_bytes((hosts.near / "initramfs").read_bytes())
-        for far, folder in ((False, hosts.near), (True, hosts.far)):
-            for name, path in (("initramfs", folder / "initramfs"), ("vmlinuz", kernel.image)):
-                hosts.run("ln", "-s", path, f"/srv/lab/{name}", far=far)
+        for name, path in (("initramfs", hosts.near / "initramfs"), ("vmlinuz", kernel.image)):
+            shutil.copyfile(path, hosts.far / name)
+            for far, here in ((False, path), (True, hosts.far / name)):
+                hosts.run("ln", "-s", here, f"/srv/lab/{name}", far=far)
         hosts.run("ln", "-s", REPOSITORY / "ansible", "/srv/lab/ansible")
         hosts.run("ln", "-s", hosts.far / "etc" / "authorized_keys", "/srv/lab/authorized_keys", far=True)
         with (hosts.near / "ssh" / "ssh_config").open("a") as config:
