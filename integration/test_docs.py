@@ -11,7 +11,9 @@ before a block may say more:
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +23,15 @@ import pytest
 
 from integration.hosts import REPOSITORY
 from integration.laboratory import laboratory
+from manuals.parsers import programs
 
 DOCS = REPOSITORY / "docs"
 PROMPT = "hosta# "
 LIMIT = 600
 """Seconds that a page's session may take, on a busy machine too."""
-LONG = ("ansible.md", "emptying-a-host.md")
-"""Pages that only a thorough run has; what they show is in test_ansible.py as well."""
+LONG = ("ansible.md", "emptying-a-host.md", "pre-seeding.md", "report.md", "resume.md")
+"""Pages that only a thorough run has; what they show is in test_ansible.py, test_compare.py, test_report.py, and, a job
+that is resumed, in the tutorial as well. That our commands are understood is looked at of them, too."""
 _BLOCK = re.compile(r"(?:^<!-- ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
@@ -72,6 +76,7 @@ def blocks(page: Path) -> list[Block]:
     return [Block(note, language, text) for note, language, text in _BLOCK.findall(page.read_text())]
 
 
+PROGRAMS = programs()
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if any(block.language == "console" for block in blocks(page))]
 
 
@@ -117,6 +122,27 @@ def test_every_command_of_the_page_runs_in_the_laboratory(page: Path, tmp_path: 
         left = [f"{path.name}: {path.read_text(errors='replace')[-2000:]}" for path in lab.progress()]
     text = typed.read_text(errors="replace")
     assert code == 0 and text.endswith("THE END\n"), "\n".join([f"exit code {code}", text[-6000:], *left])
+
+
+def ours(command: str) -> Iterator[list[str]]:
+    """The words of each command of ours in what is typed."""
+    lexer = shlex.shlex(
+        re.sub(r"""[12]?>[^\s'"]+""", "", command).replace("\\\n", ""), posix=True, punctuation_chars=True
+    )
+    lexer.whitespace_split = True
+    for ends, words in itertools.groupby(lexer, key=lambda word: word in (";", "&", "&&", "|", "||", "(", ")")):
+        if not ends and (found := list(words))[0] in PROGRAMS:
+            yield found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_commands_of_ours_are_understood(page: Path) -> None:
+    typed = (command for block in blocks(page) if block.language == "console" for command in block.commands())
+    for name, *words in itertools.chain.from_iterable(map(ours, typed)):
+        try:
+            PROGRAMS[name].parse_args(words)
+        except SystemExit as asked:
+            assert asked.code == 0 and words == ["--version"], words
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
