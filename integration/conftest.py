@@ -15,17 +15,22 @@ from integration.virthosts import VirtHosts, two_virt_hosts
 from integration.virtlab import Domain, VirtLab
 from qemu_blkmig.demo.guest import Kernel, build_initramfs, find_kernel
 
+LONGEST = tuple(f"test_{name}.py" for name in ("packages", "ansible", "docs", "meanwhile", "kills", "resume"))
+"""Files with tests of up to minutes. They come first: begun last, one would keep everybody waiting for one worker."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """See `integration.thorough`."""
     parser.addoption("--thorough", action="store_true", help="test every moment of everything (about twice the time)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """See `integration.thorough`."""
+    """See `integration.thorough`, and LONGEST."""
     if not config.getoption("--thorough"):
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
