@@ -41,6 +41,8 @@ class WallClock:
             "FAKETIME_NO_CACHE": 1,
             "FAKETIME_DONT_FAKE_MONOTONIC": 1,
             "FAKETIME_DONT_RESET": 1,
+            # Threads that wait for Python's lock would go round and round: half of a processor, or a whole one.
+            "FAKETIME_FORCE_MONOTONIC_FIX": 0,
         }
         return ("env", *(f"{name}={value}" for name, value in told.items()))
 
