@@ -216,9 +216,9 @@ class VirtLab:
         """What that host's pool POOL knows."""
         return [line.split()[0] for line in self.hosts.virsh("vol-list", POOL, far=far).splitlines() if line.strip()]
 
-    def owner(self, path: Path) -> str:
-        """Whose a file of hostb's is, and its mode."""
-        return self.hosts.run("stat", "-c", "%U:%G %a", path, far=True).strip()
+    def owner(self, path: Path, *, far: bool = True) -> str:
+        """Whose a file of that host's is, and its mode."""
+        return self.hosts.run("stat", "-c", "%U:%G %a", path, far=far).strip()
 
     def images_there(self, domain: Domain) -> list[Path]:
         """Images of the domain that are on hostb."""
