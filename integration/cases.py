@@ -88,11 +88,21 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a case: whether it was struck in time, the exit codes of all commands, where the guest is."""
+    """What became of a case: whether it was struck in time, how all commands ended, where the guest is."""
 
     struck: bool
-    codes: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
     guest: Literal["source", "destination", "source's disks", "destination's disks"]
+
+    @property
+    def codes(self) -> list[int]:
+        """Exit codes."""
+        return [outcome.code for outcome in self.outcomes]
+
+    @property
+    def told(self) -> list[str]:
+        """What those told that failed, and did not only leave it to a person to look."""
+        return [outcome.stderr for outcome in self.outcomes if outcome.code not in (0, UNDECIDED)]
 
     def __str__(self) -> str:
         return f"{'struck' if self.struck else 'too late'}, exit codes {', '.join(map(str, self.codes))}: {self.guest}"
@@ -120,7 +130,7 @@ class _Run:
         held = case.moment if case.moment in MOMENTS else None
         self._attempt = Attempt(lab, self._guest, *case.options, hold=held)
         self._sides: Sides = (self._guest, self._attempt.destination)
-        self._codes: list[int] = []
+        self._outcomes: list[Outcome] = []
         self._struck = False
 
     def judged(self) -> Verdict:
@@ -163,11 +173,11 @@ class _Run:
 
     def _take(self, outcome: Outcome) -> None:
         """Judge what holds after each command; nothing of it may be put right by the next one."""
-        self._codes.append(outcome.code)
+        self._outcomes.append(outcome)
         judges.assert_told_truly(outcome, self._sides, killed=self._may_be_gone)
         assert sum(judges.runs(side) for side in self._sides) < 2, f"the guest runs on both sides: {outcome.stderr}"
         judges.assert_ran_once(self._sides)
-        everybody_killed = self._struck and self._case.fault == "both" and len(self._codes) == 1
+        everybody_killed = self._struck and self._case.fault == "both" and len(self._outcomes) == 1
         if outcome.code != UNDECIDED and not everybody_killed:
             judges.wait_for_one(self._sides, none=self._may_be_gone, said=outcome.stderr)
 
@@ -192,7 +202,7 @@ class _Run:
                 self._guest.quit()
             else:
                 self._guest.resume()
-            self._codes.append(cleaned.code)
+            self._outcomes.append(cleaned)
             cleaned = command("cleanup", job, lab=self._lab)
         self._take(cleaned)
         assert cleaned.code == 0, f"cleanup: {cleaned}"
@@ -212,4 +222,4 @@ class _Run:
         return self._verdict("destination's disks" if there else "source's disks")
 
     def _verdict(self, guest: Literal["source", "destination", "source's disks", "destination's disks"]) -> Verdict:
-        return Verdict(self._struck, tuple(self._codes), guest)
+        return Verdict(self._struck, tuple(self._outcomes), guest)

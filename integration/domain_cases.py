@@ -113,7 +113,7 @@ class _Run:
         self.attempt = lab.attempt(self.domain, *case.options, hold=held)
         self.beside: list[subprocess.Popen[str]] = []
         """Commands that were started while it ran, and end with it."""
-        self._codes: list[int] = []
+        self._outcomes: list[Outcome] = []
         self._struck = False
 
     def judged(self) -> Verdict:
@@ -152,7 +152,7 @@ class _Run:
 
     def _take(self, outcome: Outcome) -> None:
         """Judge what holds after each command, what was broken being mended."""
-        self._codes.append(outcome.code)
+        self._outcomes.append(outcome)
         self._assert_ran_once()
         if outcome.code != UNDECIDED:
             self._wait_for_one(outcome.stderr)
@@ -241,7 +241,7 @@ class _Run:
             assert_records_sound(image, self._acked(f"vd{chr(97 + number)}"))
         where = "destination" if far else "source"
         guest = where if runs else f"{where}'s disks"
-        return Verdict(self._struck, tuple(self._codes), cast(Literal["source", "destination"], guest))
+        return Verdict(self._struck, tuple(self._outcomes), cast(Literal["source", "destination"], guest))
 
     def _acked(self, name: str) -> int:
         consoles = "".join(self.domain.console(far=far) for far in (False, True))
@@ -265,9 +265,13 @@ def _network(pid: int) -> str | None:
 
 
 def _kill(*pids: int) -> bool:
+    """Kill them; whether any was still there, which may take others along."""
+    killed = False
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    return bool(pids)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed = True
+    return killed
 
 
 def _signal(number: int) -> Strike:

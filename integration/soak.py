@@ -116,7 +116,7 @@ def _append(
         "after": round(case.after, 2), "then": case.then, "line": case.line, "format": case.format,
         "passed": verdict is not None, "struck": verdict.struck if verdict else None,
         "codes": verdict.codes if verdict else None, "guest": verdict.guest if verdict else failure[-2000:],
-        "seconds": round(seconds),
+        "seconds": round(seconds), "told": [told[-4000:] for told in verdict.told] if verdict else [],
     }  # fmt: skip
     with results.open("a") as file:
         file.write(json.dumps(entry) + "\n")
