@@ -29,9 +29,10 @@ DOCS = REPOSITORY / "docs"
 PROMPT = "hosta# "
 LIMIT = 600
 """Seconds that a page's session may take, on a busy machine too."""
-LONG = ("ansible.md", "emptying-a-host.md", "pre-seeding.md", "report.md", "resume.md")
-"""Pages that only a thorough run has; what they show is in test_ansible.py, test_compare.py, test_report.py, and, a job
-that is resumed, in the tutorial as well. That our commands are understood is looked at of them, too."""
+LONG = ("ansible.md", "emptying-a-host.md", "pre-seeding.md", "report.md", "resume.md", "slow-links.md")
+"""Pages that only a thorough run has. What they show is in test_ansible.py, test_compare.py, test_report.py,
+test_jobs.py, test_data_path.py and test_convergence.py as well, and in the tutorial a job that is resumed,
+or told to switch over. That our commands are understood is looked at of them, too."""
 _BLOCK = re.compile(r"(?:^<!-- ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
