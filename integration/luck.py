@@ -42,9 +42,9 @@ class Attempt(Listened):
             left.unlink(missing_ok=True)
         go = lab.directory / "go"
         command = [*lab.entering, *(COMMAND if hold is None else held_at(hold, go, block=block))]
-        # A busy machine is no stall, and would hunt for the usual downtime for minutes; of two such options the last
-        # counts.
-        calm = ("--max-rounds", "1000", "--downtime", "3000")
+        # A busy machine is no stall, and would hunt for the usual downtime for minutes. From one more than a second the
+        # last round would be given more than its 10 s. Of two such options the last counts.
+        calm = ("--max-rounds", "1000", "--downtime", "1000")
         command += [verb, f"qmp:{source.qmp}", lab.place, "--progress=json", *calm]
         if launch:
             command += ["--launch", source.launch_command(lab.target)]

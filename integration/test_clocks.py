@@ -60,7 +60,7 @@ def clock(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[WallClock]:
 def started(bench: Bench, guest: Guest, *options: object, hold: str | None = None) -> Attempt:
     """A migration under way, whose destination QEMU goes by the machine's clock."""
     launch = f"env --unset=LD_PRELOAD {guest.launch_command(bench.lab.target)}"
-    return Attempt(bench.lab, guest, "--launch", launch, "--downtime", 10000, *options, hold=hold)
+    return Attempt(bench.lab, guest, "--launch", launch, "--downtime", 3000, *options, hold=hold)
 
 
 def jumped(outcome: Outcome) -> list[float]:
