@@ -7,7 +7,6 @@ or cleaned up as the tool advises; then exactly one host runs the domain, which 
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
 import signal
@@ -25,7 +24,7 @@ from integration.cases import FAILED, UNDECIDED, Verdict
 from integration.hosts import PORT
 from integration.lab import Format, LabError, assert_records_sound, wait_until
 from integration.listened import PHASES
-from integration.luck import command_line
+from integration.luck import command_line, kill_all
 from integration.network import Network
 from integration.tool import COMMAND, Outcome, finish, start
 from integration.virtlab import IMAGES, VirtLab
@@ -264,16 +263,6 @@ def _network(pid: int) -> str | None:
     return None
 
 
-def _kill(*pids: int) -> bool:
-    """Kill them; whether any was still there, which may take others along."""
-    killed = False
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            killed = True
-    return killed
-
-
 def _signal(number: int) -> Strike:
     def send(run: _Run, _: ExitStack) -> bool:
         run.attempt.signal(number)
@@ -283,17 +272,17 @@ def _signal(number: int) -> Strike:
 
 
 def _kill_process(*words: str, far: bool) -> Strike:
-    return lambda run, _: _kill(*run.processes(*words, far=far))
+    return lambda run, _: kill_all(*run.processes(*words, far=far))
 
 
 def _kill_qemu(*, far: bool) -> Strike:
-    return lambda run, _: _kill(*run.processes("qemu-system", f"guest={run.domain.name},", far=far))
+    return lambda run, _: kill_all(*run.processes("qemu-system", f"guest={run.domain.name},", far=far))
 
 
 def _kill_both(run: _Run, mending: ExitStack) -> bool:
     """Coordinator and watchdog, neither of which may act upon the other's end."""
     run.attempt.signal(signal.SIGSTOP)
-    _kill(*run.processes("qemu_blkmig.job.watchdog", far=False))
+    kill_all(*run.processes("qemu_blkmig.job.watchdog", far=False))
     run.attempt.signal(signal.SIGKILL)
     return True
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from integration.far import FarLab
 from integration.lab import LabError
-from integration.luck import Attempt, command_line
+from integration.luck import Attempt, command_line, kill_all
 
 Strike = Callable[[Attempt, ExitStack], bool]
 """Does it, if what it is done to is there (else False); undoing it is left to the stack."""
@@ -33,12 +33,6 @@ def _find(attempt: Attempt, *words: str) -> list[int]:
     return [pid for pid in attempt.lab.processes() if all(word in command_line(pid) for word in words)]
 
 
-def _kill(*pids: int) -> bool:
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    return bool(pids)
-
-
 def _signal_tool(attempt: Attempt, number: int) -> bool:
     attempt.signal(number)
     return True
@@ -48,7 +42,7 @@ def _kill_both(attempt: Attempt, _: ExitStack) -> bool:
     """Coordinator and watchdog, neither of which may act upon the other's end."""
     attempt.signal(signal.SIGSTOP)
     watchdogs = _find(attempt, "qemu_blkmig.job.watchdog")
-    _kill(*watchdogs)
+    kill_all(*watchdogs)
     attempt.signal(signal.SIGKILL)
     return True
 
@@ -138,13 +132,13 @@ NEAR: dict[str, Strike] = {
     "coordinator": lambda attempt, _: _signal_tool(attempt, signal.SIGKILL),
     "hangup": lambda attempt, _: _signal_tool(attempt, signal.SIGHUP),
     "interrupt": lambda attempt, _: _signal_tool(attempt, signal.SIGINT),
-    "agent": lambda attempt, _: _kill(*_find(attempt, *attempt.lab.agent_words)),
-    "watchdog": lambda attempt, _: _kill(*_find(attempt, "qemu_blkmig.job.watchdog")),
+    "agent": lambda attempt, _: kill_all(*_find(attempt, *attempt.lab.agent_words)),
+    "watchdog": lambda attempt, _: kill_all(*_find(attempt, "qemu_blkmig.job.watchdog")),
     "both": _kill_both,
     "nbd": _break_nbd,
-    "qemu-nbd": lambda attempt, _: _kill(*_find(attempt, "qemu-nbd")),
-    "destination": lambda attempt, _: _kill(*([attempt.destination.pid] if attempt.destination.running() else [])),
-    "source": lambda attempt, _: _kill(attempt.source.pid),
+    "qemu-nbd": lambda attempt, _: kill_all(*_find(attempt, "qemu-nbd")),
+    "destination": lambda attempt, _: kill_all(*([attempt.destination.pid] if attempt.destination.running() else [])),
+    "source": lambda attempt, _: kill_all(attempt.source.pid),
 }
 """On one host or two; "both": coordinator and watchdog; "nbd": the connections over which the disks are read."""
 FAR: dict[str, Strike] = {
@@ -155,7 +149,7 @@ FAR: dict[str, Strike] = {
     "throttle": _throttle,
     "reset": _reset,
     "sshd": lambda attempt, _: _far(attempt).network.kill_connections() > 0,
-    "ssh": lambda attempt, _: _kill(*_find(attempt, "ssh ", "hostb")),
+    "ssh": lambda attempt, _: kill_all(*_find(attempt, "ssh ", "hostb")),
     "power": _power_off,
     "reboot": _reboot,
 }

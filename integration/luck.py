@@ -183,6 +183,16 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def kill_all(*pids: int) -> bool:
+    """Kill them; whether any was still there: the end of one may be another's, too."""
+    killed = False
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed = True
+    return killed
+
+
 def command(*arguments: str, lab: Lab | None = None) -> Outcome:
     """Run another command of the tool, such as `jobs`; on the source's host of `lab`."""
     enter = lab.entering if lab is not None else ()
