@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -310,6 +311,21 @@ def test_a_guest_that_an_admin_pauses_stays_so_when_libvirt_s_migration_fails_by
         assert domain.state(far=True) == "paused"
         virtlab.hosts.virsh("resume", domain.name, far=True)
         virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+def test_a_guest_that_an_admin_pauses_stays_so_when_the_coordinator_dies(virtlab: VirtLab, domain: Domain) -> None:
+    attempt = begun(virtlab, domain, BEFOREHAND)
+    wait_until(lambda: "Memory processed" in virtlab.hosts.virsh("domjobinfo", domain.name), "RAM to cross", 10)
+    virtlab.hosts.virsh("suspend", domain.name)
+    record = virtlab.hosts.near / "state" / virtlab.job() / "record.json"
+    wait_until(lambda: not json.loads(record.read_text())["was_running"], "it to be noted", 10)
+    attempt.signal(signal.SIGKILL)
+    assert "the guest is at the source, paused" in attempt.outcome().stderr
+    assert domain.state() == "paused"
+    virtlab.cleaned_up()
+    virtlab.hosts.virsh("resume", domain.name)
+    virtlab.assert_stayed(domain)
     virtlab.assert_nothing_left()
 
 

@@ -52,16 +52,24 @@ class _State:
 
 class Domains:
     """See `Sides`. `is_off`: a person says that the destination host is, or that the guest runs there no more.
+    `just_died`: see `settle`.
 
     `lent`: connections to both libvirts that are known to be sound, and stay; without them they are reached anew.
     """
 
     def __init__(
-        self, job: Job, managed: Managed, *, is_off: bool, lent: tuple[Connection, Connection] | None = None
+        self,
+        job: Job,
+        managed: Managed,
+        *,
+        is_off: bool,
+        just_died: bool = False,
+        lent: tuple[Connection, Connection] | None = None,
     ) -> None:
         self._job = job
         self._managed = managed
         self._is_off = is_off
+        self._just_died = just_died
         self._lent: tuple[Connection, ...] = lent or ()
         self._near_end: Connection | None = lent[0] if lent else None
         self._far_end: Connection | None = lent[1] if lent else None
@@ -107,6 +115,10 @@ class Domains:
         record = self._job.record
         if record.run_state_taken and record.was_running and state.by_migration:
             await near.call((await self._domain(near)).resume)
+            state = await self._state(near)
+        elif self._just_died and record.migrating and not record.was_running and state.runs:
+            # libvirt has let a guest go on that somebody had paused (see `Guard`).
+            await near.call((await self._domain(near)).suspend)
             state = await self._state(near)
         settlement.facts.append("the guest runs at the source" if state.runs else "the guest is at the source, paused")
         monitor = await PassthroughMonitor.connect(near, await self._domain(near), "source QEMU")
