@@ -24,7 +24,7 @@ from pathlib import Path
 from qemu_blkmig.job import standin
 from qemu_blkmig.job.record import Owner
 
-async def settle(job, suspend):
+async def settle(job, suspend, just_died=False):
     return standin.Settlement(Owner.SOURCE, decided=(job.directory / "mended").exists(), facts=["tried"])
 
 standin.settle = settle
