@@ -23,7 +23,7 @@ from qemu_blkmig.units import show_bytes
 SLICE = 32 << 20
 """Bytes that are read back in one request; copies make it shorter."""
 BESIDE = 64 << 20
-"""The same, beside the first pass: nobody waits for it."""
+"""The same, beside the first pass, once so much is there: nobody waits for it, and a request has a price."""
 AHEAD = 8 << 20
 """The same, of the rest, while the engine's last round is judged, which has a time limit."""
 IDLE = 0.1
@@ -172,25 +172,27 @@ class Verification:
     async def _keep_reading(self) -> None:
         while self._disks:
             await self._may_go_on.wait()
-            checked = 0
+            there, checked = self._there(), 0
+            enough = BESIDE if self._in_pass else 1
             for disk in self._disks:
                 if self._may_go_on.is_set():
                     checked += await self._read(disk, BESIDE if self._in_pass else SLICE)
             if self._may_go_on.is_set() and not self._in_pass:
                 self._tell_engine()
-            if not checked:
-                await self._until_there_may_be_more()
+            if checked < enough:
+                await self._until_there_may_be_more(there)
 
-    async def _until_there_may_be_more(self) -> None:
-        before = self._there()
+    async def _until_there_may_be_more(self, there: tuple[int, ...]) -> None:
         # The engine's figures are there at any time, and nobody waits for this.
-        while self._there() == before or not self._may_go_on.is_set():
+        while self._there() == there or not self._may_go_on.is_set():
             await self._clock.sleep(IDLE / 10 if self._in_pass else IDLE)
 
     def _there(self) -> tuple[int, ...]:
         """What changes when there is more to be read back."""
         disks = self._engine.figures().disks
-        return (self._in_pass, *(disk.stable if self._in_pass else disk.copied + disk.zeroed for disk in disks))
+        if self._in_pass:
+            return (1, *(disk.stable // BESIDE for disk in disks), *(disk.stable == disk.size for disk in disks))
+        return (0, *(disk.copied + disk.zeroed for disk in disks))
 
     def _copied_by_disk(self) -> dict[str, int]:
         return {disk.name: disk.copied + disk.zeroed for disk in self._engine.figures().disks}
