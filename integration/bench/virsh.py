@@ -9,6 +9,7 @@ that have ended are reaped at once, as by the init of a real host (`integration/
 - virsh, TLS: the same with --tls; libvirt has certificates for migration.
 - blkmig: as users run it, all through ssh, and all that it wrote read back.
 - blkmig, unread: the same, and nothing is read back, as with virsh.
+- blkmig, TLS: the disks' data past ssh, by TLS with a key of the job (--data tls://), RAM through ssh; read back.
 - blkmig, TCP: disks and RAM by TCP, as virsh; read back, too.
 - blkmig, bare: the same, and nothing is read back, as with virsh.
 
@@ -79,6 +80,9 @@ ROWS = {
     TLS: Row(ours=False, encrypted=True, peers=(PLAIN,), options=("--tls",)),
     "blkmig": Row(ours=True, encrypted=True, peers=(TLS, PLAIN)),
     "blkmig, unread": Row(ours=True, encrypted=True, peers=(TLS, PLAIN), options=("--verify", "none")),
+    "blkmig, TLS": Row(
+        ours=True, encrypted=True, peers=(TLS, PLAIN), options=("--data", f"tls://{ADDRESSES['hosta']}")
+    ),
     "blkmig, TCP": Row(ours=True, encrypted=False, peers=(PLAIN,), options=TCP),
     "blkmig, bare": Row(ours=True, encrypted=False, peers=(PLAIN,), options=(*TCP, "--verify", "none")),
 }
