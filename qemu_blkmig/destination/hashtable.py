@@ -127,7 +127,7 @@ class HashTable:
         self._set(offset // self.unit, -(-length // self.unit), _ZERO)
 
     def unread(self, most: int, below: int | None = None) -> Iterator[Run]:
-        """Runs to be read back, of `most` bytes (units or more) at most each, once around from what was `good` last.
+        """Runs to be read back, of `most` bytes (units or more) at most each, once around from where it `goes_on`.
 
         `below`: only from there to that byte, whatever is left before.
         """
@@ -156,7 +156,10 @@ class HashTable:
     def good(self, extent: Extent) -> None:
         """The extent, of one `Run`, was read back as it was written, but for what was told to be amiss."""
         self._judge(extent, {_DATA: _GOOD_DATA, _ZERO: _GOOD_ZERO})
-        self._next = -(-extent.end // self.unit)
+
+    def goes_on(self, end: int) -> None:
+        """The next `unread` begins behind a run that ends at byte `end`."""
+        self._next = -(-end // self.unit)
 
     def amiss(self, extent: Extent) -> None:
         """The extent, of one `Run`, was read back otherwise: it stays unproven until it is written again."""

@@ -82,6 +82,7 @@ class ReadBack:
         differ: list[Extent] = []
         with closing(self._judged(_gather(self._table.unread(_AT_ONCE, below), most))) as judged:
             for extent, bad in judged:
+                self._table.goes_on(extent.end)
                 differ += bad
                 checked += extent.length
                 if interrupted() or len(differ) >= MOST_DIFFER:

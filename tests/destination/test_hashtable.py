@@ -28,6 +28,7 @@ def read_back(table: HashTable) -> list[tuple[int, int, bool]]:
     for run in table.unread(MIB):
         found.append((run.extent.offset, run.extent.length, run.digests is not None))
         table.good(run.extent)
+        table.goes_on(run.extent.end)
     return found
 
 
@@ -72,6 +73,7 @@ def test_reading_back_goes_on_where_it_was_and_comes_around(tmp_path: Path) -> N
     table.wrote(0, memoryview(bytes(8 * UNIT)))
     first = next(iter(table.unread(2 * UNIT)))
     table.good(first.extent)
+    table.goes_on(first.extent.end)
     table.wrote(0, memoryview(bytes(UNIT)))
     assert [run.extent.offset // UNIT for run in table.unread(2 * UNIT)] == [2, 4, 6, 0]
 
@@ -197,6 +199,7 @@ def test_random_writes_are_told_as_a_plain_list_tells_them(tmp_path: Path) -> No
                 if bad:
                     table.amiss(Extent(units[0] * UNIT, UNIT))
                 table.good(run.extent)
+                table.goes_on(run.extent.end)
                 for unit in units:
                     model[unit] = "amiss" if bad and unit == units[0] else "good"
                 if rng.randrange(3) == 0:

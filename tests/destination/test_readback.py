@@ -113,3 +113,11 @@ def test_zeroes_are_read_in_between(table: HashTable) -> None:
     storage.contents[PART + UNIT] = 1
     found = ReadBack(cast(Writer, storage), table).run(SIZE, lambda: False)
     assert found.differ == [Extent(PART + UNIT, UNIT)] and found.checked == SIZE
+
+
+def test_what_had_arrived_does_not_keep_what_lies_before_it_from_being_read_back(
+    table: HashTable,
+) -> None:
+    read_back = ReadBack(cast(Writer, _Storage(table)), table)
+    assert read_back.arrived(3 * PART, PART, lambda: False) == [Extent(3 * PART, PART)]
+    assert read_back.run(SIZE, lambda: False, below=SIZE).checked == 3 * PART
