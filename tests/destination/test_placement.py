@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qemu_blkmig.destination import placement, qemu_nbd
 from qemu_blkmig.destination.placement import Part, Placement, Placements
 from qemu_blkmig.destination.writers import NbdWriter
 from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.job import last_round
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 32 * MIB + 512
@@ -161,3 +163,30 @@ def test_little_and_what_is_far_apart_is_not_asked_for(tmp_path: Path) -> None:
     assert told.of([Extent(0, 20 * MIB)]).places([Extent(0, 20 * MIB)])
     assert not told.of([Extent(0, MIB)]).places([Extent(0, MIB)])
     assert not told.of([Extent(0, 20 * MIB), Extent(placement.SPAN, MIB)]).places([Extent(0, 20 * MIB)])
+
+
+@pytest.mark.parametrize("options", ["cluster_size=512", "extended_l2=on,cluster_size=16k"])
+def test_of_a_disk_in_small_pieces_less_is_asked_for_at_once(tmp_path: Path, options: str) -> None:
+    told = Placements(os.open(create(tmp_path / "image", "-o", options), os.O_RDWR), "qcow2")
+    qemu_io(tmp_path / "image", "write 0 20M")
+    assert told.of([Extent(0, 20 * MIB)]).places([Extent(0, 20 * MIB)])
+    apart = [Extent(0, 20 * MIB), Extent(placement.MOST_TOLD * 512, 512)]
+    assert not told.of(apart).places(apart)
+
+
+def test_a_guest_that_is_paused_does_not_wait_for_a_qemu_img_that_hangs(
+    opened: Callable[[Path], Placements], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert last_round.PATIENCE / 2 >= placement.PATIENCE
+    image = create(tmp_path / "image")
+    qemu_io(image, "write 0 1M")
+    told = opened(image)
+    hanging = tmp_path / "bin" / "qemu-img"
+    hanging.parent.mkdir()
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setenv("PATH", str(hanging.parent), prepend=os.pathsep)
+    monkeypatch.setattr(placement, "PATIENCE", 0.2)
+    began = time.monotonic()
+    assert not told.of([Extent(0, MIB)]).places([Extent(0, MIB)])
+    assert time.monotonic() - began < 10
