@@ -177,10 +177,17 @@ class Verification:
             for disk in self._disks:
                 if self._may_go_on.is_set():
                     checked += await self._read(disk, BESIDE if self._in_pass else SLICE)
-            if self._may_go_on.is_set() and not self._in_pass:
+            if self._may_go_on.is_set() and (not self._in_pass or self._is_hopeless()):
                 self._tell_engine()
             if checked < enough:
                 await self._until_there_may_be_more(there)
+
+    def _is_hopeless(self) -> bool:
+        """Whether more was found amiss than may be mended: the pass, which may take hours, need not go on."""
+        return any(
+            sum(extent.length for name, extents in self._found if name == disk for extent in extents) > MOST_MENDED
+            for disk in self._disks
+        )
 
     async def _until_there_may_be_more(self, there: tuple[int, ...]) -> None:
         # The engine's figures are there at any time, and nobody waits for this.

@@ -182,6 +182,18 @@ async def test_beside_the_first_pass_only_what_is_stable_is_read_back_and_nothin
         await reach(lambda: None in played.below)
 
 
+async def test_a_pass_whose_storage_loses_what_it_is_given_does_not_go_on_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verification, "MOST_MENDED", SECTOR)
+    played = Played(await copied(paused=False), VerifyReply(2 * SECTOR, 0, [(0, 2 * SECTOR)]))
+    async with asyncio.timeout(10):
+        with pytest.raises(ContentsDiffer, match="too much to be mended"):
+            async with played.verification.in_background():
+                with played.verification.beside_pass():
+                    await asyncio.Event().wait()
+
+
 async def test_what_was_left_beside_the_first_pass_is_not_what_is_left_after_it() -> None:
     world = await copied(paused=False)
     played = Played(world, VerifyReply(SECTOR, 0, []))
