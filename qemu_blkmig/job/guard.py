@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import NoReturn
 
@@ -54,6 +55,16 @@ class Guard:
     def ignore_pauses(self) -> None:
         """From now on a pause is ours."""
         self._pauses_are_ours = True
+
+    async def libvirt_has_ended(self) -> None:
+        """From now on who resumes the guest wants it to run; and so it is to, if it runs now, whoever has resumed it.
+
+        That it does not may be libvirt's doing still. A QEMU that does not tell is for the watch to judge.
+        """
+        self.resumes_are_libvirts = False
+        with contextlib.suppress(BlkmigError):
+            if not self._pauses_are_ours and await run_state(self._source) == "running":
+                await self._note(running=True)
 
     async def end_on_io_error(self) -> None:
         """From now on an I/O error that stops the guest ends the work, too. Raises `GuestStateError` where one has."""

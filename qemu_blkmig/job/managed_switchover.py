@@ -174,9 +174,13 @@ class ManagedSwitchover:
 
     async def _pause_again(self, passage: Passage) -> None:
         """A guest that somebody has paused meanwhile, and libvirt has let go on."""
-        if passage.found_running and self._is_stale(passage):
-            with contextlib.suppress(BlkmigError):
+        if passage.found_running and self._is_stale(passage) and self._job.record.owner is not Owner.DESTINATION:
+            try:
                 await self._ends.source.call(self._ends.handle.suspend)
+            except BlkmigError as error:
+                self._reporter.note(
+                    f"somebody had paused the guest, which libvirt let go on and did not pause: {error}"
+                )
 
     async def _leave(self, passage: Passage) -> None:
         """Give the guest's run state back after an attempt; if libvirt has not ended that yet, when it has."""
@@ -364,10 +368,10 @@ class ManagedSwitchover:
 
     async def _give_run_state_back(self) -> None:
         """Until the next attempt nothing is ours but the disks' copies."""
-        self._guard.resumes_are_libvirts = False
         self._job.record.run_state_taken = self._job.record.migrating = False
         try:
             await self._job.save()
+            await self._guard.libvirt_has_ended()
         finally:
             self._life.disarm()
 

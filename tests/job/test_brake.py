@@ -55,6 +55,7 @@ def _parts() -> tuple[_Life, Brake, ManagedSwitchover]:
     connected.guest, ends.domain.xml = AsyncMock(), "<domain/>"
     clock = cast(Clock, SimpleNamespace(now=asyncio.get_running_loop().time))
     disk = SimpleNamespace(name="vda", qdev="/machine/vda")
+    connected.guard.libvirt_has_ended = AsyncMock()
     over = ManagedSwitchover(life, MagicMock(), MagicMock(), MagicMock(), connected, ends, MagicMock(), [], AsyncMock())
     return life, Brake(life, cast(Any, [disk]), 64 << 10, clock), over
 

@@ -48,8 +48,27 @@ async def test_that_libvirt_resumes_a_guest_it_has_not_moved_is_not_taken_for_an
     assert not job.record.was_running
     # It is paused again for that.
     await source.say("STOP")
-    guard.resumes_are_libvirts = False
+    await guard.libvirt_has_ended()
+    assert not job.record.was_running
     await source.say("RESUME")
+    assert job.record.was_running
+    await guard.stand_down()
+    work.cancel()
+
+
+async def test_a_guest_that_runs_when_libvirt_has_ended_is_not_taken_for_paused() -> None:
+    source, job, watchdog = _Source(), MagicMock(), MagicMock()
+    job.save = AsyncMock()
+    job.record.was_running = True
+    watchdog.wait_ended = asyncio.Event().wait
+    work = asyncio.create_task(asyncio.Event().wait())
+    guard = Guard(job, source, None, watchdog, work)  # type: ignore[arg-type]
+    await asyncio.sleep(0.01)
+    guard.resumes_are_libvirts = True
+    await source.say("STOP")
+    # It cannot be paused again, or an admin has resumed it in the same moment.
+    await source.say("RESUME")
+    await guard.libvirt_has_ended()
     assert job.record.was_running
     await guard.stand_down()
     work.cancel()

@@ -21,6 +21,7 @@ def _switchover(life: MagicMock | None = None) -> ManagedSwitchover:
     life.job.record.throttled = []
     connected = MagicMock()
     connected.guest = AsyncMock()
+    connected.guard.libvirt_has_ended = AsyncMock()
     ends = MagicMock()
     ends.domain.xml = "<domain/>"
     parts = [MagicMock() for _ in range(3)]
@@ -81,6 +82,18 @@ async def test_what_libvirt_ends_late_is_waited_for_and_its_run_state_given_back
     assert await over.begin_beforehand() is following
     assert not record.run_state_taken and not record.migrating
     paused.assert_awaited_once_with(over._ends.handle.suspend)
+
+
+async def test_a_guest_that_cannot_be_paused_again_is_told_of_and_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    life = MagicMock()
+    over, ended = _switchover(life), _Unending()
+    ended.over.set()
+    life.job.record.was_running = False
+    busy = LibvirtError("the source's libvirt", "busy", 68)
+    monkeypatch.setattr(over._ends.source, "call", AsyncMock(side_effect=busy))
+    await over.call_off(cast(Passage, ended))
+    assert "did not pause" in life.reporter.note.call_args[0][0]
+    cast(AsyncMock, over._guard.libvirt_has_ended).assert_awaited_once_with()
 
 
 async def test_what_libvirt_has_not_ended_when_the_job_ends_is_left_to_who_settles_it() -> None:
