@@ -86,9 +86,12 @@ async def test_the_first_pass_goes_on_beside_it(
         dirty((SIZE - MIB, MIB)),
         bulk((0, SIZE)),
         protocol.Verify("d", SIZE),
+        protocol.Arrived("d", 0, SIZE),
+        protocol.Recognize("d", STABLE),
         DIGESTS,
+        protocol.Close("d"),
     ],
-    ids=["round", "anew", "verify", "digests"],
+    ids=["round", "anew", "verify", "arrived", "recognize", "digests", "close"],
 )
 async def test_all_else_waits_for_it(service: Service, op: protocol.Operation, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(monkeypatch)
@@ -98,3 +101,16 @@ async def test_all_else_waits_for_it(service: Service, op: protocol.Operation, m
     slow.go_on.set()
     replies = await asyncio.gather(verify, other)
     assert not [each for each in replies if isinstance(each, protocol.Failure)]
+
+
+async def test_an_agent_that_ends_waits_for_what_is_read_and_for_no_more(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch)
+    verify = await reading(service, slow)
+    end = asyncio.create_task(service.end(remove=True))
+    assert not (await asyncio.wait([end], timeout=0.5))[0]
+    slow.go_on.set()
+    await end
+    reply = await verify
+    assert isinstance(reply, protocol.VerifyReply) and 0 < reply.checked < STABLE
