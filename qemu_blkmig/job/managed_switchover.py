@@ -33,7 +33,7 @@ from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.guest import migration_away
 from qemu_blkmig.time_limit import time_limit
-from qemu_blkmig.virt.connection import LibvirtError
+from qemu_blkmig.virt.connection import LibvirtError, libvirt
 from qemu_blkmig.virt.domain import gives_devices_back
 from qemu_blkmig.virt.migration import starts_of
 
@@ -171,6 +171,7 @@ class ManagedSwitchover:
         await passage.end()
         if passage.migration.ended:
             await self._pause_again(passage)
+            await self._let_go_on(passage)
 
     async def _pause_again(self, passage: Passage) -> None:
         """A guest that somebody has paused meanwhile, and libvirt has let go on."""
@@ -181,6 +182,24 @@ class ManagedSwitchover:
                 self._reporter.note(
                     f"somebody had paused the guest, which libvirt let go on and did not pause: {error}"
                 )
+
+    async def _let_go_on(self, passage: Passage) -> None:
+        """A guest that libvirt was told to pause for its migration, and has paused only when that had failed: it does
+        not take that for a part of it then, and lets it be paused.
+        """
+        record = self._job.record
+        ours = record.told_to_pause and record.owner is Owner.SOURCE
+        if not ours or not passage.found_running or self._is_stale(passage):
+            return
+        try:
+            # Calls are made one after another: what was told before is done by now.
+            state, _ = await self._ends.source.call(self._ends.handle.state)
+            if state == libvirt().VIR_DOMAIN_PAUSED:
+                await self._ends.source.call(self._ends.handle.resume)
+        except BlkmigError as error:
+            self._reporter.note(f"whether the guest goes on after a pause of ours cannot be told: {error}")
+            return
+        record.told_to_pause = False
 
     async def _leave(self, passage: Passage) -> None:
         """Give the guest's run state back after an attempt; if libvirt has not ended that yet, when it has."""
@@ -193,6 +212,7 @@ class ManagedSwitchover:
     async def _leave_late(self, passage: Passage) -> None:
         await passage.migration.failed()
         await self._pause_again(passage)
+        await self._let_go_on(passage)
         await self._give_run_state_back()
 
     async def _let_last_end(self) -> None:
@@ -308,6 +328,8 @@ class ManagedSwitchover:
     async def _suspend(self) -> None:
         """libvirt resumes it at the destination, or here when nothing comes of it (as virsh's --timeout-suspend)."""
         self._guard.ignore_pauses()
+        self._job.record.told_to_pause = True
+        await self._job.save()
         await self._ends.source.call(self._ends.handle.suspend)
 
     async def _too_dirty(self, passage: Passage, attempt: int) -> None:

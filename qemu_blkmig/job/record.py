@@ -73,6 +73,7 @@ class Record(msgspec.Struct):
     """What must be known to bring both sides to rest.
 
     `run_state_taken`: we paused the guest, or are about to. `was_running`: it ran before that, so it has to again.
+    `told_to_pause`: we told libvirt to pause it, or are about to, which that may do when its migration has failed, too.
     `migrating`: QEMU's migration of the source is ours, or about to be; without it, one that is seen is another's.
     `nbd_server`: the source QEMU's NBD server is ours, or about to be. `images`: what the destination QEMU uses.
     `created`: those of them that we made. `filling`: something may have been written to
@@ -102,6 +103,7 @@ class Record(msgspec.Struct):
     owner: Owner = Owner.SOURCE
     was_running: bool = True
     run_state_taken: bool = False
+    told_to_pause: bool = False
     migrating: bool = False
     nbd_server: bool = False
     keep_source: bool = False
@@ -150,7 +152,7 @@ class Record(msgspec.Struct):
         if self.target_launched and target_ended:
             self.target_qmp = self.target_process = None
             self.target_launched = False
-        self.run_state_taken = self.migrating = self.nbd_server = False
+        self.run_state_taken = self.told_to_pause = self.migrating = self.nbd_server = False
         self.frozen_by = self.settler = None
         self.suspended = True
 

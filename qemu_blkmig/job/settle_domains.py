@@ -113,7 +113,8 @@ class Domains:
             settlement.suspended = False
             return
         record = self._job.record
-        if record.run_state_taken and record.was_running and state.by_migration:
+        ours = state.by_migration or (state.paused and record.told_to_pause)
+        if record.run_state_taken and record.was_running and ours:
             await near.call((await self._domain(near)).resume)
             state = await self._state(near)
         elif self._just_died and record.migrating and not record.was_running and state.runs:

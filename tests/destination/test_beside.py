@@ -56,6 +56,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
         ):
             assert not isinstance(await made.perform(op), protocol.Failure)
         yield made
+        await made.perform(protocol.Close("d"))
         await made.end(remove=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import cast
 from unittest.mock import AsyncMock, MagicMock
 
@@ -12,6 +13,7 @@ from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Refused
 from qemu_blkmig.job import managed_switchover
 from qemu_blkmig.job.managed_switchover import ManagedSwitchover
 from qemu_blkmig.job.passage import Passage
+from qemu_blkmig.job.record import Owner
 from qemu_blkmig.virt.connection import LibvirtError
 
 
@@ -94,6 +96,33 @@ async def test_a_guest_that_cannot_be_paused_again_is_told_of_and_looked_at(monk
     await over.call_off(cast(Passage, ended))
     assert "did not pause" in life.reporter.note.call_args[0][0]
     cast(AsyncMock, over._guard.libvirt_has_ended).assert_awaited_once_with()
+
+
+@pytest.mark.parametrize("owner", Owner)
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("state", [1, 3], ids=["running", "paused"])
+async def test_a_guest_that_libvirt_pauses_for_us_when_its_migration_has_failed_goes_on(
+    monkeypatch: pytest.MonkeyPatch, state: int, owner: Owner, *, told: bool
+) -> None:
+    life = MagicMock()
+    over, ended = _switchover(life), _Unending()
+    ended.over.set()
+    record = life.job.record
+    record.was_running, record.owner, record.told_to_pause = True, owner, False
+    handle = over._ends.handle
+    cast(MagicMock, handle.state).return_value = [state, 0]
+
+    async def call(function: Callable[[], object]) -> object:
+        return function()
+
+    monkeypatch.setattr(over._ends.source, "call", call)
+    over._moving = told
+    await over.hurry()
+    assert cast(MagicMock, handle.suspend).called is record.told_to_pause is told
+    await over.end(cast(Passage, ended))
+    resumed = told and state == 3 and owner is Owner.SOURCE
+    assert cast(MagicMock, handle.resume).called is resumed
+    assert record.told_to_pause is (told and owner is not Owner.SOURCE)
 
 
 async def test_what_libvirt_has_not_ended_when_the_job_ends_is_left_to_who_settles_it() -> None:
