@@ -38,7 +38,7 @@ def readable(hosts: Hosts) -> int:
     return int(packets)
 
 
-OFTEN = ("virsh, TLS", "blkmig", "blkmig, TCP")
+OFTEN = ("virsh, TLS", "blkmig")
 
 
 @pytest.mark.parametrize("name", [*OFTEN, *also(*(each for each in virsh.ROWS if each not in OFTEN))])

@@ -13,6 +13,7 @@ import pytest
 
 from integration.lab import Guest, Hardware, Lab
 from integration.test_storage import write_through
+from integration.thorough import also
 from integration.tool import arguments, assert_nothing_left, finish, give_up, migrate, run, start
 from qemu_blkmig.demo.guest import Orders
 
@@ -128,7 +129,7 @@ def test_a_migration_that_is_given_up_gives_the_bitmaps_back(lab: Lab, tmp_path:
     assert dirty(guest.disks[1].path, "weekly", tmp_path) == {3 * MIB}
 
 
-@pytest.mark.parametrize("way", ["drop", "drive", "copy"])
+@pytest.mark.parametrize("way", ["drop", *also("drive", "copy")])
 def test_bitmaps_that_stay_behind_are_told_of(lab: Lab, way: str) -> None:
     guest = boot(lab, style="drive" if way == "drive" else "blockdev")
     node = "disk1" if way != "drive" else _node(guest)

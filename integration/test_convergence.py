@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from integration.lab import Guest, Hardware, Lab, wait_until
+from integration.thorough import also
 from integration.tool import (
     COMMAND,
     Outcome,
@@ -116,7 +117,7 @@ def test_limits_that_an_admin_sets_while_the_guest_is_slowed_stay(lab: Lab) -> N
     assert_runs_on(lab, guest)
 
 
-@pytest.mark.parametrize("own", [{}, OWN], ids=["none", "its own"])
+@pytest.mark.parametrize("own", [OWN, *also({})], ids=["its own", "none"])
 def test_a_killed_coordinator_leaves_no_guest_slowed(lab: Lab, own: dict[str, int | str]) -> None:
     guest = busy(lab)
     if own:

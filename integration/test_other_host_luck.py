@@ -80,9 +80,9 @@ def test_a_network_that_is_away_for_a_second_is_survived(bench: FarBench, moment
 @pytest.mark.parametrize(
     ("moment", "how"),
     [
-        ("bulk", "network"), ("undecided", "network"), ("paused", "power"), ("bulk", "sshd"),
-        *also(("moving RAM", "network"), ("paused", "network"), ("bulk", "power"), ("moving RAM", "power"),
-              ("paused", "sshd")),
+        ("undecided", "network"), ("paused", "power"), ("bulk", "sshd"),
+        *also(("bulk", "network"), ("moving RAM", "network"), ("paused", "network"), ("bulk", "power"),
+              ("moving RAM", "power"), ("paused", "sshd")),
     ],
 )  # fmt: skip
 def test_what_ends_the_connection_leaves_the_guest_at_the_source(bench: FarBench, moment: str, how: str) -> None:

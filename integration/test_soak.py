@@ -13,8 +13,8 @@ from integration.lab import laboratory
 from integration.thorough import also
 from qemu_blkmig.demo.guest import Kernel
 
-FAR_SEEDS = (27, 46, 86, *also(1, 33))
-NEAR_SEEDS = (3, 26, 38, 63, *also(4, 5, 59))
+FAR_SEEDS = (27, 46, *also(1, 33, 86))
+NEAR_SEEDS = (3, 26, 38, *also(4, 5, 59, 63))
 
 
 @pytest.mark.parametrize("seed", FAR_SEEDS)

@@ -69,7 +69,7 @@ def test_a_coordinator_killed_once_the_gate_is_open_leaves_the_guest_on_exactly_
     virtlab.assert_nothing_left()
 
 
-@pytest.mark.parametrize("moment", [BEFOREHAND, "last round over", *also("copied")])
+@pytest.mark.parametrize("moment", ["last round over", *also(BEFOREHAND, "copied")])
 def test_the_destination_s_libvirtd_killed_before_the_gate_opens(virtlab: VirtLab, domain: Domain, moment: str) -> None:
     attempt = virtlab.attempt(domain, hold=moment)
     attempt.wait_held()
@@ -184,7 +184,7 @@ def test_a_snapshot_taken_meanwhile_ends_the_job(virtlab: VirtLab, domain: Domai
     assert domain.runs() == ["hosta"]
 
 
-@pytest.mark.parametrize("moment", [BEFOREHAND, "behind the gate"])
+@pytest.mark.parametrize("moment", ["behind the gate", *also(BEFOREHAND)])
 def test_ctrl_c_behind_the_gate_gives_the_guest_back(virtlab: VirtLab, domain: Domain, moment: str) -> None:
     attempt = virtlab.attempt(domain, hold=moment)
     attempt.wait_held()

@@ -102,6 +102,8 @@ class VirtLab:
         backing: Disk | None = None,
     ) -> Disk:  # fmt: skip
         """An image of hosta's with random bytes at the extents `data` (offset, length) and holes elsewhere."""
+        # What it may have been running has files of that name open.
+        self.hosts.revive()
         path = self.outside(IMAGES / name, far=False)
         command = ["qemu-img", "create", "-q", "-f", format]
         if backing is not None:
