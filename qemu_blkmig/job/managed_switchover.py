@@ -170,8 +170,12 @@ class ManagedSwitchover:
         """See `Attempts`."""
         await passage.end()
         if passage.migration.ended:
-            await self._pause_again(passage)
-            await self._let_go_on(passage)
+            await self._put_right(passage)
+
+    async def _put_right(self, passage: Passage) -> None:
+        """libvirt has ended an attempt: the guest is to run, or not, as it would have without that."""
+        await self._pause_again(passage)
+        await self._let_go_on(passage)
 
     async def _pause_again(self, passage: Passage) -> None:
         """A guest that somebody has paused meanwhile, and libvirt has let go on."""
@@ -211,8 +215,7 @@ class ManagedSwitchover:
 
     async def _leave_late(self, passage: Passage) -> None:
         await passage.migration.failed()
-        await self._pause_again(passage)
-        await self._let_go_on(passage)
+        await self._put_right(passage)
         await self._give_run_state_back()
 
     async def _let_last_end(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.convergence import Policy, Rate
 from qemu_blkmig.engine.extents import Extent, union
-from qemu_blkmig.engine.migration import BlockMigration, Phase
+from qemu_blkmig.engine.migration import BlockMigration, DiskFigures, Phase
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import ContentsDiffer, DestinationFailed
 from qemu_blkmig.time_limit import time_limit
@@ -201,15 +201,16 @@ class Verification:
             return (1, *(disk.stable // BESIDE for disk in disks), *(disk.stable == disk.size for disk in disks))
         return (0, *(disk.copied + disk.zeroed for disk in disks))
 
-    def _copied_by_disk(self) -> dict[str, int]:
-        return {disk.name: disk.copied + disk.zeroed for disk in self._engine.figures().disks}
+    def _copied(self, disk: str) -> int:
+        figures = self._figures(disk)
+        return figures.copied + figures.zeroed
 
-    def _stable(self, disk: str) -> int:
-        return next(each.stable for each in self._engine.figures().disks if each.name == disk)
+    def _figures(self, disk: str) -> DiskFigures:
+        return next(each for each in self._engine.figures().disks if each.name == disk)
 
     def _is_left(self, disk: str) -> bool:
         """Whether anything may be left to be read back. What failed half way, and was not counted, is copied again."""
-        return self._left.get(disk) != 0 or self._seen[disk] != self._copied_by_disk()[disk]
+        return self._left.get(disk) != 0 or self._seen[disk] != self._copied(disk)
 
     async def until_caught_up(self, policy: Policy, within: float = 0.0) -> None:
         """Wait until what is left would be read back `within` seconds, or a small part of `policy.downtime`.
@@ -235,8 +236,8 @@ class Verification:
                 raise DestinationFailed(what, disk=disk) from None
 
     async def _read(self, disk: str, most: int) -> int:
-        began, copied = self._clock.now(), self._copied_by_disk()[disk]
-        reply = await self._read_back(disk, most, self._stable(disk) if self._in_pass else None)
+        began, copied = self._clock.now(), self._copied(disk)
+        reply = await self._read_back(disk, most, self._figures(disk).stable if self._in_pass else None)
         self._seen[disk] = copied
         self._left[disk] = reply.left
         self._checked += reply.checked
@@ -248,7 +249,7 @@ class Verification:
 
     def _sensible(self, disk: str, differ: Sequence[tuple[int, int]]) -> list[Extent]:
         """What the agent tells, ascending: it reads once around."""
-        size = next(each.size for each in self._engine.figures().disks if each.name == disk)
+        size = self._figures(disk).size
         differ, end = sorted(differ), 0
         for offset, length in differ:
             if offset < end or length <= 0 or offset + length > size:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
 
@@ -34,7 +36,9 @@ class _Source:
         await asyncio.sleep(0.01)
 
 
-async def test_that_libvirt_resumes_a_guest_it_has_not_moved_is_not_taken_for_an_admin_s_resume() -> None:
+@contextlib.asynccontextmanager
+async def watching() -> AsyncIterator[tuple[Guard, _Source, MagicMock]]:
+    """A guard of a guest that ran when libvirt began to move it; its source, and the job's record."""
     source, job, watchdog = _Source(), MagicMock(), MagicMock()
     job.save = AsyncMock()
     job.record.was_running = True
@@ -43,32 +47,28 @@ async def test_that_libvirt_resumes_a_guest_it_has_not_moved_is_not_taken_for_an
     guard = Guard(job, source, None, watchdog, work)  # type: ignore[arg-type]
     await asyncio.sleep(0.01)
     guard.resumes_are_libvirts = True
-    await source.say("STOP")
-    await source.say("RESUME")
-    assert not job.record.was_running
-    # It is paused again for that.
-    await source.say("STOP")
-    await guard.libvirt_has_ended()
-    assert not job.record.was_running
-    await source.say("RESUME")
-    assert job.record.was_running
+    yield guard, source, job.record
     await guard.stand_down()
     work.cancel()
+
+
+async def test_that_libvirt_resumes_a_guest_it_has_not_moved_is_not_taken_for_an_admin_s_resume() -> None:
+    async with watching() as (guard, source, record):
+        await source.say("STOP")
+        await source.say("RESUME")
+        assert not record.was_running
+        # It is paused again for that.
+        await source.say("STOP")
+        await guard.libvirt_has_ended()
+        assert not record.was_running
+        await source.say("RESUME")
+        assert record.was_running
 
 
 async def test_a_guest_that_runs_when_libvirt_has_ended_is_not_taken_for_paused() -> None:
-    source, job, watchdog = _Source(), MagicMock(), MagicMock()
-    job.save = AsyncMock()
-    job.record.was_running = True
-    watchdog.wait_ended = asyncio.Event().wait
-    work = asyncio.create_task(asyncio.Event().wait())
-    guard = Guard(job, source, None, watchdog, work)  # type: ignore[arg-type]
-    await asyncio.sleep(0.01)
-    guard.resumes_are_libvirts = True
-    await source.say("STOP")
-    # It cannot be paused again, or an admin has resumed it in the same moment.
-    await source.say("RESUME")
-    await guard.libvirt_has_ended()
-    assert job.record.was_running
-    await guard.stand_down()
-    work.cancel()
+    async with watching() as (guard, source, record):
+        await source.say("STOP")
+        # It cannot be paused again, or an admin has resumed it in the same moment.
+        await source.say("RESUME")
+        await guard.libvirt_has_ended()
+        assert record.was_running
