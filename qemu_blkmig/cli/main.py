@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import itertools
 import logging
 import os
@@ -29,6 +31,10 @@ exit codes:
   5      the contents of the two sides differ
   128+n  ended by signal n
 """
+
+# A process that ends gives its memory back all at once: to look through it for what nobody uses takes the interpreter
+# 20 ms, which the user would wait.
+atexit.register(gc.freeze)
 
 
 class ErrorReport(msgspec.Struct, frozen=True):

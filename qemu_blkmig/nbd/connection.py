@@ -25,6 +25,8 @@ ANSWER = 30.0
 ASSUMED_REQUEST_LIMIT = 32 << 20
 EXCHANGES = 4
 """Times there and back that a handshake takes, about: greeting, structured replies, meta contexts, the export."""
+_AT_ONCE = 32
+"""Times that what has arrived is read before others have their turn."""
 STATUS_LIMIT = (4 << 30) - (4 << 20)
 """Most bytes in one block status query."""
 
@@ -150,20 +152,25 @@ class Connection:
         return -1 if self.lost else int(self._handle.aio_get_fd())
 
     def drive(self) -> None:
-        """Do what the socket is ready for, without waiting. A loss shows in `lost` and in the completions."""
-        if self.lost:
-            return
+        """Do what the socket is ready for, without waiting. A loss shows in `lost` and in the completions.
+
+        As long as more arrives meanwhile, within bounds: libnbd stops after each record of TLS, of 16 KiB.
+        """
         probe = select.poll()
-        self.register(probe)
-        for _descriptor, events in probe.poll(0):
-            try:
-                if events & (select.POLLIN | select.POLLERR | select.POLLHUP):
-                    self._handle.aio_notify_read()
-                elif events & select.POLLOUT:
-                    self._handle.aio_notify_write()
-            except self._nbd.Error as error:
-                if not self.lost:
-                    raise self.loss(str(error)) from error
+        for _ in range(_AT_ONCE):
+            if not (self.register(probe) and (ready := probe.poll(0))):
+                return
+            self._notify(ready[0][1])
+
+    def _notify(self, events: int) -> None:
+        try:
+            if events & (select.POLLIN | select.POLLERR | select.POLLHUP):
+                self._handle.aio_notify_read()
+            elif events & select.POLLOUT:
+                self._handle.aio_notify_write()
+        except self._nbd.Error as error:
+            if not self.lost:
+                raise self.loss(str(error)) from error
 
     def close(self) -> None:
         """Disconnect; writes are only safe if they were flushed before. What is still under way is abandoned."""

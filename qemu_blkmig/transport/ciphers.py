@@ -9,27 +9,20 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
+
+from qemu_blkmig.processor import knows_aes
 
 PREFERRED = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 """ssh_config(5), Ciphers: put before the default ones. Both hosts know them, or the rest is as it was."""
-_KNOWS_AES = re.compile(r"^(flags|Features)\s*:.*\baes\b", re.MULTILINE)
 
 
 def preferred_ciphers(ssh: Sequence[str], account: Sequence[str], host: str) -> list[str]:
     """Options for `ssh` to `host`; none where the user's or the system's configuration names ciphers. It blocks."""
-    if not _processor_knows_aes():
+    if not knows_aes():
         return []
     asked = _ask([*ssh, "-G", *account, "--", host]), _ask([*ssh, "-G", "-F", "none", "--", host])
     chosen, default = (_told(process) for process in asked)
     return ["-o", f"Ciphers={PREFERRED}"] if chosen is not None and chosen == default else []
-
-
-def _processor_knows_aes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    try:
-        return _KNOWS_AES.search(cpuinfo.read_text()) is not None
-    except OSError:
-        return False
 
 
 def _ask(command: Sequence[str]) -> subprocess.Popen[bytes] | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import logging
 import stat
+import termios
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from qemu_blkmig.job.datapath_made import open_data_path
 from qemu_blkmig.job.place import Local
 from qemu_blkmig.nbd.address import X509, Psk, TcpAddress
 from qemu_blkmig.nbd.connection import connect
+from qemu_blkmig.qmp import tls
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.removal import remove_all
 from tests.certificates import make_certificates
@@ -79,6 +84,63 @@ async def test_a_disk_is_read_with_the_job_s_key_and_with_no_other(qemu: Qemu, t
     assert await objects(qemu) == []
     with pytest.raises(ConnectionLost, match="Connection refused"):
         await size(address)
+
+
+@pytest.mark.parametrize(("knows_aes", "suite"), [(True, 0x1301), (False, 0x1303)])
+async def test_data_is_encrypted_by_what_the_processor_is_quick_at(
+    qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows_aes: bool, suite: int
+) -> None:
+    """RFC 8446, B.4: TLS_AES_128_GCM_SHA256 or TLS_CHACHA20_POLY1305_SHA256."""
+    monkeypatch.setattr(tls, "knows_aes", lambda: knows_aes)
+    server = await serve(qemu, tmp_path, DataPath(tls=True))
+    answers = bytearray()
+
+    async def relay(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        there, to_there = await asyncio.open_connection("127.0.0.1", tcp(server).port)
+
+        async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seen: bytearray) -> None:
+            while data := await reader.read(1 << 16):
+                seen += data
+                writer.write(data)
+            writer.close()
+
+        await asyncio.gather(pass_on(client, to_there, bytearray()), pass_on(there, to_client, answers))
+
+    between = await asyncio.start_server(relay, "127.0.0.1", 0)
+    async with between:
+        port = between.sockets[0].getsockname()[1]
+        assert await size(msgspec.structs.replace(tcp(server), port=port)) == 8 << 20
+    # A record of a handshake, of it the ServerHello: version and random, then the session's id, then the suite.
+    hello = answers.index(b"\x16\x03\x03")
+    assert answers[hello + 5] == 2
+    session = hello + 9 + 2 + 32
+    after = session + 1 + answers[session]
+    assert int.from_bytes(answers[after : after + 2], "big") == suite
+    await server.stop()
+
+
+async def test_what_has_arrived_in_many_records_is_taken_at_once(qemu: Qemu, tmp_path: Path) -> None:
+    server = await serve(qemu, tmp_path, DataPath(tls=True))
+
+    def times_driven() -> int:
+        connection = connect(tcp(server), "e")
+        arrived: list[tuple[object, int]] = []
+        connection.read(memoryview(bytearray(4 << 20)), 0, arrived, None)
+        times, waiting = 0, array.array("i", [0])
+        while not arrived:
+            before = -1
+            while waiting[0] != before:
+                before = waiting[0]
+                time.sleep(0.002)
+                fcntl.ioctl(connection.descriptor, termios.FIONREAD, waiting)
+            connection.drive()
+            times += 1
+        connection.close()
+        return times
+
+    # In records of 16 KiB they are 256.
+    assert await asyncio.to_thread(times_driven) < 64
+    await server.stop()
 
 
 async def test_the_key_is_readable_to_its_user_only_and_shown_nowhere(

@@ -9,14 +9,12 @@ import pytest
 
 from qemu_blkmig.transport import ciphers
 
-WITH_AES = "processor\t: 0\nflags\t\t: fpu sse2 aes avx\n"
-
 pytestmark = pytest.mark.skipif(shutil.which("ssh") is None, reason="the system's ssh is asked")
 
 
 @pytest.fixture(autouse=True)
-def knows_aes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ciphers, "_processor_knows_aes", lambda: True)
+def processor_with_aes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ciphers, "knows_aes", lambda: True)
 
 
 def test_where_nobody_chose_aes_comes_first(tmp_path: Path) -> None:
@@ -35,15 +33,3 @@ def test_what_a_configuration_chose_stays(tmp_path: Path, chosen: str) -> None:
 @pytest.mark.parametrize("command", [["/bin/false"], ["/nonexistent/ssh"]])
 def test_an_ssh_that_does_not_tell_is_left_alone(command: list[str]) -> None:
     assert ciphers.preferred_ciphers(command, [], "there.example") == []
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "knows"),
-    [(WITH_AES, True), ("Features\t: fp asimd aes pmull\n", True), ("flags\t: fpu vaesx\nmodel\t: aes\n", False)],
-    ids=["x86", "arm", "neither"],
-)
-def test_what_the_processor_knows(tmp_path: Path, cpuinfo: str, knows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    (path := tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert ciphers._processor_knows_aes(path) is knows
-    assert ciphers._processor_knows_aes(tmp_path / "missing") is False
