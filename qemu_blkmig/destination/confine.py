@@ -8,19 +8,16 @@ connection made but to whom the connection came from.
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
-import shlex
 import stat
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qemu_blkmig.destination import protocol
 from qemu_blkmig.destination.files import path_for
 from qemu_blkmig.destination.process import ProcessId
+from qemu_blkmig.destination.programs import image_info
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.nbd.address import X509, Address, TcpAddress, UnixAddress
 
@@ -243,7 +240,7 @@ class Confinement:
                 raise Refused(f"{path}: {error.strerror}") from error
             if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
                 raise Refused(f"{path} is neither a file nor a block device")
-            info = _info(path, image_format)
+            info = image_info(path, image_format)
             data = info.get("format-specific", {}).get("data", {}).get("data-file")
             if data is not None:
                 self._check_plain(data)
@@ -268,16 +265,3 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
-
-
-def _info(path: str, image_format: str) -> dict[str, Any]:
-    """The header's say; the file is named so that qemu-img takes its name for nothing else."""
-    command = ["qemu-img", "info", "--force-share", "--output=json", "-f", image_format, os.path.realpath(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Refused(f"{shlex.join(command[:2])}: {error}") from error
-    if done.returncode:
-        raise Refused(done.stderr.strip() or f"qemu-img info ended with status {done.returncode}")
-    info: dict[str, Any] = json.loads(done.stdout)
-    return info

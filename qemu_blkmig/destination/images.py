@@ -20,14 +20,13 @@ from msgspec import structs
 from qemu_blkmig import errors
 from qemu_blkmig.destination import devices, hashtable, locks, ownership
 from qemu_blkmig.destination.holders import claimant
-from qemu_blkmig.destination.programs import SERVING, missing
+from qemu_blkmig.destination.programs import SERVING, USUAL_LIMIT, image_info, missing, qemu_img
 from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Space
 from qemu_blkmig.stable import sync_entry
 
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
 
 _PREALLOCATION = {"raw": ("off", "falloc", "full"), "qcow2": ("off", "metadata", "falloc", "full")}
-_QEMU_IMG_TIMEOUT = 60.0
 _CHECK_TIMEOUT = 1800.0
 _PREDECESSOR = 30.0
 """Seconds in which an agent that was lost must have let go of an image."""
@@ -195,7 +194,7 @@ def size_of(path: str, image_format: str) -> int:
             return os.lseek(descriptor, 0, os.SEEK_END)
         finally:
             os.close(descriptor)
-    return int(_info(path, image_format)["virtual-size"])
+    return int(image_info(path, image_format)["virtual-size"])
 
 
 def chain(path: str, image_format: str, *, alone: bool = False) -> tuple[int, list[str]]:
@@ -203,7 +202,7 @@ def chain(path: str, image_format: str, *, alone: bool = False) -> tuple[int, li
 
     `alone`: its backing file left aside. Raises `Refused`.
     """
-    layers = [_info(path, image_format)] if alone else _chain_info(path, image_format)
+    layers = [image_info(path, image_format)] if alone else _chain_info(path, image_format)
     files = []
     for layer in layers:
         files.append(layer["filename"])
@@ -215,8 +214,7 @@ def chain(path: str, image_format: str, *, alone: bool = False) -> tuple[int, li
 
 def recognized(path: str) -> str:
     """The format that qemu-img takes an existing image for. Raises `Refused`."""
-    told = _qemu_img("info", "--force-share", "--output=json", os.path.realpath(path))
-    return str(json.loads(told)["format"])
+    return str(image_info(path, None)["format"])
 
 
 def allocated(descriptor: int) -> int:
@@ -352,7 +350,7 @@ def _told_otherwise(image: Image) -> str:
 
 
 def _stands_on(image: Image, backing: Backing) -> bool:
-    info = _info(image.path, image.format)
+    info = image_info(image.path, image.format)
     own = info.get("full-backing-filename", info.get("backing-filename"))
     return own is not None and os.path.realpath(own) == os.path.realpath(Path(image.path).parent / backing.path)
 
@@ -360,7 +358,7 @@ def _stands_on(image: Image, backing: Backing) -> bool:
 def _holds_data(image: Image) -> bool:
     """Whether an overlay has any data or zeroes of its own, its backing file left aside."""
     alone = {"driver": image.format, "file": {"driver": "file", "filename": os.path.realpath(image.path)}}
-    told = _qemu_img("map", "--force-share", "--output=json", f"json:{json.dumps(alone | {'backing': None})}")
+    told = qemu_img("map", "--force-share", "--output=json", f"json:{json.dumps(alone | {'backing': None})}")
     return any(extent["present"] for extent in json.loads(told))
 
 
@@ -483,8 +481,8 @@ def _lay_out(image: Image, descriptor: int) -> None:
         options += ["-b", image.backing.path, "-F", image.backing.format]
     if image.preallocation != "off":
         options += ["-o", f"preallocation={image.preallocation}"]
-    limit = None if image.preallocation in ("falloc", "full") else _QEMU_IMG_TIMEOUT
-    _qemu_img("create", "-q", "-f", image.format, *options, image.path, str(image.size), limit=limit)
+    limit = None if image.preallocation in ("falloc", "full") else USUAL_LIMIT
+    qemu_img("create", "-q", "-f", image.format, *options, image.path, str(image.size), limit=limit)
     size = size_of(image.path, image.format)
     if size != image.size:
         raise errors.Refused(f"format {image.format} made {size} bytes of {image.size}", disk=image.disk)
@@ -567,12 +565,6 @@ def _is_still(image: Created) -> bool:
     return (status.st_dev, status.st_ino) == (image.device, image.inode)
 
 
-def _info(path: str, image_format: str) -> dict[str, Any]:
-    told = _qemu_img("info", "--force-share", "--output=json", "-f", image_format, os.path.realpath(path))
-    info: dict[str, Any] = json.loads(told)
-    return info
-
-
 def _write_zeroes(descriptor: int, size: int) -> None:
     for offset in range(0, size, len(_ZEROES)):
         piece = memoryview(_ZEROES)[: size - offset]
@@ -589,18 +581,8 @@ def _chain_info(path: str, image_format: str) -> list[dict[str, Any]]:
         raise errors.Refused(f"{path} cannot be read: {error.strerror}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise errors.Refused(f"{path} is neither a file nor a block device")
-    told = _qemu_img(
+    told = qemu_img(
         "info", "--force-share", "--backing-chain", "--output=json", "-f", image_format, os.path.realpath(path)
     )
     layers: list[dict[str, Any]] = json.loads(told)
     return layers
-
-
-def _qemu_img(*arguments: str, limit: float | None = _QEMU_IMG_TIMEOUT) -> str:
-    try:
-        done = subprocess.run(["qemu-img", *arguments], capture_output=True, text=True, timeout=limit, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise errors.Refused(f"qemu-img {arguments[0]}: {error}") from error
-    if done.returncode:
-        raise errors.Refused(done.stderr.strip() or f"qemu-img {arguments[0]} ended with status {done.returncode}")
-    return done.stdout

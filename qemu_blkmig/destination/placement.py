@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import struct
-import subprocess
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from qemu_blkmig.destination.programs import qemu_img
+from qemu_blkmig.destination.qcow2 import header_of
 from qemu_blkmig.destination.qemu_nbd import opens_direct
 from qemu_blkmig.engine.extents import Extent
+from qemu_blkmig.errors import Refused
 
 WORTH = 16 << 20
 """Bytes to be read from which on a qemu-img, which takes some 15 ms, is worth while."""
@@ -27,10 +27,6 @@ MOST_TOLD = 1 << 16
 0.5 s of a processor; for 0.2 s of it the agent does nothing else."""
 PATIENCE = 3.0
 """Seconds that a qemu-img may take: the guest may be paused, and may have to wait for it."""
-_HEADER = struct.Struct(">4sI12xI48xQ")
-_MAGIC, _WITHOUT_FEATURES, _DATA_FILE, _PARTS, _PARTS_BITS = b"QFI\xfb", 2, 1 << 2, 1 << 4, 5
-"""QEMU's docs/interop/qcow2.txt: magic, version, a cluster's bits, incompatible features; two of these are an external
-data file, and extended L2 entries, by which 32 parts of a cluster are mapped each."""
 
 _log = logging.getLogger(__name__)
 
@@ -91,20 +87,21 @@ class Placements:
             return Placement()
         try:
             return Placement(self._entries(Extent(start, end - start)))
-        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        except (Refused, ValueError, KeyError) as error:
             _log.info("where the data lies in the image's file is not told: %s", error)
             self._span = 0
             return Placement()
 
     def _entries(self, span: Extent) -> list[tuple[Extent, int]]:
         file = {"driver": "file", "filename": f"/proc/self/fd/{self._descriptor}", "cache": {"direct": self._direct}}
-        command = ["qemu-img", "map", "--force-share", "--output=json"]
-        command += [f"--start-offset={span.offset}", f"--max-length={span.length}"]
-        command.append(f"json:{json.dumps({'driver': 'qcow2', 'file': file, 'backing': None})}")
-        done = subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE, pass_fds=[self._descriptor])
+        image = f"json:{json.dumps({'driver': 'qcow2', 'file': file, 'backing': None})}"
+        within = (f"--start-offset={span.offset}", f"--max-length={span.length}")
+        told = qemu_img(
+            "map", "--force-share", "--output=json", *within, image, limit=PATIENCE, descriptors=[self._descriptor]
+        )
         return [
             (Extent(each["start"], each["length"]), each["offset"])
-            for each in json.loads(done.stdout)
+            for each in json.loads(told)
             if each["data"] and "offset" in each
         ]
 
@@ -112,10 +109,7 @@ class Placements:
 def _most_at_once(descriptor: int) -> int:
     """Bytes of a qcow2 image's disk that may be asked for at once; 0 where its data lies in a file of its own."""
     try:
-        magic, version, bits, features = _HEADER.unpack(os.pread(descriptor, _HEADER.size, 0))
-    except (OSError, struct.error):
+        header = header_of(descriptor)
+    except (OSError, ValueError):
         return 0
-    features = 0 if version == _WITHOUT_FEATURES else features
-    if magic != _MAGIC or features & _DATA_FILE:
-        return 0
-    return min(SPAN, MOST_TOLD << int(bits - _PARTS_BITS if features & _PARTS else bits))
+    return 0 if header is None or header.data_apart else min(SPAN, MOST_TOLD << header.mapped_bits)

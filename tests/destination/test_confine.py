@@ -371,6 +371,16 @@ async def test_of_an_image_the_file_with_its_data_is_told_as_well(with_data: lis
     assert told == protocol.BelowReply([[base, data], [data]], [True, True])
 
 
+async def test_where_a_header_names_not_all_or_is_no_header_nothing_is_said_to_be_whole(with_data: list[Path]) -> None:
+    top, base, _ = with_data
+    header = base.read_bytes()
+    for damaged in (header.replace(b"DATA", b"none"), header[:90]):
+        assert damaged != header
+        base.write_bytes(damaged)
+        told = await Service(tell, NO_BOUNDS).perform(protocol.Below([str(top)]))
+        assert told == protocol.BelowReply([[str(base)]], [False])
+
+
 async def test_the_name_of_a_job_is_no_path(root: Path) -> None:
     service = Service(tell, Bounds([str(root)]))
     for name in ("../x", "*", "", "a/b", "x" * 100):
