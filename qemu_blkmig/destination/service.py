@@ -399,7 +399,7 @@ class Service:
             await asyncio.to_thread(server.kill)
             raise
         disk.server = server
-        return await asyncio.to_thread(NbdWriter, server.connections, prepared.descriptor, image.format, server.spare)
+        return NbdWriter(server.connections, prepared.descriptor, image.format, server.spare)
 
     async def _move(self, op: protocol.Copy) -> protocol.CopyReply:
         disk, mover = self._opened(op.disk)

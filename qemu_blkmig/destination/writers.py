@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import stat
 import struct
@@ -179,7 +180,7 @@ class NbdWriter(NbdReader):
         self._spare = spare
         self.works_beside = spare is not None
         self._descriptor = descriptor
-        self._placements = Placements(descriptor, image_format)
+        self._format = image_format
         self._next = 0
         self._completed: list[tuple[Done, int]] = []
         self._limit = min(connection.request_limit for connection in connections)
@@ -234,6 +235,11 @@ class NbdWriter(NbdReader):
         """See `Writer`."""
         for connection in (*self.connections, *(self._spare or ())):
             connection.close()
+
+    @functools.cached_property
+    def _placements(self) -> Placements:
+        """Made where it blocks nobody: the image's storage may hang."""
+        return Placements(self._descriptor, self._format)
 
     def _turn(self) -> Connection:
         connection = self.connections[self._next]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
@@ -105,9 +104,7 @@ class LoadImage:
             grow = None if self.size_known else grower(descriptor)
         else:
             self._server = await qemu_nbd.start(image.path, image.format, CONNECTIONS)
-            writer = await asyncio.to_thread(
-                NbdWriter, self._server.connections, descriptor, image.format, self._server.spare
-            )
+            writer = NbdWriter(self._server.connections, descriptor, image.format, self._server.spare)
         self._landing = Landing(self.device, image.size, writer, grow, self.prepared.reads_as_zero)
         return self._landing
 
