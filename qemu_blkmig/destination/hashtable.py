@@ -11,6 +11,7 @@ read back anew.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -50,11 +51,15 @@ class Run:
     digests: bytes | None
 
 
+class NotStored(OSError):
+    """The table's own storage failed; `strerror` says so, and where that is."""
+
+
 class HashTable:
     """One disk's table. All offsets and lengths are bytes of the disk, and whole units but for the disk's end.
 
     What is written may be noted in one thread while what lies elsewhere is read back in another. Every method raises
-    `OSError` as file operations do.
+    `OSError` as file operations do, and what stores something in a table that is there already: `NotStored`.
     """
 
     def __init__(self, path: Path, size: int, unit: int, algorithm: Algorithm) -> None:
@@ -119,12 +124,14 @@ class HashTable:
         digest, unit = self.digest, self.unit
         digests = b"".join([digest(data[start : start + unit]) for start in range(0, len(data), unit)])
         first = offset // unit
-        self._write_all(digests, self._entries + first * self.digest_size)
-        self._set(first, len(digests) // self.digest_size, _DATA)
+        with self._storing():
+            self._write_all(digests, self._entries + first * self.digest_size)
+            self._set(first, len(digests) // self.digest_size, _DATA)
 
     def zeroed(self, offset: int, length: int) -> None:
         """The range is being made zero."""
-        self._set(offset // self.unit, -(-length // self.unit), _ZERO)
+        with self._storing():
+            self._set(offset // self.unit, -(-length // self.unit), _ZERO)
 
     def unread(self, most: int, below: int | None = None) -> Iterator[Run]:
         """Runs to be read back, of `most` bytes (units or more) at most each, once around from where it `goes_on`.
@@ -168,7 +175,8 @@ class HashTable:
     def sync(self) -> None:
         """Make the table stable, if it is to outlive the agent."""
         if self._is_kept:
-            os.fdatasync(self._descriptor)
+            with self._storing():
+                os.fdatasync(self._descriptor)
 
     def keep(self) -> None:
         """From now on the table outlives the agent, until `remove`."""
@@ -207,10 +215,19 @@ class HashTable:
 
     def _judge(self, extent: Extent, verdict: dict[int, int]) -> None:
         first, count = extent.offset // self.unit, -(-extent.length // self.unit)
-        before = os.pread(self._descriptor, count, _PAGE + first)
-        after = before.translate(bytes(verdict.get(state, state) for state in range(256)))
-        self._count_unproven(after.translate(_IS_UNPROVEN).count(1) - before.translate(_IS_UNPROVEN).count(1))
-        self._write_all(after, _PAGE + first)
+        with self._storing():
+            before = os.pread(self._descriptor, count, _PAGE + first)
+            after = before.translate(bytes(verdict.get(state, state) for state in range(256)))
+            self._count_unproven(after.translate(_IS_UNPROVEN).count(1) - before.translate(_IS_UNPROVEN).count(1))
+            self._write_all(after, _PAGE + first)
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = f"the hashes of what is written cannot be stored in {self._path.parent}: {error.strerror}"
+            raise NotStored(error.errno, what) from error
 
     def _count_unproven(self, more: int) -> None:
         with self._counting:

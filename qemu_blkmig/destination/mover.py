@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from qemu_blkmig import errors
-from qemu_blkmig.destination.hashtable import HashTable
+from qemu_blkmig.destination.hashtable import HashTable, NotStored
 from qemu_blkmig.destination.readback import ReadBack, Sample, Verified, are_strange
-from qemu_blkmig.destination.sink import Copying, CopySink, write_error
+from qemu_blkmig.destination.sink import Copying, CopySink, not_stored, write_error
 from qemu_blkmig.destination.writers import Writer
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.address import Address
@@ -142,12 +142,14 @@ class DiskMover:
                     self._table.sync()
             except (OSError, errors.ConnectionLost) as error:
                 self._unflushed = True
-                raise self._flush_error(error) from error
+                raise self._failure(error, "flushed") from error
 
-    def _flush_error(self, error: OSError | errors.ConnectionLost) -> errors.DestinationWriteError:
+    def _failure(self, error: OSError | errors.ConnectionLost, verb: str) -> errors.DestinationWriteError:
+        if isinstance(error, NotStored):
+            return not_stored(self._disk, error)
         if isinstance(error, OSError):
-            return write_error(self._disk, None, error.errno or 0, "flushed")
-        what = f"the destination cannot be flushed: {error}"
+            return write_error(self._disk, None, error.errno or 0, verb)
+        what = f"the destination cannot be {verb}: {error}"
         return errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0)
 
     def verify(self, most: int, interrupted: Callable[[], bool], below: int | None = None) -> Verified:
@@ -205,11 +207,8 @@ class DiskMover:
             raise errors.Refused("nothing was hashed: there is nothing to verify by", disk=self._disk)
         try:
             return read(self._read_back)
-        except OSError as error:
-            raise write_error(self._disk, None, error.errno or 0, "read back") from error
-        except errors.ConnectionLost as error:
-            what = f"the destination cannot be read back: {error}"
-            raise errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=0) from error
+        except (OSError, errors.ConnectionLost) as error:
+            raise self._failure(error, "read back") from error
 
     def disconnect(self) -> None:
         """Let go of the source, and of what reads back."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from qemu_blkmig import errors
-from qemu_blkmig.destination.hashtable import HashTable
+from qemu_blkmig.destination.hashtable import HashTable, NotStored
 from qemu_blkmig.destination.writers import Writer
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.nbd.binding import libnbd
@@ -42,6 +42,11 @@ def write_error(disk: str, offset: int | None, number: int, verb: str = "written
     place = "" if offset is None else f" at offset {offset}"
     what = f"the destination cannot be {verb}{place}: {os.strerror(number)}"
     return errors.DestinationWriteError(what, disk=disk, offset=offset, errno=number)
+
+
+def not_stored(disk: str, error: NotStored) -> errors.DestinationWriteError:
+    """The same, of what is noted of what it took."""
+    return errors.DestinationWriteError(error.strerror or "", disk=disk, offset=None, errno=error.errno or 0)
 
 
 def zero_runs(view: memoryview, offset: int, unit: int) -> Iterator[tuple[int, int, bool]]:
@@ -167,11 +172,8 @@ class CopySink:
             return
         try:
             note(self._table)
-        except OSError as error:
-            what = f"the hashes of what is written cannot be stored: {error.strerror}"
-            number = error.errno or 0
-            lost = errors.DestinationWriteError(what, disk=self._disk, offset=None, errno=number)
-            self.failure = self.failure or lost
+        except NotStored as error:
+            self.failure = self.failure or not_stored(self._disk, error)
 
     def _note(self, error: int, offset: int) -> None:
         if error and self.failure is None:

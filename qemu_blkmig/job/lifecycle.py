@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import Callable, Coroutine
 from importlib import import_module
@@ -18,6 +19,7 @@ from qemu_blkmig.errors import (
     BlkmigError,
     ConnectionLost,
     DestinationFailed,
+    DestinationWriteError,
     HostSilent,
     Interrupted,
     MigrationError,
@@ -567,8 +569,8 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
         failure.state = "; ".join(settlement.facts)
         go_on, give_up = f"qemu-blkmig resume {name}", f"qemu-blkmig cleanup {name} removes what is left"
         if failure.advice is None or go_on not in failure.advice:
-            mend = f"{failure.advice}: " if failure.advice else ""
-            failure.advice = f"{mend}{go_on} goes on where it was"
+            mend = failure.advice or ("make room at the destination" if _is_of_room(failure) else None)
+            failure.advice = f"{f'{mend}: ' if mend else ''}{go_on} goes on where it was"
         failure.advice = f"{failure.advice}; {give_up}"
         return failure
     arrived = settlement.owner is Owner.DESTINATION and (settlement.decided or settlement.left_there)
@@ -585,6 +587,10 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
     undecided = _left_to_watchdog(str(failure), settlement, job.record.job)
     undecided.__cause__ = failure
     return undecided
+
+
+def _is_of_room(failure: BlkmigError) -> bool:
+    return isinstance(failure, DestinationWriteError) and failure.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _arrived_all_the_same(failure: BlkmigError, settlement: Settlement, job: Job) -> Undecided:

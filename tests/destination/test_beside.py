@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -102,6 +103,21 @@ async def test_all_else_waits_for_it(service: Service, op: protocol.Operation, m
     slow.go_on.set()
     replies = await asyncio.gather(verify, other)
     assert not [each for each in replies if isinstance(each, protocol.Failure)]
+
+
+async def test_where_the_table_of_hashes_finds_no_room_that_is_told_and_where_it_is(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where storage copies on write, what is overwritten needs room too."""
+
+    def full(_descriptor: int, _data: object, _offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        told = await service.perform(protocol.Verify("d", SIZE))
+    what = f"the hashes of what is written cannot be stored in {tmp_path}: No space left on device"
+    assert told == protocol.Failure("destination-write", what, "d", None, errno.ENOSPC)
 
 
 async def test_an_agent_that_ends_waits_for_what_is_read_and_for_no_more(

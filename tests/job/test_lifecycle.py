@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from qemu_blkmig.errors import BlkmigError, DestinationFailed, HostSilent, Interrupted, Refused, Undecided
+from qemu_blkmig.errors import (
+    BlkmigError,
+    DestinationFailed,
+    DestinationWriteError,
+    HostSilent,
+    Interrupted,
+    Refused,
+    Undecided,
+)
 from qemu_blkmig.job import lifecycle
 from qemu_blkmig.job.connected import compare_instead
 from qemu_blkmig.job.lifecycle import Lifecycle
@@ -84,6 +93,8 @@ def test_who_is_to_compare_is_not_told_to_go_on_without(life: Any) -> None:
     assert lifecycle._told(DestinationFailed("full", advice="make room"), settlement, life.job).advice == (
         f"make room: {plain}"
     )
+    full = DestinationWriteError("cannot be written", disk="vda", offset=0, errno=errno.ENOSPC)
+    assert lifecycle._told(full, settlement, life.job).advice == f"make room at the destination: {plain}"
     compare = compare_instead(name)
     told = lifecycle._told(DestinationFailed("lost", advice=compare), settlement, life.job).advice
     assert told == f"{compare}; qemu-blkmig cleanup {name} removes what is left"
