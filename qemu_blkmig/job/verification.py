@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import heapq
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
 from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.convergence import Policy, Rate
@@ -63,7 +65,8 @@ class Verification:
         self._left: dict[str, int] = {}
         self._seen: dict[str, int] = {}
         self._mended: dict[str, Sequence[Extent]] = {}
-        self._found: list[tuple[str, Sequence[Extent]]] = []
+        self._found: dict[str, list[Extent]] = {}
+        self._amiss: Counter[str] = Counter()
         self._speed = Rate()
         self._checked = 0
         self._may_go_on = asyncio.Event()
@@ -177,17 +180,11 @@ class Verification:
             for disk in self._disks:
                 if self._may_go_on.is_set():
                     checked += await self._read(disk, BESIDE if self._in_pass else SLICE)
-            if self._may_go_on.is_set() and (not self._in_pass or self._is_hopeless()):
+            # A pass may take hours, and need not go on for what may not be mended.
+            if self._may_go_on.is_set() and (not self._in_pass or max(self._amiss.values(), default=0) > MOST_MENDED):
                 self._tell_engine()
             if checked < enough:
                 await self._until_there_may_be_more(there)
-
-    def _is_hopeless(self) -> bool:
-        """Whether more was found amiss than may be mended: the pass, which may take hours, need not go on."""
-        return any(
-            sum(extent.length for name, extents in self._found if name == disk for extent in extents) > MOST_MENDED
-            for disk in self._disks
-        )
 
     async def _until_there_may_be_more(self, there: tuple[int, ...]) -> None:
         # The engine's figures are there at any time, and nobody waits for this.
@@ -244,7 +241,9 @@ class Verification:
         if reply.checked:
             self._speed.add(reply.checked, self._clock.now() - began)
         if reply.differ:
-            self._found.append((disk, self._sensible(disk, reply.differ)))
+            found = self._sensible(disk, reply.differ)
+            self._found.setdefault(disk, []).extend(found)
+            self._amiss[disk] += sum(extent.length for extent in found)
         return reply.checked
 
     def _sensible(self, disk: str, differ: Sequence[tuple[int, int]]) -> list[Extent]:
@@ -259,16 +258,16 @@ class Verification:
 
     def _tell_engine(self) -> None:
         """Not in the midst of a completion: it takes something that is owed by then for a guest that still writes."""
-        found, self._found = self._found, []
-        for disk, extents in found:
+        found, self._found = self._found, {}
+        for disk, extents in found.items():
+            extents.sort()
             self._judge(disk, extents)
             self._engine.owe(disk, extents)
 
     def _judge(self, disk: str, extents: Sequence[Extent]) -> None:
         mended = self._mended.get(disk, ())
-        again = [each for each in extents if any(each.offset < old.end and old.offset < each.end for old in mended)]
-        total = sum(extent.length for extent in union(mended, extents))
-        if again or total > MOST_MENDED:
+        again = [*_twice(heapq.merge(mended, extents))]
+        if again or self._amiss[disk] > MOST_MENDED:
             what = "twice not what was written" if again else "not what was written, and it is too much to be mended"
             raise ContentsDiffer(
                 f"what was read back from the destination is {what}: {_places(again or extents)}",
@@ -282,6 +281,15 @@ class Verification:
             f"disk {disk}: what was read back from the destination is not what was written, it is copied again: "
             f"{_places(extents)}"
         )
+
+
+def _twice(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """What of ascending extents lies in one before, too."""
+    end = 0
+    for extent in extents:
+        if extent.offset < end:
+            yield Extent(extent.offset, min(end, extent.end) - extent.offset)
+        end = max(end, extent.end)
 
 
 def _places(extents: Sequence[Extent]) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -14,7 +17,7 @@ from qemu_blkmig.destination.protocol import VerifyReply
 from qemu_blkmig.engine.convergence import Policy
 from qemu_blkmig.engine.device import SECTOR
 from qemu_blkmig.engine.extents import Extent
-from qemu_blkmig.engine.migration import Phase, Tuning
+from qemu_blkmig.engine.migration import BlockMigration, Phase, Tuning
 from qemu_blkmig.engine.ports import Clock
 from qemu_blkmig.errors import ContentsDiffer, DestinationFailed, DestinationWriteError
 from qemu_blkmig.job import verification
@@ -192,6 +195,26 @@ async def test_a_pass_whose_storage_loses_what_it_is_given_does_not_go_on_to_its
             async with played.verification.in_background():
                 with played.verification.beside_pass():
                     await asyncio.Event().wait()
+
+
+async def test_what_is_amiss_in_very_many_places_is_judged_at_once() -> None:
+    """An agent that hears nothing for 20 s gives up."""
+    count, unit = 16 << 10, 64 << 10
+    disk = SimpleNamespace(name="vda", size=2 * count * unit, stable=0, copied=0, zeroed=0)
+    owed: list[Extent] = []
+    engine = SimpleNamespace(figures=lambda: SimpleNamespace(disks=[disk]), owe=lambda _, extents: owed.extend(extents))
+    replies = deque([(2 * at * unit, unit) for at in range(first, first + 1024)] for first in range(0, count, 1024))
+
+    async def read_back(_disk: str, _limit: int, _below: int | None) -> VerifyReply:
+        return VerifyReply(verification.BESIDE, 0, replies.popleft()) if replies else VerifyReply(0, 0, [])
+
+    tried = Verification(read_back, ["vda"], cast(BlockMigration, engine), lambda _: None, RealClock())
+    async with tried.in_background():
+        with tried.beside_pass():
+            await reach(lambda: not replies)
+            began = time.monotonic()
+        assert time.monotonic() - began < 2
+    assert len(owed) == count and tried.mended == count * unit
 
 
 async def test_what_was_left_beside_the_first_pass_is_not_what_is_left_after_it() -> None:
