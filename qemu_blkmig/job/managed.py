@@ -98,7 +98,7 @@ class _Run:
         )  # fmt: skip
         timer = asyncio.create_task(self._time_out(over))
         try:
-            async with over:
+            async with over.attempts():
                 downtime = await self._rounds.lead_to(over.run)
         finally:
             timer.cancel()

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from types import TracebackType
 
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Refused, Stalled
 from qemu_blkmig.job.arrangement import Arrangement
@@ -57,7 +56,7 @@ STALE = "somebody has paused or resumed the guest while libvirt moved it, which 
 class ManagedSwitchover:
     """Takes a domain, whose disks are in step, over to the destination.
 
-    `converge` makes ready for another attempt, when the disks were too dirty at the pause. For the time of a `with`.
+    `converge` makes ready for another attempt, when the disks were too dirty at the pause. Only within `attempts`.
     """
 
     def __init__(
@@ -100,15 +99,12 @@ class ManagedSwitchover:
         )
         """libvirt's first attempt, which begins with the disks' first pass."""
 
-    async def __aenter__(self) -> ManagedSwitchover:
-        await self._beforehand.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    @contextlib.asynccontextmanager
+    async def attempts(self) -> AsyncIterator[None]:
+        """Inside, the first attempt may begin before `run`; in the end one that was taken is waited for no more."""
         try:
-            await self._beforehand.__aexit__(kind, error, trace)
+            async with self._beforehand:
+                yield
         finally:
             if self._ending is not None:
                 self._ending.cancel()

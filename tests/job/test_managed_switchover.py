@@ -130,7 +130,7 @@ async def test_what_libvirt_has_not_ended_when_the_job_ends_is_left_to_who_settl
     over, late = _switchover(life), _Unending()
     life.job.record.migrating = True
     over._beforehand = AsyncMock()
-    async with over:
+    async with over.attempts():
         await over.call_off(cast(Passage, late))
     late.over.set()
     await asyncio.sleep(0.01)
