@@ -147,6 +147,47 @@ def test_an_encrypted_image_is_copied_as_it_is_with_its_key_or_not_at_all(virtla
             assert secret in checked.result[xml]
 
 
+def test_a_volume_that_a_pool_knows_is_copied_too_and_a_domain_with_nothing_to_copy_is_not_moved(
+    virtlab: VirtLab,
+) -> None:
+    """Of one that runs its QEMU tells the file; of this one nobody but the pool."""
+    places = [IMAGES / name for name in ("off-file.qcow2", "off-pool/off-volume.qcow2")]
+    virtlab.hosts.virsh("pool-define-as", "off", "dir", "--target", places[1].parent)
+    virtlab.hosts.virsh("pool-build", "off")
+    virtlab.hosts.virsh("pool-start", "off")
+    virtlab.hosts.run("mkdir", places[1].parent, far=True)
+    disks = [virtlab.disk(str(path.relative_to(IMAGES)), MIB, data=[(0, MIB)]) for path in places]
+    sources = (("file", f"file='{disks[0].path}'"), ("volume", "pool='off' volume='off-volume.qcow2'"))
+    written = "".join(
+        f"<disk type='{kind}'><driver type='qcow2'/><source {source}/><target dev='vd{letter}'/></disk>"
+        for letter, (kind, source) in zip("ab", sources, strict=True)
+    )
+    virtlab.hosts.virsh("pool-refresh", "off")
+    _define_bare(virtlab, written)
+    told = virtlab.virsh("off", virtlab.target, *ENDS, "--undefinesource", "--output", "json").succeeded()
+    assert {disk["name"] for disk in told.result["disks"]} == {"vda", "vdb"}
+    for disk in disks:
+        assert _content(virtlab, disk, disk.path, far=True) == _content(virtlab, disk, disk.path, far=False)
+    assert f"<source file='{disks[1].path}'/>" in virtlab.hosts.virsh("dumpxml", "off", far=True)
+    virtlab.hosts.virsh("undefine", "off", far=True)
+    _define_bare(virtlab, "")
+    virtlab.virsh("off", virtlab.target, *ENDS).failed(
+        3, "none of the domain's disks is to be copied: virsh migrate", now="nothing was touched"
+    )
+    virtlab.hosts.virsh("undefine", "off")
+    virtlab.hosts.virsh("pool-destroy", "off")
+    virtlab.hosts.virsh("pool-undefine", "off")
+
+
+def _define_bare(virtlab: VirtLab, disks: str) -> None:
+    file = virtlab.hosts.near / "bare.xml"
+    file.write_text(
+        "<domain type='qemu'><name>off</name><memory>32768</memory>"
+        f"<os><type arch='x86_64'>hvm</type></os><devices>{disks}</devices></domain>"
+    )
+    virtlab.hosts.virsh("define", file)
+
+
 def test_a_saved_state_is_not_left_behind(virtlab: VirtLab, off: Domain) -> None:
     virtlab.hosts.virsh("start", off.name)
     virtlab.hosts.virsh("managedsave", off.name)

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.job.arrangement import chosen
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.virt.connection import SOURCE, TARGET, Connection
@@ -53,5 +54,6 @@ class Ends:
         stack.push_async_callback(target.close)
         domain = Domain.parse(await source.call(handle.XMLDesc))
         if options.offline:
-            domain = replace(domain, nvram=own_variables(domain, source.uri))
+            # No QEMU tells which files a volume of a pool is.
+            domain = await chosen(replace(domain, nvram=own_variables(domain, source.uri)), options, source)
         return cls(source, target, handle, domain)

@@ -41,6 +41,7 @@ from qemu_blkmig.units import show_bytes
 
 MIGRATABLE = ("running", "paused", "io-error", "watchdog", "prelaunch", "postmigrate")
 """Run states that a guest can be migrated in, and that its destination can be left in."""
+NOTHING_TO_COPY = "none of the domain's disks is to be copied: virsh migrate moves such a one"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Planner:
             disks = tuple(select(found, self._selection.disks))
         except Refused as error:
             disks = ()
-            self._problems.append(str(error))
+            self._problems.append(NOTHING_TO_COPY if self._placed == {} else str(error))
         if disks:
             self._problems += await obstacles(source, disks, ours=prefix)
         await self._check_bitmaps(source, disks, with_ram)
@@ -188,8 +189,12 @@ class Planner:
             else:
                 disks.append(replace(disk, name=placed.target))
                 self._place(placed.target, placed)
-        missing = {placed.target for placed in self._placed.values()} - self._paths.keys()
-        self._problems += [f"disk {target}: the source QEMU has no such disk that could be read" for target in missing]
+        why = {device_id(drive.qdev): f"it cannot be copied: {drive.reason}" for drive in found.skipped if drive.qdev}
+        self._problems += [
+            f"disk {placed.target}: {why.get(device, 'the source QEMU has no such disk that could be read')}"
+            for device, placed in self._placed.items()
+            if placed.target not in self._paths
+        ]
         return Inventory(tuple(disks), tuple(left))
 
     async def _check_known(self, source: Monitor, found: Sequence[Disk]) -> None:

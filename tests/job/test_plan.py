@@ -161,6 +161,26 @@ async def test_a_disk_that_libvirt_knows_nothing_of_is_not_left_behind_unless_it
         await agent.close()
 
 
+async def test_why_a_domain_s_disk_cannot_be_copied_is_told(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").touch()
+    arguments = []
+    for name in ("full", "empty"):
+        path = tmp_path / "empty" if name == "empty" else make_image(name, format="raw")
+        arguments += ["-drive", f"if=none,id={name},format=raw,file={path}"]
+        arguments += ["-device", f"virtio-blk,drive={name},id=dev{name}"]
+    qemu = await start_qemu(*arguments)
+    for ids, told in (
+        ({"devfull": "vda", "devempty": "vdb"}, "disk vdb: it cannot be copied: its size is 0"),
+        ({"devfull": "vda", "devgone": "vdb"}, "disk vdb: the source QEMU has no such disk that could be read"),
+        ({}, "none of the domain's disks is to be copied: virsh migrate moves such a one"),
+    ):
+        placed = {device: Placed(target, str(tmp_path / target)) for device, target in ids.items()}
+        planner = Planner(None, Selection(), None, placed=placed)
+        assert told in (await planner.plan(qemu.monitor, None, "blkmig-test", with_ram=False)).problems
+
+
 @pytest.mark.parametrize("instead", ["other", "null"])
 async def test_a_base_is_not_shared_that_the_source_does_not_use(
     start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path, instead: str
