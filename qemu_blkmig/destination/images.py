@@ -26,6 +26,8 @@ from qemu_blkmig.stable import sync_entry
 
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
 
+_CLUSTERED = frozenset({"qcow2", "qed", "parallels"})
+"""Formats of which `qemu-img create` takes the size of clusters; `qemu-img info` tells it of others, too."""
 _PREALLOCATION = {"raw": ("off", "falloc", "full"), "qcow2": ("off", "metadata", "falloc", "full")}
 _CHECK_TIMEOUT = 1800.0
 _PREDECESSOR = 30.0
@@ -476,7 +478,8 @@ def _lay_out(image: Image, descriptor: int) -> None:
         if image.preallocation == "full":
             _write_zeroes(descriptor, image.size)
         return
-    options = [] if image.cluster_size is None else ["-o", f"cluster_size={image.cluster_size}"]
+    sized = image.cluster_size is not None and image.format in _CLUSTERED
+    options = ["-o", f"cluster_size={image.cluster_size}"] if sized else []
     if image.backing is not None:
         options += ["-b", image.backing.path, "-F", image.backing.format]
     if image.preallocation != "off":

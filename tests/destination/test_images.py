@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -339,6 +340,18 @@ def test_an_image_is_preallocated_as_asked_and_reads_as_zero(
         str(tmp_path / "zero"),
     ]
     assert subprocess.run(compared, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    images.give_up(prepared)
+
+
+@pytest.mark.parametrize("image_format", sorted(images.WRITABLE_FORMATS))
+def test_an_image_is_made_in_the_format_of_one_whose_clusters_are_known(tmp_path: Path, image_format: str) -> None:
+    """qemu-img tells their size of most formats, and takes it of few."""
+    theirs = tmp_path / "theirs"
+    subprocess.run(["qemu-img", "create", "-q", "-f", image_format, theirs, str(8 * MIB)], check=True)
+    asked = ["qemu-img", "info", "--output=json", "-f", image_format, str(theirs)]
+    told = json.loads(subprocess.run(asked, check=True, capture_output=True).stdout)
+    wanted = new(tmp_path / "a", format=image_format, size=told["virtual-size"], cluster_size=told.get("cluster-size"))
+    [prepared] = images.prepare([wanted])
     images.give_up(prepared)
 
 
