@@ -27,6 +27,8 @@ def agent_place(uri: str, agent: str | None, remote_command: str) -> Place:
         raise UsageError(f"not the URI of a QEMU host's libvirt: {uri!r}", advice=f"write {DESTINATION}")
     if agent is not None:
         return _named(agent, remote_command)
+    if not parts.hostname:
+        raise UsageError(f"{uri} names no other host", advice=f"write {DESTINATION}")
     if parts.scheme not in _BY_SSH:
         raise UsageError(
             f"{uri} does not tell how the host's storage is reached",
@@ -52,9 +54,7 @@ def _by_ssh(uri: str, parts: SplitResult, remote_command: str) -> Place:
             f"{uri}: the agent's own ssh knows nothing of {', '.join(told)}",
             advice=f"put it into ~/.ssh/config, or set {COMMAND_VARIABLE}, such as to 'ssh -i KEYFILE'",
         )
-    host = f"[{parts.hostname}]" if parts.hostname and ":" in parts.hostname else parts.hostname
-    if not host:
-        raise UsageError(f"{uri} names no host", advice=f"write {DESTINATION}")
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
     user, port = _user_and_port(uri, parts)
     return parse_place(f"ssh://{user}{host}{port}/", remote_command)
 

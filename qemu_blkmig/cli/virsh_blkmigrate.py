@@ -42,6 +42,8 @@ _OF_THIS_RUN = (
     "metrics_file",
     "metrics_listen",
 )
+_PLACED = ("domain", "desturi", "migrateuri")
+"""What words without an option are, in this order."""
 
 
 class _Parser(Parser):
@@ -52,7 +54,15 @@ class _Parser(Parser):
         words = sys.argv[1:] if args is None else list(args)
         if any(word.partition("=")[0] == "--resume" for word in words):
             self.set_defaults(**dict.fromkeys(_CHANGED))
-        return self.parse_intermixed_args(words, namespace)
+        # Whatever is behind -- is no option, as with virsh; argparse forgets that on its second way through the words.
+        end = words.index("--") if "--" in words else len(words)
+        parsed, behind = self.parse_intermixed_args(words[:end], namespace), words[end + 1 :]
+        for name in _PLACED:
+            if behind and getattr(parsed, name) is None:
+                setattr(parsed, name, behind.pop(0))
+        if behind:
+            self.error(f"unrecognized arguments: {' '.join(behind)}")
+        return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,9 +183,8 @@ def _connections(arguments: argparse.Namespace) -> int | None:
 
 def _ends(arguments: argparse.Namespace) -> list[str | None]:
     """DOMAIN, DESTURI and MIGRATEURI: as in virsh, words without an option are those of them that no option gives."""
-    names = ("domain", "desturi", "migrateuri")
-    placed = [word for name in names if (word := getattr(arguments, name)) is not None]
-    given = [getattr(arguments, f"{name}_option") for name in names]
+    placed = [word for name in _PLACED if (word := getattr(arguments, name)) is not None]
+    given = [getattr(arguments, f"{name}_option") for name in _PLACED]
     ends = [(placed.pop(0) if placed else None) if named is None else str(named) for named in given]
     if placed:
         raise UsageError(f"there is no use for {placed[0]}: DOMAIN, DESTURI and MIGRATEURI are all given without it")

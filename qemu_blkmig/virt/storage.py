@@ -161,7 +161,10 @@ async def volume_path(connection: Connection, pool: str, volume: str) -> str:
     try:
         return str(await connection.call((await connection.call(handle.storageVolLookupByName, volume)).path))
     except LibvirtError as error:
-        raise Refused(f"{connection.who}: pool {pool} has no volume {volume}: {error}") from error
+        raise Refused(
+            f"{connection.who}: pool {pool} has no volume {volume}: {error.words}",
+            advice=f"if its file is there: virsh -c {connection.uri} pool-refresh {pool}",
+        ) from error
 
 
 class Volumes:

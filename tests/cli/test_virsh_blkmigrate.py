@@ -43,6 +43,12 @@ def test_options_may_stand_between_the_domain_and_its_destination_as_with_virsh(
     assert wanted.persistent and wanted.suspend
 
 
+@pytest.mark.parametrize("words", [("--suspend", "--", "-p", URI), ("--desturi", URI, "--suspend", "--", "-p")])
+def test_a_domain_whose_name_looks_like_an_option_is_named_behind_two_dashes(words: Sequence[str]) -> None:
+    wanted = _wish(*words)
+    assert (wanted.domain, wanted.target_uri, wanted.suspend) == ("-p", URI, True)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -113,8 +119,9 @@ def test_the_agent_is_reached_as_libvirt_is_unless_it_is_named(uri: str, agent: 
         (["web1", URI, "a", "--domain", "web2"], "there is no use for a: DOMAIN, DESTURI and MIGRATEURI are all given"),
         (["web1", URI, "--pers"], "unrecognized arguments: --pers"),
         (["web1", "qemu+tcp://hostb/system"], "does not tell how the host's storage is reached"),
-        (["web1", "qemu:///system"], "does not tell how the host's storage is reached"),
-        (["web1", "qemu+ssh:///system"], "names no host"),
+        (["web1", "qemu:///system"], "names no other host"),
+        (["web1", "qemu+ssh:///system"], "names no other host"),
+        (["web1", "--", URI, "a", "-b"], "unrecognized arguments: -b"),
         (["web1", "qemu+ssh://hostb:99999/system"], "port"),
         (["web1", "qemu+ssh://hostb/system?keyfile=/k"], "knows nothing of keyfile"),
         (["web1", "xen+ssh://hostb/system"], "not the URI of a QEMU host's libvirt"),

@@ -35,8 +35,9 @@ async def test_a_volume_is_made_found_by_its_pool_and_taken_back(daemonless: Con
         await create_volume(daemonless, POOL, VolumeSpec("a.qcow2", "qcow2", 1 << 20))
     await delete_volume(daemonless, POOL, "a.qcow2")
     await delete_volume(daemonless, POOL, "a.qcow2")
-    with pytest.raises(Refused, match="pool default-pool has no volume"):
+    with pytest.raises(Refused, match="pool default-pool has no volume") as caught:
         await volume_path(daemonless, POOL, "a.qcow2")
+    assert caught.value.advice == f"if its file is there: virsh -c {daemonless.uri} pool-refresh {POOL}"
 
 
 async def test_a_pool_that_is_not_there_or_does_not_run_is_refused(daemonless: Connection) -> None:
