@@ -365,15 +365,15 @@ def memory_left(domain: Domain, *, runs: bool) -> Iterator[str]:
 async def other_images(definition: Domain, running: Domain, source: Connection) -> dict[str, str]:
     """Where the definition has other images than the running domain, by target: it is to start with those."""
     now = {disk.target: disk for disk in running.disks if disk.left_alone is None}
+    both = [(disk, now[disk.target]) for disk in definition.disks if disk.target in now]
+    both = [(own, used) for own, used in both if own.volume is None or own.volume != used.volume]
+    named = {own.volume for own, _ in both if own.volume is not None}
+    files = await (await Volumes.known_to(source)).files(named) if named else {}
     found = {}
-    for disk in definition.disks:
-        used = now.get(disk.target)
-        if used is None or used.path is None or (disk.volume is not None and disk.volume == used.volume):
-            continue
-        volumes = {} if disk.volume is None else await (await Volumes.known_to(source)).files({disk.volume})
-        path = disk.path if disk.volume is None else volumes.get(disk.volume)
-        if path is None or os.path.realpath(path) != os.path.realpath(used.path):
-            found[disk.target] = path or "none"
+    for own, used in both:
+        path = own.path if own.volume is None else files.get(own.volume)
+        if used.path is not None and (path is None or os.path.realpath(path) != os.path.realpath(used.path)):
+            found[own.target] = path or "none"
     return found
 
 

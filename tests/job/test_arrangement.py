@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,7 +28,7 @@ from qemu_blkmig.job.place import Local
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.connection import Connection
 from qemu_blkmig.virt.domain import Domain
-from qemu_blkmig.virt.storage import VolumeSpec, create_volume
+from qemu_blkmig.virt.storage import VolumeSpec, create_volume, pool_directory
 
 
 def _domain(vda: str = "/a/root.qcow2", vdb: str = "/b/data.raw") -> Domain:
@@ -180,6 +181,19 @@ async def test_where_the_definition_has_another_image_than_the_running_domain_is
     for named, told in (("a.raw", {}), ("link", {}), ("b.raw", {"vda": str(tmp_path / "b.raw")})):
         definition = _domain(vda=str(tmp_path / named))
         assert await other_images(definition, running, cast("Connection", None)) == told
+
+
+async def test_volumes_that_the_definition_names_are_looked_for_in_one_look_at_the_pools(
+    daemonless: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = Mock(wraps=daemonless.handle.listAllStoragePools)
+    monkeypatch.setattr(daemonless.handle, "listAllStoragePools", look)
+    disk = "<disk type='volume' device='disk'><source pool='default-pool' volume='{0}'/><target dev='{0}'/></disk>"
+    disks = "".join(disk.format(target) for target in ("vda", "vdb"))
+    definition = Domain.parse(f"<domain><name>web1</name><devices>{disks}</devices></domain>")
+    there = await pool_directory(daemonless, "default-pool")
+    told = await other_images(definition, _domain(vda=f"{there}/vda"), daemonless)
+    assert (told, look.call_count) == ({"vdb": f"{there}/vdb"}, 1)
 
 
 @pytest.mark.parametrize(("access", "runs", "told"), [("shared", True, 0), ("shared", False, 1), ("private", True, 1)])
