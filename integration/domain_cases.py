@@ -17,15 +17,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal, cast, get_args
 
 from integration.cases import FAILED, UNDECIDED, Verdict
 from integration.hosts import PORT
 from integration.lab import Format, LabError, assert_records_sound, wait_until
 from integration.listened import PHASES
-from integration.luck import command_line, kill_all
+from integration.luck import kill_all
 from integration.network import Network
+from integration.processes import WATCHDOG
 from integration.tool import COMMAND, Outcome, finish, start
 from integration.virtlab import IMAGES, VirtLab
 from qemu_blkmig.demo.guest import Orders, Writer
@@ -246,22 +246,6 @@ class _Run:
         consoles = "".join(self.domain.console(far=far) for far in (False, True))
         return max(map(int, re.findall(rf"^blkmig ack {name} seq (\d+) ", consoles, re.MULTILINE)), default=0)
 
-    def processes(self, *words: str, far: bool) -> list[int]:
-        """The processes of that host whose command lines hold all the words."""
-        hosts = self.lab.hosts
-        pids = hosts.processes() if far else [pid for pid in _all() if _network(pid) == hosts.network_a]
-        return [pid for pid in pids if all(word in command_line(pid) for word in words)]
-
-
-def _all() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-
-
-def _network(pid: int) -> str | None:
-    with contextlib.suppress(OSError):
-        return str(Path(f"/proc/{pid}/ns/net").readlink())
-    return None
-
 
 def _signal(number: int) -> Strike:
     def send(run: _Run, _: ExitStack) -> bool:
@@ -272,17 +256,17 @@ def _signal(number: int) -> Strike:
 
 
 def _kill_process(*words: str, far: bool) -> Strike:
-    return lambda run, _: kill_all(*run.processes(*words, far=far))
+    return lambda run, _: kill_all(*run.lab.processes(*words, far=far))
 
 
 def _kill_qemu(*, far: bool) -> Strike:
-    return lambda run, _: kill_all(*run.processes("qemu-system", f"guest={run.domain.name},", far=far))
+    return lambda run, _: kill_all(*run.lab.processes("qemu-system", f"guest={run.domain.name},", far=far))
 
 
 def _kill_both(run: _Run, mending: ExitStack) -> bool:
     """Coordinator and watchdog, neither of which may act upon the other's end."""
     run.attempt.signal(signal.SIGSTOP)
-    kill_all(*run.processes("qemu_blkmig.job.watchdog", far=False))
+    kill_all(*run.lab.processes(WATCHDOG, far=False))
     run.attempt.signal(signal.SIGKILL)
     return True
 
@@ -369,12 +353,7 @@ def _copy_job(run: _Run, mending: ExitStack) -> bool:
 
 def _backup(run: _Run, mending: ExitStack) -> bool:
     """Somebody backs a disk up, which does not end before the tool has."""
-    file = run.lab.hosts.near / "backup.xml"
-    file.write_text(
-        "<domainbackup><disks><disk name='vda' type='file'>"
-        f"<target file='{IMAGES}/backed-up.raw'/><driver type='raw'/></disk></disks></domainbackup>"
-    )
-    run.lab.hosts.virsh("backup-begin", run.domain.name, "--backupxml", file)
+    run.lab.hosts.virsh("backup-begin", run.domain.name, "--backupxml", run.lab.backup(IMAGES / "backed-up.raw"))
     mending.callback(_without_error, run.lab.hosts.virsh, "domjobabort", run.domain.name)
     return True
 
@@ -395,7 +374,7 @@ FAULTS: dict[str, Strike] = {
     "coordinator": _signal(signal.SIGKILL),
     "hangup": _signal(signal.SIGHUP),
     "interrupt": _signal(signal.SIGINT),
-    "watchdog": _kill_process("qemu_blkmig.job.watchdog", far=False),
+    "watchdog": _kill_process(WATCHDOG, far=False),
     "both": _kill_both,
     "agent": _kill_process("qemu_blkmig", "receive", far=True),
     "qemu-nbd": _kill_process("qemu-nbd", far=True),

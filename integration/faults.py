@@ -14,7 +14,8 @@ from pathlib import Path
 
 from integration.far import FarLab
 from integration.lab import LabError
-from integration.luck import Attempt, command_line, kill_all
+from integration.luck import Attempt, kill_all
+from integration.processes import WATCHDOG, holding
 
 Strike = Callable[[Attempt, ExitStack], bool]
 """Does it, if what it is done to is there (else False); undoing it is left to the stack."""
@@ -30,7 +31,7 @@ def strike(fault: str, attempt: Attempt, mending: ExitStack) -> bool:
 
 
 def _find(attempt: Attempt, *words: str) -> list[int]:
-    return [pid for pid in attempt.lab.processes() if all(word in command_line(pid) for word in words)]
+    return holding(attempt.lab.processes(), *words)
 
 
 def _signal_tool(attempt: Attempt, number: int) -> bool:
@@ -41,8 +42,7 @@ def _signal_tool(attempt: Attempt, number: int) -> bool:
 def _kill_both(attempt: Attempt, _: ExitStack) -> bool:
     """Coordinator and watchdog, neither of which may act upon the other's end."""
     attempt.signal(signal.SIGSTOP)
-    watchdogs = _find(attempt, "qemu_blkmig.job.watchdog")
-    kill_all(*watchdogs)
+    kill_all(*_find(attempt, WATCHDOG))
     attempt.signal(signal.SIGKILL)
     return True
 
@@ -133,7 +133,7 @@ NEAR: dict[str, Strike] = {
     "hangup": lambda attempt, _: _signal_tool(attempt, signal.SIGHUP),
     "interrupt": lambda attempt, _: _signal_tool(attempt, signal.SIGINT),
     "agent": lambda attempt, _: kill_all(*_find(attempt, *attempt.lab.agent_words)),
-    "watchdog": lambda attempt, _: kill_all(*_find(attempt, "qemu_blkmig.job.watchdog")),
+    "watchdog": lambda attempt, _: kill_all(*_find(attempt, WATCHDOG)),
     "both": _kill_both,
     "nbd": _break_nbd,
     "qemu-nbd": lambda attempt, _: kill_all(*_find(attempt, "qemu-nbd")),

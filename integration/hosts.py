@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from integration.lab import MARK_VARIABLE, LabError, wait_until
+from integration.processes import command_line, sharing
 
 REPOSITORY = Path(__file__).parent.parent
 PORT = 2222
@@ -146,11 +147,6 @@ class Hosts:
         return Path(f"/proc/{_pid(self._a)}/root")
 
     @property
-    def network_a(self) -> str:
-        """The network namespace of hosta, and of all that runs in it, as a link in /proc/PID/ns names it."""
-        return str(Path(f"/proc/{_pid(self._a)}/ns/net").readlink())
-
-    @property
     def root_b(self) -> Path:
         """The file system as hostb sees it."""
         return Path(f"/proc/{self._init()}/root")
@@ -256,13 +252,15 @@ class Hosts:
         """Everything that runs in hostb, by the numbers that it has outside."""
         if self._b is None:
             return []
-        namespace = _namespace(self._init())
-        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        return [pid for pid in pids if _namespace(pid) == namespace]
+        return sharing(self._init(), "pid")
+
+    def near_processes(self) -> list[int]:
+        """Everything that runs in hosta, which has its network."""
+        return sharing(_pid(self._a), "net")
 
     def connections(self) -> list[int]:
         """The sshd processes that each serve one connection."""
-        return [pid for pid in self.processes() if re.match(r"sshd(-session)?: (?!.*\[listener\])", _command(pid))]
+        return [pid for pid in self.processes() if re.match(r"sshd(-session)?: (?!.*\[listener\])", command_line(pid))]
 
     def outside(self, pid: int) -> int:
         """The number outside of hostb's process `pid`. Raises `LabError` if it is not there."""
@@ -369,18 +367,6 @@ def children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
-
-
-def _namespace(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return str(Path(f"/proc/{pid}/ns/pid").readlink())
-    return ""
-
-
-def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import pytest
 
+from integration.processes import command_line
 from qemu_blkmig.demo.guest import Kernel, Orders, boot_arguments, odd_memory
 from qemu_blkmig.demo.records import RecordsReport, check
 
@@ -430,7 +431,7 @@ class Lab:
         found: list[str] = []
 
         def clean() -> bool:
-            found[:] = [f"process {pid}: {_command_of(pid)}" for pid in self.processes() if pid not in allow]
+            found[:] = [f"process {pid}: {command_line(pid) or 'gone'}" for pid in self.processes() if pid not in allow]
             found.extend(self.left_elsewhere())
             for guest in guests:
                 found.extend(leftovers_in_qemu(guest))
@@ -708,9 +709,3 @@ def _marked(mark: str) -> list[int]:
             if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
     return [pid for pid in found if pid != os.getpid()]
-
-
-def _command_of(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    return "gone"

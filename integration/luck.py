@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 from integration.lab import Disk, Format, Guest, Hardware, Lab, LabError, leftovers_in_qemu, wait_until
 from integration.listened import Listened, held_at
+from integration.processes import WATCHDOG, holding
 from integration.tool import COMMAND, Outcome, assert_nothing_left, assert_writes_soundly
 from qemu_blkmig.demo.guest import Orders
 
@@ -55,7 +55,7 @@ class Attempt(Listened):
         found: list[int] = []
 
         def is_there() -> bool:
-            found[:] = [pid for pid in self.lab.processes() if all(word in command_line(pid) for word in words)]
+            found[:] = holding(self.lab.processes(), *words)
             return bool(found)
 
         wait_until(is_there, f"a process with {words}", 10)
@@ -67,7 +67,7 @@ class Attempt(Listened):
 
     def watchdog(self) -> int:
         """The pid of the watchdog."""
-        return self.child("qemu_blkmig.job.watchdog")
+        return self.child(WATCHDOG)
 
     def job(self) -> str:
         """The job's name."""
@@ -169,13 +169,6 @@ class Bench:
             attempt = self.attempt(*SLOW if moment == "moving RAM" else (), *options, kind=kind, hold=moment)
             attempt.wait_held()
         return attempt
-
-
-def command_line(pid: int) -> str:
-    """The command line of a process; empty if it is gone."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
 
 
 def kill(pid: int) -> None:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from integration.lab import LabError, wait_until
-from integration.luck import command_line
+from integration.luck import kill_all
+from integration.processes import WATCHDOG
 from integration.thorough import also
 from integration.virtlab import IMAGES, Domain, VirtLab
 
 MIB = 1 << 20
 HERE = "the guest runs at the source"
-BACKUP = (
-    "<domainbackup mode='{mode}'>{server}<disks><disk name='vda' type='file'>"
-    "<{kind} file='{file}'/><driver type='{format}'/></disk></disks></domainbackup>"
-)
 
 
 @pytest.fixture
@@ -39,17 +34,12 @@ def full(virtlab: VirtLab) -> Iterator[Domain]:
             left.unlink()
 
 
-def backup_begins(virtlab: VirtLab, domain: Domain, mode: str) -> None:
+def backup_begins(virtlab: VirtLab, domain: Domain, mode: Literal["push", "pull"]) -> None:
     """Begin a backup that lasts until it is aborted."""
-    file = virtlab.hosts.near / "backup.xml"
-    server = f"<server transport='unix' socket='{IMAGES}/jobs.nbd'/>" if mode == "pull" else ""
-    kind, form = ("scratch", "qcow2") if mode == "pull" else ("target", "raw")
-    path = IMAGES / f"jobs.{mode}"
-    file.write_text(BACKUP.format(mode=mode, server=server, kind=kind, file=path, format=form))
     (drive,) = qmp(virtlab, domain, "query-block")
     job = f"backup-vda-{drive['inserted']['node-name']}"
     slow = json.dumps({"execute": "block-job-set-speed", "arguments": {"device": job, "speed": 65536}})
-    begin = f"backup-begin {domain.name} --backupxml {file}"
+    begin = f"backup-begin {domain.name} --backupxml {virtlab.backup(IMAGES / f'jobs.{mode}', mode)}"
     virtlab.hosts.virsh(begin if mode == "pull" else f"{begin}; qemu-monitor-command {domain.name} '{slow}'")
     assert [each["type"] for each in qmp(virtlab, domain, "query-jobs")] == ["backup"]
 
@@ -69,13 +59,6 @@ def qmp(virtlab: VirtLab, domain: Domain, command: str) -> list[dict[str, Any]]:
 
 def no_jobs(virtlab: VirtLab, domain: Domain) -> None:
     wait_until(lambda: not qmp(virtlab, domain, "query-jobs"), "the end of the job", 30)
-
-
-def watchdog(virtlab: VirtLab) -> int:
-    """The pid of the watchdog of the one job that is under way."""
-    words = "qemu_blkmig.job.watchdog", str(virtlab.hosts.near / "state")
-    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    return next(pid for pid in pids if all(word in command_line(pid) for word in words))
 
 
 def suspended(virtlab: VirtLab, domain: Domain) -> str:
@@ -135,7 +118,7 @@ def test_a_backup_that_has_begun_since_a_job_was_left_is_not_aborted_by_cleaning
     attempt = virtlab.attempt(full, hold="behind the gate")
     attempt.wait_held()
     attempt.signal(signal.SIGSTOP)
-    os.kill(watchdog(virtlab), signal.SIGKILL)
+    assert kill_all(*virtlab.processes(WATCHDOG, far=False))
     attempt.signal(signal.SIGKILL)
     attempt.outcome()
     wait_until(lambda: full.runs() == ["hosta"], "the guest to be given back", 60)

@@ -16,10 +16,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from integration.hosts import PORT, REPOSITORY
 from integration.lab import Disk, Format, LabError, assert_records_sound, wait_until, write_random
 from integration.listened import Listened, held_at
+from integration.processes import holding
 from integration.tool import COMMAND, Outcome, finish, start
 from integration.virthosts import VirtHosts, domain_xml, two_virt_hosts
 from qemu_blkmig.demo.guest import Kernel, Orders
@@ -226,6 +228,21 @@ class VirtLab:
         """Images of the domain that are on hostb."""
         paths = [self.outside(disk.path, far=True) for disk in domain.disks]
         return [path for path in paths if path.exists()]
+
+    def processes(self, *words: str, far: bool) -> list[int]:
+        """The processes of that host whose command lines hold all the words."""
+        return holding(self.hosts.processes() if far else self.hosts.near_processes(), *words)
+
+    def backup(self, path: Path, mode: Literal["push", "pull"] = "push") -> Path:
+        """What to begin a backup of a domain's first disk with: into `path`; pull: of what is served beside that."""
+        server = f"<server transport='unix' socket='{path}.nbd'/>" if mode == "pull" else ""
+        kind, image_format = ("scratch", "qcow2") if mode == "pull" else ("target", "raw")
+        file = self.hosts.near / "backup.xml"
+        file.write_text(
+            f"<domainbackup mode='{mode}'>{server}<disks><disk name='vda' type='file'>"
+            f"<{kind} file='{path}'/><driver type='{image_format}'/></disk></disks></domainbackup>"
+        )
+        return file
 
     def jobs(self) -> list[str]:
         """The names of the jobs of which there is a record on hosta."""
