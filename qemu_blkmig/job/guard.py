@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import NoReturn
 
@@ -59,12 +58,16 @@ class Guard:
     async def libvirt_has_ended(self) -> None:
         """From now on who resumes the guest wants it to run; and so it is to, if it runs now, whoever has resumed it.
 
-        That it does not may be libvirt's doing still. A QEMU that does not tell is for the watch to judge.
+        That it does not may be libvirt's doing still. A QEMU that does not tell is for the watch to judge. Raises
+        `RecordFailed`.
         """
         self.resumes_are_libvirts = False
-        with contextlib.suppress(BlkmigError):
-            if not self._pauses_are_ours and await run_state(self._source) == "running":
-                await self._note(running=True)
+        try:
+            runs = await run_state(self._source) == "running"
+        except BlkmigError:
+            return
+        if runs and not self._pauses_are_ours:
+            await self._note(running=True)
 
     async def end_on_io_error(self) -> None:
         """From now on an I/O error that stops the guest ends the work, too. Raises `GuestStateError` where one has."""

@@ -120,7 +120,12 @@ class DomainMigration:
     async def begin(cls, source: Connection, domain: Any, target: Connection, wish: Wish) -> DomainMigration:
         """Begin it, over a connection of its own to the source's libvirt. Raises `Refused`, and as `call` does."""
         own = await Connection.open(source.uri, source.who)
-        return cls(source, domain, _migrate(own, await own.domain(domain.UUIDString()), target, wish))
+        try:
+            same = await own.domain(domain.UUIDString())
+        except BaseException:
+            await own.close()
+            raise
+        return cls(source, domain, _migrate(own, same, target, wish))
 
     @property
     def ended(self) -> bool:

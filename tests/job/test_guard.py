@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock, MagicMock
 
+import pytest
+
+from qemu_blkmig.errors import RecordFailed
 from qemu_blkmig.job.guard import EVENTS, Guard
 from qemu_blkmig.qmp.monitor import Event, EventStream
 
@@ -72,3 +75,13 @@ async def test_a_guest_that_runs_when_libvirt_has_ended_is_not_taken_for_paused(
         await source.say("RESUME")
         await guard.libvirt_has_ended()
         assert record.was_running
+
+
+async def test_that_the_guest_runs_again_and_cannot_be_recorded_is_not_passed_over() -> None:
+    async with watching() as (guard, source, record):
+        await source.say("STOP")
+        await source.say("RESUME")
+        assert not record.was_running
+        cast(AsyncMock, guard._job.save).side_effect = RecordFailed("full")
+        with pytest.raises(RecordFailed):
+            await guard.libvirt_has_ended()
