@@ -132,6 +132,25 @@ def test_xml_that_a_device_plugged_in_meanwhile_makes_useless_is_replaced_and_no
     virtlab.assert_nothing_left()
 
 
+def test_what_an_admin_changes_of_a_domain_whose_disks_are_kept_in_step_comes_along(
+    virtlab: VirtLab, domain: Domain
+) -> None:
+    attempt = virtlab.attempt(domain, "--switchover", "manual", "--persistent", "--undefinesource")
+    attempt.wait_event(lambda event: event.get("stage") == "standby", "its disks to be in step")
+    for words in (
+        ("desc", domain.name, "--title", "new"),
+        ("blkdeviotune", domain.name, "vda", "--write-iops-sec", 5000),
+    ):
+        virtlab.hosts.virsh(*words, "--live", "--config")
+    virtlab.tool("switchover", virtlab.job()).succeeded()
+    attempt.outcome().succeeded()
+    for which in ((), ("--inactive",)):
+        xml = virtlab.hosts.virsh("dumpxml", domain.name, *which, far=True)
+        assert "<title>new</title>" in xml and "<write_iops_sec>5000<" in xml
+    virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
 def test_the_source_s_libvirtd_killed_while_the_gate_is_closed(virtlab: VirtLab, domain: Domain) -> None:
     attempt = virtlab.attempt(domain, hold="last round over")
     attempt.wait_held()

@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from qemu_blkmig.destination.files import FileId
 from qemu_blkmig.destination.protocol import Below, BelowReply, Files, FilesReply
@@ -139,7 +140,6 @@ async def arrange(
 
     Raises `Refused` where an image has no place, and what `Connection.call` raises.
     """
-    module = libvirt()
     if await same_daemon(source, target):
         raise Refused(f"{source.uri} and {target.uri} are the same host's libvirt")
     handle = await source.domain(domain.uuid)
@@ -147,18 +147,16 @@ async def arrange(
     given = None if options.xml is None else Domain.parse(options.xml)
     directory = options.directory if options.pool is None else await pool_directory(target, options.pool)
     paths = image_paths(domain, options.paths, given, directory)
-    flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
     block = await block_devices(agent, paths.values())
-    xml = rewritten(options.xml or await source.call(handle.XMLDesc, flags), paths, block, as_they_are=options.offline)
+    xml = rewritten(options.xml or await _own_xml(source, handle), paths, block, as_they_are=options.offline)
     name = options.dname or domain.name
     persistent, told, trouble = None, list[str](), list[str]()
     if options.offline and options.persistent_xml is None:
         persistent = xml
     elif options.persistent:
-        own = await source.call(handle.XMLDesc, flags | module.VIR_DOMAIN_XML_INACTIVE)
+        own = await _own_xml(source, handle, defined=True)
         if options.persistent_xml is None:
-            others = await other_images(Domain.parse(own), domain, source)
-            persistent, told = _definition(options, domain, own, paths, block, others)
+            persistent, told = await _definition(options, domain, own, paths, block, source)
             absent = await absent_files(agent, persistent, {*paths.values(), *files_needed(xml)}, "--persistent-xml")
             told += [f"in the definition, not in the running domain: {each}" for each in absent]
         else:
@@ -225,6 +223,45 @@ async def arrange(
         owner,
         lasting=refused is not None and is_of_xml(refused),
     )
+
+
+async def renewed(
+    there: Arrangement, options: ManagedOptions, domain: Domain, source: Connection, agent: AgentClient
+) -> tuple[Arrangement, list[str]]:
+    """The arrangement with what was changed of the running `domain` since (a title, a limit, its definition), and new
+    warnings.
+
+    Where other storage of this host is among that it stays as it was, and libvirt refuses it: that was not copied.
+    Raises `Refused`, and what `Connection.call` raises.
+    """
+    handle = await source.domain(domain.uuid)
+    block = await block_devices(agent, there.paths.values())
+    xml, persistent, told = there.xml, there.persistent_xml, list[str]()
+    if options.xml is None:
+        own = await _own_xml(source, handle)
+        if _storage_here(own) != _storage_here(domain.xml):
+            return there, []
+        xml = rewritten(own, there.paths, block)
+    if options.persistent and options.persistent_xml is None:
+        own = await _own_xml(source, handle, defined=True)
+        now = await chosen(domain, options, source)
+        definition, told = await _definition(options, now, own, there.paths, block, source)
+        persistent, _ = with_variables(definition, options, domain, xml, source.uri, options.target_uri)
+    new = [each for each in told if each not in there.warnings]
+    return replace(there, xml=xml, persistent_xml=persistent, warnings=(*there.warnings, *new)), new
+
+
+async def _own_xml(source: Connection, handle: Any, *, defined: bool = False) -> str:
+    """The domain's, as the destination's libvirt takes it: of the running one, or as it is `defined`."""
+    module = libvirt()
+    flags = module.VIR_DOMAIN_XML_SECURE | module.VIR_DOMAIN_XML_MIGRATABLE
+    return str(await source.call(handle.XMLDesc, flags | (module.VIR_DOMAIN_XML_INACTIVE if defined else 0)))
+
+
+def _storage_here(xml: str) -> list[object]:
+    """What the guest can write to on this host."""
+    disks = [disk for disk in Domain.parse(xml).disks if disk.written_here]
+    return [*((disk.target, disk.path, disk.volume, disk.left_alone) for disk in disks), *lasting_memory(xml)]
 
 
 def with_variables(
@@ -377,16 +414,17 @@ async def other_images(definition: Domain, running: Domain, source: Connection) 
     return found
 
 
-def _definition(
+async def _definition(
     options: ManagedOptions,
     domain: Domain,
     own: str,
     paths: Mapping[str, str],
     block: Mapping[str, bool],
-    others: Mapping[str, str],
+    source: Connection,
 ) -> tuple[str, list[str]]:
-    """The XML that is to be defined, made of the domain's `own`, and warnings. `others`: see `other_images`."""
+    """The XML that is to be defined, made of the domain's `own`, and warnings."""
     parsed = Domain.parse(own)
+    others = await other_images(parsed, domain, source)
     running = {disk.target for disk in domain.disks}
     warnings = [
         f"disk {disk.target} is in the definition only, not in the running domain: its image is not copied"

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from qemu_blkmig.errors import BlkmigError, LibvirtFailed, Refused, Stalled
-from qemu_blkmig.job.arrangement import Arrangement
+from qemu_blkmig.job.arrangement import Arrangement, renewed
 from qemu_blkmig.job.beforehand import Beforehand
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.ends import Ends
@@ -142,7 +142,13 @@ class ManagedSwitchover:
         """What is refused by now, a connection or a place to listen at, can be mended: the copies are kept."""
         try:
             await self._take_run_state(live=live)
-            passage = await Passage.begin(self._life, self._options, self._ends, self._arrangement, attempt, live=live)
+            there, told = await renewed(
+                self._arrangement, self._options, self._ends.domain, self._ends.source, self._life.agent
+            )
+            for warning in told:
+                self._reporter.note(warning)
+            self._arrangement = there
+            passage = await Passage.begin(self._life, self._options, self._ends, there, attempt, live=live)
         except (Refused, LibvirtError) as error:
             raise LibvirtFailed(f"libvirt's migration could not begin: {error}", advice=error.advice) from error
         self._guard.resumes_are_libvirts = passage.found_running

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -13,6 +13,7 @@ from qemu_blkmig.destination.protocol import Files, FilesReply
 from qemu_blkmig.errors import Refused
 from qemu_blkmig.job import arrangement
 from qemu_blkmig.job.arrangement import (
+    Arrangement,
     block_devices,
     chosen,
     definition_given,
@@ -20,6 +21,7 @@ from qemu_blkmig.job.arrangement import (
     image_paths,
     memory_left,
     other_images,
+    renewed,
     with_variables,
 )
 from qemu_blkmig.job.managed_options import ManagedOptions
@@ -256,3 +258,20 @@ async def test_a_volume_of_a_pool_that_is_network_storage_stays_where_it_is(daem
     named = replace(options, selection=Selection(disks=("vda",)))
     with pytest.raises(Refused, match=r"chosen by --migrate-disks, but cannot be migrated: its storage is not"):
         await chosen(domain, named, daemonless)
+
+
+async def test_what_was_changed_meanwhile_comes_along_but_no_disk_that_was_not_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def xml(title: str, *targets: str) -> str:
+        disks = "".join(f"<disk><source file='/{each}'/><target dev='{each}'/></disk>" for each in targets)
+        return f"<domain><name>web1</name><title>{title}</title><devices>{disks}</devices></domain>"
+
+    monkeypatch.setattr(arrangement, "block_devices", AsyncMock(return_value={}))
+    options = ManagedOptions("web1", "qemu+ssh://hostb/system", Local("/"))
+    domain, there = Domain.parse(xml("old", "vda")), Arrangement({"vda": "/there"}, "as it was", None)
+    for now, come in ((("vda",), "<title>new</title>"), (("vda", "vdb"), "as it was")):
+        source = AsyncMock()
+        source.call.return_value = xml("new", *now)
+        found, told = await renewed(there, options, domain, source, cast(AgentClient, None))
+        assert come in found.xml and not told

@@ -37,6 +37,7 @@ async def test_what_is_refused_after_hours_of_copying_does_not_cost_the_copies(
     monkeypatch: pytest.MonkeyPatch, refused: BlkmigError
 ) -> None:
     monkeypatch.setattr(managed_switchover, "probe", AsyncMock())
+    monkeypatch.setattr(managed_switchover, "renewed", AsyncMock(return_value=(MagicMock(), [])))
     monkeypatch.setattr(Passage, "begin", AsyncMock(side_effect=refused))
     over = _switchover()
     with pytest.raises(LibvirtFailed, match="could not begin") as told:
