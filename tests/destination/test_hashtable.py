@@ -78,6 +78,14 @@ def test_reading_back_goes_on_where_it_was_and_comes_around(tmp_path: Path) -> N
     assert [run.extent.offset // UNIT for run in table.unread(2 * UNIT)] == [2, 4, 6, 0]
 
 
+def test_before_a_byte_it_goes_on_and_does_not_come_around(tmp_path: Path) -> None:
+    """Of a large disk that would be to look through all of it again and again."""
+    table = made(tmp_path)
+    table.wrote(0, memoryview(bytes(8 * UNIT)))
+    table.goes_on(2 * UNIT)
+    assert [run.extent for run in table.unread(MIB, 5 * UNIT + 512)] == [Extent(2 * UNIT, 3 * UNIT)]
+
+
 def test_nothing_has_a_name_until_it_is_kept(tmp_path: Path) -> None:
     table = made(tmp_path)
     assert not list(tmp_path.iterdir())

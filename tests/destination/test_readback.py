@@ -95,6 +95,15 @@ def test_nothing_is_read_any_more_once_it_was_interrupted(table: HashTable) -> N
     assert reading.run(SIZE, lambda: False).left == 0
 
 
+def test_what_is_written_again_all_the_time_keeps_nothing_from_being_read_back(table: HashTable) -> None:
+    storage = _Storage(table)
+    reading = ReadBack(cast(Writer, storage), table)
+    for _ in range(SIZE // PART):
+        reading.run(PART, lambda: False)
+        table.wrote(0, memoryview(storage.contents)[:UNIT])
+    assert storage.begun == [*range(0, SIZE, PART)]
+
+
 def test_a_part_that_cannot_be_read_costs_only_itself(table: HashTable) -> None:
     storage = _Storage(table)
     storage.bad_at = PART
