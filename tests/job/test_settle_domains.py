@@ -28,7 +28,8 @@ class Domain:
         self.told = (PAUSED, USER)
 
     def resume(self) -> None:
-        """See libvirt."""
+        """See libvirt, which refuses it of one that runs."""
+        assert self.told[0] == PAUSED
         self.told = (RUNS, 0)
 
 
@@ -61,6 +62,7 @@ async def test_a_guest_that_somebody_had_paused_and_libvirt_let_go_on_is_paused_
     monkeypatch: pytest.MonkeyPatch, *, just_died: bool, migrating: bool, was_running: bool, runs: bool
 ) -> None:
     record = Record("cafe", "/run", run_state_taken=True, migrating=migrating, was_running=was_running)
+    record.told_to_pause = was_running
     domain = Domain(RUNS, 0)
     await returned(monkeypatch, record, domain, just_died=just_died)
     assert (domain.told[0] == RUNS) is runs
