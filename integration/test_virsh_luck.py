@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -348,8 +350,11 @@ def test_a_guest_that_an_admin_pauses_stays_so_when_the_coordinator_dies(virtlab
     virtlab.assert_nothing_left()
 
 
-@pytest.mark.thorough
-def test_a_migration_that_libvirt_cannot_end_for_minutes_costs_no_copies(virtlab: VirtLab, domain: Domain) -> None:
+@contextlib.contextmanager
+def begun_in_vain(virtlab: VirtLab, domain: Domain) -> Iterator[tuple[Listened, Path]]:
+    """A run whose guest an admin has paused, and whose attempt, called off, libvirt cannot end as long as the file is
+    there: a hook of hostb's waits for that.
+    """
     hosts = virtlab.hosts
     waits, waiting = hosts.far / "hook.waits", hosts.far / "hook.waiting"
     hook = hosts.far / "libvirt/etc/hooks/qemu"
@@ -358,6 +363,7 @@ def test_a_migration_that_libvirt_cannot_end_for_minutes_costs_no_copies(virtlab
         f'#!/bin/sh\n[ "$2" = prepare ] && touch {waiting} && while [ -e {waits} ]; do sleep 0.2; done\nexit 0\n'
     )
     hook.chmod(0o755)
+    waiting.unlink(missing_ok=True)
     waits.touch()
     hosts.stop_libvirtd(far=True)
     hosts.start_libvirtd(far=True)
@@ -367,18 +373,45 @@ def test_a_migration_that_libvirt_cannot_end_for_minutes_costs_no_copies(virtlab
         wait_until(waiting.exists, "hostb's libvirt to prepare", 20)
         hosts.virsh("suspend", domain.name)
         attempt.wait_event(lambda event: "has not ended yet" in event.get("text", ""), "it to be called off in vain")
-        attempt.go_on()
-        time.sleep(2)
-        waits.unlink()
-        attempt.outcome().succeeded()
+        yield attempt, waits
     finally:
         waits.unlink(missing_ok=True)
         hook.unlink()
         hosts.stop_libvirtd(far=True)
         hosts.start_libvirtd(far=True)
+
+
+@pytest.mark.thorough
+def test_a_migration_that_libvirt_cannot_end_for_minutes_costs_no_copies(virtlab: VirtLab, domain: Domain) -> None:
+    with begun_in_vain(virtlab, domain) as (attempt, waits):
+        attempt.go_on()
+        time.sleep(2)
+        waits.unlink()
+        attempt.outcome().succeeded()
     assert domain.state(far=True) == "paused"
-    hosts.virsh("resume", domain.name, far=True)
+    virtlab.hosts.virsh("resume", domain.name, far=True)
     virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seconds", [3, None], ids=["while it settles", "later"])
+def test_a_guest_that_an_admin_pauses_stays_so_when_libvirt_ends_only_after_the_job(
+    virtlab: VirtLab, domain: Domain, seconds: float | None
+) -> None:
+    with begun_in_vain(virtlab, domain) as (attempt, waits):
+        attempt.signal(signal.SIGINT)
+        if seconds is not None:
+            time.sleep(seconds)
+            waits.unlink()
+        outcome = attempt.outcome()
+    if seconds is not None:
+        outcome.failed(128 + signal.SIGINT, "interrupted", now="the guest is at the source, paused")
+    wait_until(lambda: not virtlab.jobs(), "the watchdog to settle it", 90)
+    assert "None" in virtlab.hosts.virsh("domjobinfo", domain.name)
+    assert domain.state() == "paused", outcome.stderr
+    virtlab.hosts.virsh("resume", domain.name)
+    virtlab.assert_stayed(domain)
     virtlab.assert_nothing_left()
 
 

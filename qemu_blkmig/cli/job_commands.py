@@ -205,7 +205,7 @@ def _cleanup(arguments: argparse.Namespace) -> int:
         return options.print_outcome(_over(arguments.job), arguments.output, show_job.cleaned)
     name = job.record.job
     try:
-        settlement = asyncio.run(settle(job, destination_is_off=arguments.destination_is_off))
+        settlement = asyncio.run(settle(job, destination_is_off=arguments.destination_is_off, long_after=True))
     except KeyboardInterrupt:
         raise Interrupted(
             signal.SIGINT, state=f"job {name} is not settled yet", advice=f"run again: qemu-blkmig cleanup {name}"

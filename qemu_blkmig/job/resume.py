@@ -79,7 +79,7 @@ async def _come_to_rest(job: Job) -> None:
     if job.record.suspended and not job.record.target_launched:
         return
     name = job.record.job
-    settlement = await settle(job, suspend=True)
+    settlement = await settle(job, suspend=True, long_after=True)
     if not settlement.decided:
         raise unsettled(f"job {name} could not be brought to rest", settlement, name)
     if not settlement.suspended:

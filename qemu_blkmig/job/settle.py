@@ -49,7 +49,7 @@ async def settle(
     libvirts: tuple[Connection, Connection] | None = None,
     suspend: bool = False,
     destination_is_off: bool = False,
-    just_died: bool = False,
+    long_after: bool = False,
 ) -> Settlement:
     """Settle the job. `source` and `destination` are live monitors, where the caller has them; they are closed.
 
@@ -59,7 +59,7 @@ async def settle(
     `destination_is_off`: a person says so, and that no guest runs there any more. It counts only where that host cannot
     be reached: then the guest is the source's, and what is left there is to be ended when it can be.
 
-    `just_died`: the coordinator has, so what was done to the guest since was done by its end.
+    `long_after`: perhaps by now the guest runs, or not, because somebody wants it so.
 
     `release_images` ends what of the caller's still has the destination's images open, before they are removed; the
     guest does not wait for it. `suspend`: keep images and bitmaps, where they are of use, for the job to be resumed.
@@ -73,7 +73,7 @@ async def settle(
     if record.managed is not None:
         from qemu_blkmig.job.settle_domains import Domains
 
-        sides = Domains(job, record.managed, is_off=destination_is_off, just_died=just_died, lent=libvirts)
+        sides = Domains(job, record.managed, is_off=destination_is_off, long_after=long_after, lent=libvirts)
     else:
         here = Peer("source QEMU", Here(), record.source_qmp, record.source_process, source)
         there = Peer("destination QEMU", beyond, record.target_qmp, record.target_process, destination)

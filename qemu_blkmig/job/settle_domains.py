@@ -43,6 +43,8 @@ class _State:
         self.paused = told is not None and told[0] == module.VIR_DOMAIN_PAUSED
         self.by_migration = self.paused and told is not None and told[1] == module.VIR_DOMAIN_PAUSED_MIGRATION
         self.runs = self.active and not self.paused
+        self.let_go_on = told == (module.VIR_DOMAIN_RUNNING, module.VIR_DOMAIN_RUNNING_MIGRATION_CANCELED)
+        """Whether libvirt itself has it run since a migration of it came to nothing, and nobody has told it to."""
 
     @property
     def arrived(self) -> bool:
@@ -52,7 +54,7 @@ class _State:
 
 class Domains:
     """See `Sides`. `is_off`: a person says that the destination host is, or that the guest runs there no more.
-    `just_died`: see `settle`.
+    `long_after`: see `settle`.
 
     `lent`: connections to both libvirts that are known to be sound, and stay; without them they are reached anew.
     """
@@ -63,13 +65,13 @@ class Domains:
         managed: Managed,
         *,
         is_off: bool,
-        just_died: bool = False,
+        long_after: bool = False,
         lent: tuple[Connection, Connection] | None = None,
     ) -> None:
         self._job = job
         self._managed = managed
         self._is_off = is_off
-        self._just_died = just_died
+        self._long_after = long_after
         self._lent: tuple[Connection, ...] = lent or ()
         self._near_end: Connection | None = lent[0] if lent else None
         self._far_end: Connection | None = lent[1] if lent else None
@@ -103,9 +105,9 @@ class Domains:
 
     async def return_to_source(self, settlement: Settlement) -> None:
         """See `Sides`."""
-        near = await self._near()
+        near, ended = await self._near(), True
         if self._job.record.migrating:
-            await self._let_migration_end(near)
+            ended = await self._let_migration_end(near)
             await self._destroy_what_waits()
         state = await self._state(near)
         if not state.active:
@@ -117,10 +119,13 @@ class Domains:
         if record.run_state_taken and record.was_running and ours:
             await near.call((await self._domain(near)).resume)
             state = await self._state(near)
-        elif self._just_died and record.migrating and not record.was_running and state.runs:
-            # libvirt has let a guest go on that somebody had paused (see `Guard`).
+        elif record.migrating and not record.was_running and state.let_go_on and not self._long_after:
+            # Somebody had paused it (see `Guard`).
             await near.call((await self._domain(near)).suspend)
             state = await self._state(near)
+        elif not ended and not record.was_running and state.paused:
+            settlement.decided = False
+            settlement.facts.append("libvirt has not ended its migration, and may let the paused guest go on then")
         settlement.facts.append("the guest runs at the source" if state.runs else "the guest is at the source, paused")
         monitor = await PassthroughMonitor.connect(near, await self._domain(near), "source QEMU")
         try:
@@ -212,8 +217,8 @@ class Domains:
             raise
         return _State((state, reason))
 
-    async def _let_migration_end(self, near: Connection) -> None:
-        """Wait until libvirt has ended its migration here; one that does not end is called off."""
+    async def _let_migration_end(self, near: Connection) -> bool:
+        """Wait until libvirt has ended its migration here; one that does not end is called off. Whether it has."""
 
         async def ended() -> bool:
             try:
@@ -222,12 +227,13 @@ class Domains:
                 # It has gone with the domain.
                 return True
 
-        if not await until(ended, SETTLE):
-            try:
-                await near.call((await self._domain(near)).abortJob)
-            except LibvirtError as error:
-                log.warning("%s", error)
-            await until(ended, SETTLE)
+        if await until(ended, SETTLE):
+            return True
+        try:
+            await near.call((await self._domain(near)).abortJob)
+        except LibvirtError as error:
+            log.warning("%s", error)
+        return await until(ended, SETTLE)
 
     async def _destroy_what_waits(self) -> None:
         """A domain at the destination that still waits for a stream which has broken off; libvirt does it, too."""

@@ -54,7 +54,7 @@ def stand_in(directory: Path, lock: int, *, told: bool) -> None:
 
 
 def _settle_first(job: Job) -> Settlement:
-    settlement = asyncio.run(settle(job, suspend=True, just_died=True))
+    settlement = asyncio.run(settle(job, suspend=True))
     name = job.record.job
     # What is to be tried again must not wait for a terminal that was stopped.
     said = Outlet(sys.stderr)

@@ -71,7 +71,9 @@ def _start_events() -> None:
 
 
 async def _apart(function: Callable[..., _T], *arguments: object) -> _T:
-    """Call it in a thread that nobody waits for when the process ends: a host that is down answers after minutes."""
+    """Call it in a thread that nobody waits for when the process ends: a host that is down answers after minutes, a
+    migration that a hook at the destination keeps from beginning comes back when that does.
+    """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[_T] = loop.create_future()
 
@@ -89,7 +91,7 @@ async def _apart(function: Callable[..., _T], *arguments: object) -> _T:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, give)
 
-    threading.Thread(target=run, name="libvirt connects", daemon=True).start()
+    threading.Thread(target=run, name="libvirt call", daemon=True).start()
     return await answer
 
 
@@ -133,7 +135,7 @@ class Connection:
         module = libvirt()
         async with self._order:
             try:
-                return await asyncio.to_thread(function, *arguments)
+                return await _apart(function, *arguments)
             except module.libvirtError as error:
                 raise self.explained(error) from error
 

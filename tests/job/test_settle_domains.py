@@ -1,4 +1,4 @@
-"""How a domain is given back to the source: which pauses are ours to end."""
+"""How a domain is given back to the source: which pauses are ours to end, which of somebody's are to be made again."""
 
 from __future__ import annotations
 
@@ -14,23 +14,60 @@ from qemu_blkmig.job.settlement import Settlement
 
 USER, MIGRATION = 1, 2
 """Why libvirt has a domain paused."""
+UNPAUSED, CANCELED = 5, 6
+"""Why libvirt has it run: somebody resumed it; its migration came to nothing."""
 RUNS, PAUSED = 1, 3
 
 
 class Domain:
-    """As libvirt tells of it; it can be paused, and resumed."""
+    """As libvirt tells of it, which ends a migration of it and has it run then, at the look after so many."""
 
-    def __init__(self, state: int, reason: int) -> None:
+    def __init__(self, state: int, reason: int, looks: float = 0) -> None:
         self.told = (state, reason)
+        self.looks = looks
+
+    def resume(self) -> None:
+        """See libvirt, which refuses it of one that runs."""
+        assert self.told[0] == PAUSED
+        self.told = (RUNS, UNPAUSED)
 
     def suspend(self) -> None:
         """See libvirt."""
         self.told = (PAUSED, USER)
 
-    def resume(self) -> None:
-        """See libvirt, which refuses it of one that runs."""
-        assert self.told[0] == PAUSED
-        self.told = (RUNS, 0)
+    def abortJob(self) -> None:
+        """See libvirt; in vain."""
+
+    async def is_migrated(self, *_: object) -> bool:
+        """See `virt.migration`."""
+        self.looks -= 1
+        if self.looks == 0:
+            self.told = (RUNS, CANCELED)
+        return self.looks > 0
+
+
+async def returned(
+    monkeypatch: pytest.MonkeyPatch, record: Record, domain: Domain, *, long_after: bool = False
+) -> Settlement:
+    """How things stand when it was given back."""
+    job, near = MagicMock(), MagicMock()
+    job.record = record
+    sides = Domains(job, MagicMock(), is_off=False, long_after=long_after, lent=(near, MagicMock()))
+
+    async def call(function: object) -> object:
+        return cast(MagicMock, function)()
+
+    near.call = call
+    monkeypatch.setattr(sides, "_domain", AsyncMock(return_value=domain))
+    monkeypatch.setattr(sides, "_state", AsyncMock(side_effect=lambda _: settle_domains._State(domain.told)))
+    monkeypatch.setattr(sides, "_destroy_what_waits", AsyncMock())
+    monkeypatch.setattr(settle_domains, "is_migrated", domain.is_migrated)
+    monkeypatch.setattr(settle_domains, "SETTLE", 0.1)
+    for name in ("PassthroughMonitor", "give_back_limits", "clean_source"):
+        monkeypatch.setattr(settle_domains, name, AsyncMock())
+    settlement = Settlement(Owner.SOURCE)
+    await sides.return_to_source(settlement)
+    return settlement
 
 
 @pytest.mark.parametrize(
@@ -48,44 +85,48 @@ async def test_a_guest_is_resumed_where_the_pause_was_ours_or_libvirts(
 ) -> None:
     record = Record("cafe", "/run", run_state_taken=True, told_to_pause=told_to_pause, was_running=was_running)
     domain = Domain(PAUSED, reason)
-    facts = await returned(monkeypatch, record, domain)
+    settlement = await returned(monkeypatch, record, domain)
     assert (domain.told[0] == RUNS) is runs
-    assert facts == ["the guest runs at the source" if runs else "the guest is at the source, paused"]
+    assert settlement.facts == ["the guest runs at the source" if runs else "the guest is at the source, paused"]
 
 
 @pytest.mark.parametrize(
-    ("just_died", "migrating", "was_running", "runs"),
-    [(True, True, False, False), (False, True, False, True), (True, False, False, True), (True, True, True, True)],
-    ids=["libvirt let it go on", "somebody has resumed it since", "libvirt did not move it", "it is to run"],
+    ("reason", "migrating", "was_running", "long_after", "runs"),
+    [
+        (CANCELED, True, False, False, False),
+        (CANCELED, True, False, True, True),
+        (CANCELED, False, False, False, True),
+        (CANCELED, True, True, False, True),
+        (UNPAUSED, True, False, False, True),
+    ],
+    ids=["by libvirt", "by libvirt, long since", "by libvirt, before us", "it is to run", "by somebody"],
 )
-async def test_a_guest_that_somebody_had_paused_and_libvirt_let_go_on_is_paused_again(
-    monkeypatch: pytest.MonkeyPatch, *, just_died: bool, migrating: bool, was_running: bool, runs: bool
+async def test_a_guest_that_somebody_had_paused_and_libvirt_has_let_go_on_is_paused_again(
+    monkeypatch: pytest.MonkeyPatch, reason: int, *, migrating: bool, was_running: bool, long_after: bool, runs: bool
 ) -> None:
     record = Record("cafe", "/run", run_state_taken=True, migrating=migrating, was_running=was_running)
     record.told_to_pause = was_running
-    domain = Domain(RUNS, 0)
-    await returned(monkeypatch, record, domain, just_died=just_died)
+    domain = Domain(RUNS, reason)
+    settlement = await returned(monkeypatch, record, domain, long_after=long_after)
     assert (domain.told[0] == RUNS) is runs
+    assert settlement.decided
 
 
-async def returned(
-    monkeypatch: pytest.MonkeyPatch, record: Record, domain: Domain, *, just_died: bool = False
-) -> list[str]:
-    """Give the guest back to the source; what is told of it."""
-    job, near = MagicMock(), MagicMock()
-    job.record = record
-    sides = Domains(job, MagicMock(), is_off=False, just_died=just_died, lent=(near, MagicMock()))
+async def test_what_libvirt_ends_only_while_the_job_is_settled_undoes_nobody_s_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = Record("cafe", "/run", run_state_taken=True, migrating=True, was_running=False)
+    domain = Domain(PAUSED, MIGRATION, looks=3)
+    settlement = await returned(monkeypatch, record, domain)
+    assert domain.told[0] == PAUSED and settlement.decided
+    assert settlement.facts == ["the guest is at the source, paused"]
 
-    async def call(function: object) -> object:
-        return cast(MagicMock, function)()
 
-    near.call = call
-    monkeypatch.setattr(sides, "_domain", AsyncMock(return_value=domain))
-    monkeypatch.setattr(sides, "_state", AsyncMock(side_effect=lambda _: settle_domains._State(domain.told)))
-    for name in ("_let_migration_end", "_destroy_what_waits"):
-        monkeypatch.setattr(sides, name, AsyncMock())
-    for name in ("PassthroughMonitor", "give_back_limits", "clean_source"):
-        monkeypatch.setattr(settle_domains, name, AsyncMock())
-    settlement = Settlement(Owner.SOURCE)
-    await sides.return_to_source(settlement)
-    return settlement.facts
+async def test_a_paused_guest_is_not_left_to_a_migration_that_libvirt_has_not_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = Record("cafe", "/run", run_state_taken=True, migrating=True, was_running=False)
+    domain = Domain(PAUSED, MIGRATION, looks=float("inf"))
+    settlement = await returned(monkeypatch, record, domain)
+    assert domain.told[0] == PAUSED and not settlement.decided
+    assert "may let the paused guest go on" in settlement.facts[0]

@@ -35,6 +35,24 @@ def test_nobody_who_ends_waits_for_a_host_that_does_not_answer(monkeypatch: pyte
     answers.set()
 
 
+def test_nobody_who_ends_waits_for_a_call_that_does_not_come_back() -> None:
+    answers, called, answered = threading.Event(), threading.Event(), threading.Event()
+
+    def migrate() -> None:
+        called.set()
+        answers.wait(10)
+        answered.set()
+
+    async def settled() -> None:
+        moving = asyncio.create_task(Connection(MagicMock(), "test:///default", TARGET).call(migrate))
+        await asyncio.to_thread(called.wait)
+        assert not moving.done()
+
+    asyncio.run(settled())
+    assert not answered.is_set()
+    answers.set()
+
+
 async def test_what_libvirt_says_of_a_host_is_told() -> None:
     with pytest.raises(Refused, match="the destination's libvirt: cannot connect to test:///missing"):
         await Connection.open("test:///missing", TARGET)
