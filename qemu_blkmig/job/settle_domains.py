@@ -209,8 +209,19 @@ class Domains:
         return await connection.call(connection.handle.lookupByUUIDString, self._managed.uuid)
 
     async def _state(self, connection: Connection) -> _State:
+        """Raises `Unreachable`, of the destination `HostUnreachable`: libvirt answers nobody who asks for a domain that
+        a hook keeps from starting (seen on 9.0), and its calls come one after another.
+        """
         try:
-            state, reason = await connection.call((await self._domain(connection)).state)
+            async with time_limit(REACH):
+                state, reason = await connection.call((await self._domain(connection)).state)
+        except TimeoutError:
+            silent = f"{connection.who} did not tell within {REACH:.0f} s how the domain is"
+            if connection is self._far_end:
+                self._far_end = None
+                raise HostUnreachable(silent) from None
+            self._near_end = None
+            raise Unreachable(silent) from None
         except LibvirtError as error:
             if error.code == libvirt().VIR_ERR_NO_DOMAIN:
                 return _State(None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import cast
 from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
 from qemu_blkmig.job import settle_domains
+from qemu_blkmig.job.peers import HostUnreachable
 from qemu_blkmig.job.record import Owner, Record
 from qemu_blkmig.job.settle_domains import Domains
 from qemu_blkmig.job.settlement import Settlement
@@ -16,7 +18,7 @@ USER, MIGRATION = 1, 2
 """Why libvirt has a domain paused."""
 UNPAUSED, CANCELED = 5, 6
 """Why libvirt has it run: somebody resumed it; its migration came to nothing."""
-RUNS, PAUSED = 1, 3
+RUNS, PAUSED, SHUT_OFF = 1, 3, 5
 
 
 class Domain:
@@ -25,6 +27,10 @@ class Domain:
     def __init__(self, state: int, reason: int, looks: float = 0) -> None:
         self.told = (state, reason)
         self.looks = looks
+
+    def state(self) -> tuple[int, int]:
+        """See libvirt."""
+        return self.told
 
     def resume(self) -> None:
         """See libvirt, which refuses it of one that runs."""
@@ -46,27 +52,40 @@ class Domain:
         return self.looks > 0
 
 
-async def returned(
-    monkeypatch: pytest.MonkeyPatch, record: Record, domain: Domain, *, long_after: bool = False
-) -> Settlement:
-    """How things stand when it was given back."""
-    job, near = MagicMock(), MagicMock()
+async def called(function: object) -> object:
+    """What a libvirt answers at once."""
+    return cast(MagicMock, function)()
+
+
+async def silence(_: object) -> object:
+    """A libvirt that does not answer."""
+    return await asyncio.Event().wait()
+
+
+def both(
+    monkeypatch: pytest.MonkeyPatch, record: Record, domain: Domain, *, long_after: bool = False, silent: bool = False
+) -> Domains:
+    """The domain at both ends, where the destination has none, or is `silent`."""
+    job, near, far = MagicMock(), MagicMock(), MagicMock()
     job.record = record
-    sides = Domains(job, MagicMock(), is_off=False, long_after=long_after, lent=(near, MagicMock()))
-
-    async def call(function: object) -> object:
-        return cast(MagicMock, function)()
-
-    near.call = call
+    near.call = called
+    far.call = silence if silent else AsyncMock(return_value=(SHUT_OFF, 0))
+    sides = Domains(job, MagicMock(), is_off=False, long_after=long_after, lent=(near, far))
     monkeypatch.setattr(sides, "_domain", AsyncMock(return_value=domain))
-    monkeypatch.setattr(sides, "_state", AsyncMock(side_effect=lambda _: settle_domains._State(domain.told)))
-    monkeypatch.setattr(sides, "_destroy_what_waits", AsyncMock())
     monkeypatch.setattr(settle_domains, "is_migrated", domain.is_migrated)
-    monkeypatch.setattr(settle_domains, "SETTLE", 0.1)
+    for name in ("SETTLE", "REACH"):
+        monkeypatch.setattr(settle_domains, name, 0.1)
     for name in ("PassthroughMonitor", "give_back_limits", "clean_source"):
         monkeypatch.setattr(settle_domains, name, AsyncMock())
+    return sides
+
+
+async def returned(
+    monkeypatch: pytest.MonkeyPatch, record: Record, domain: Domain, *, long_after: bool = False, silent: bool = False
+) -> Settlement:
+    """How things stand when it was given back."""
     settlement = Settlement(Owner.SOURCE)
-    await sides.return_to_source(settlement)
+    await both(monkeypatch, record, domain, long_after=long_after, silent=silent).return_to_source(settlement)
     return settlement
 
 
@@ -130,3 +149,14 @@ async def test_a_paused_guest_is_not_left_to_a_migration_that_libvirt_has_not_en
     settlement = await returned(monkeypatch, record, domain)
     assert domain.told[0] == PAUSED and not settlement.decided
     assert "may let the paused guest go on" in settlement.facts[0]
+
+
+async def test_a_destination_that_tells_nothing_of_the_domain_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = Record("cafe", "/run", run_state_taken=True, migrating=True)
+    domain = Domain(PAUSED, MIGRATION)
+    settlement = await asyncio.wait_for(returned(monkeypatch, record, domain, silent=True), 5)
+    assert domain.told[0] == RUNS and settlement.decided
+    with pytest.raises(HostUnreachable, match="did not tell within"):
+        await asyncio.wait_for(both(monkeypatch, record, domain, silent=True).decide(settlement), 5)
