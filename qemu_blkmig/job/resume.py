@@ -90,7 +90,10 @@ async def _come_to_rest(job: Job) -> None:
             advice="start anew, if the guest is still to be moved",
         )
     if job.record.target_launched:
-        failure = DestinationFailed("what an earlier attempt left at the destination cannot be tidied up yet")
+        failure = DestinationFailed(
+            "what an earlier attempt left at the destination cannot be tidied up yet",
+            advice=f"when the destination host can be reached again, run: qemu-blkmig resume {name}",
+        )
         failure.state, failure.suspended = "; ".join(settlement.facts), name
         raise failure
 

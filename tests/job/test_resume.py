@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qemu_blkmig.errors import Refused
+from qemu_blkmig.errors import DestinationFailed, Refused
 from qemu_blkmig.job import connected, resume
 from qemu_blkmig.job.moment import AT_ONCE, Moment
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, Target, Transfer
@@ -33,6 +33,27 @@ async def test_a_job_that_turns_out_to_have_handed_the_guest_over_is_told_to_be_
         await resume._come_to_rest(job)
     assert told.value.state == "the guest runs at the destination"
     assert not job.directory.exists()
+
+
+async def test_a_job_whose_destination_cannot_be_tidied_up_yet_is_told_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    job = Job.create()
+    job.record.target_launched = True
+
+    async def settle(*_: Any, **__: Any) -> Settlement:
+        return Settlement(Owner.SOURCE, suspended=True, facts=["hostb cannot be reached"])
+
+    monkeypatch.setattr(resume, "settle", settle)
+    with pytest.raises(DestinationFailed, match="cannot be tidied up yet") as told:
+        await resume._come_to_rest(job)
+    assert told.value.suspended == job.record.job
+    assert told.value.advice is not None
+    assert (
+        f"when the destination host can be reached again, run: qemu-blkmig resume {job.record.job}" in told.value.advice
+    )
+    job.remove()
 
 
 def suspended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **recorded: object) -> str:
