@@ -35,8 +35,9 @@ class Network:
         self.hosts.run("ip", "link", "set", "net0", "down", far=True)
 
     def up(self) -> None:
-        """Plug it in again."""
+        """Plug it in again; a search for hostb that began before, and is about to fail, fails nobody who asks now."""
         self.hosts.run("ip", "link", "set", "net0", "up", far=True)
+        self.hosts.run("ip", "neigh", "flush", "dev", "net0")
 
     def cut(self, seconds: float) -> None:
         """Have it down for so long; returns when it is up again."""

@@ -101,6 +101,18 @@ def test_a_connection_ends_when_the_network_the_host_or_its_sshd_does(hosts: Hos
     subprocess.run(ssh(hosts, "true"), check=True)
 
 
+def test_a_network_that_is_up_again_is_there_at_once(hosts: Hosts) -> None:
+    network = Network(hosts)
+    network.down()
+    # Where hostb was is forgotten.
+    time.sleep(2)
+    # As a connection does that has died with something left to be sent: hostb is looked for, three times in 3 s.
+    with subprocess.Popen(ssh(hosts, "true"), stderr=subprocess.DEVNULL):
+        time.sleep(2.5)
+        network.up()
+        assert subprocess.check_output(ssh(hosts, "hostname"), text=True) == "hostb\n"
+
+
 def test_a_reboot_changes_the_boot_id_and_empties_run_but_keeps_the_disk(hosts: Hosts) -> None:
     (hosts.far / "target" / "image").write_text("kept")
     hosts.run("touch", "/run/gone", far=True)
