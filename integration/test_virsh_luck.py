@@ -153,6 +153,18 @@ def test_what_an_admin_changes_of_a_domain_whose_disks_are_kept_in_step_comes_al
     virtlab.assert_nothing_left()
 
 
+def test_a_migration_of_somebody_else_s_does_not_start_the_guest_from_incomplete_copies(
+    virtlab: VirtLab, domain: Domain
+) -> None:
+    attempt = virtlab.attempt(domain, "--switchover", "manual")
+    attempt.wait_event(lambda event: event.get("stage") == "standby", "its disks to be in step")
+    with pytest.raises(LabError, match='Failed to get "write" lock'):
+        virtlab.hosts.virsh("migrate", "--live", "--unsafe", domain.name, virtlab.target)
+    attempt.outcome().failed(1, "somebody else migrates the guest away", now=HERE)
+    virtlab.assert_stayed(domain)
+    virtlab.assert_nothing_left()
+
+
 def test_the_source_s_libvirtd_killed_while_the_gate_is_closed(virtlab: VirtLab, domain: Domain) -> None:
     attempt = virtlab.attempt(domain, hold="last round over")
     attempt.wait_held()

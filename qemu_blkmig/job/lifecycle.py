@@ -42,6 +42,7 @@ from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.journal import Journal
 from qemu_blkmig.job.limits import give_back
 from qemu_blkmig.job.live import Live
+from qemu_blkmig.job.peers import until
 from qemu_blkmig.job.place import Place
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.record import Job, Owner, Steered
@@ -59,6 +60,7 @@ from qemu_blkmig.qmp.clients import SOCKET as SOCKET_NAME
 from qemu_blkmig.qmp.dirtylog import BitmapLog
 from qemu_blkmig.qmp.exports import ExportServer
 from qemu_blkmig.qmp.features import ask
+from qemu_blkmig.qmp.guest import MIGRATED, UNDER_WAY, migration_away, migration_status, run_state
 from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.removal import remove_all
 from qemu_blkmig.qmp.socket import SocketMonitor
@@ -74,6 +76,10 @@ MOMENT = 0.5
 """Seconds in which the end of a connection shows everywhere."""
 JOURNAL = 2.0
 """Seconds in which the journal should have taken in what a resume goes by; what it has not is copied again."""
+OTHERS = 0.2
+"""Seconds between two looks at a migration that is not ours."""
+TAKEN_OVER = 10.0
+"""Seconds in which whoever has migrated the guest starts it there and ends it here, or gives it back."""
 INSISTED = 5.0
 """Seconds that who insists on our end is kept waiting for our storage."""
 
@@ -506,6 +512,7 @@ class Lifecycle:
             failure.advice = failure.advice or _anew(failure)
             await self._forget(failure.exit_code, str(failure), failure.state)
             return failure
+        await self._outlast_others()
         suspend = failure.mendable or (self._suspended is not None and isinstance(failure, Refused))
         if suspend:
             self.journal.note(f"the job rests: {failure}")
@@ -523,6 +530,24 @@ class Lifecycle:
             await self._forget(failure.exit_code, str(failure), failure.state)
         self._part(settlement)
         return failure
+
+    async def _outlast_others(self) -> None:
+        """Where somebody else migrates the guest away our images stay locked until that has ended: it may be to them,
+        and the guest would go on with what is incomplete. So its QEMU there does not start, and it is given back.
+        """
+        source = self._source
+        if source is None or self._agent is None or self.job.record.migrating:
+            return
+
+        async def let_go() -> bool:
+            return await run_state(source) not in MIGRATED
+
+        with contextlib.suppress(BlkmigError):
+            if await migration_away(source) in (*UNDER_WAY, "completed"):
+                self.reporter.note("somebody else migrates the guest: until that has ended the copies stay locked")
+            while await migration_status(source) in UNDER_WAY:  # noqa: ASYNC110 - no event may come of others'
+                await asyncio.sleep(OTHERS)
+            await until(let_go, TAKEN_OVER)
 
     def _part(self, settlement: Settlement) -> None:
         """What is not settled is left to the watchdog, which tries again; else it is dismissed."""

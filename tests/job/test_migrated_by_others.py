@@ -12,6 +12,7 @@ import pytest
 
 from qemu_blkmig.cli.clock import RealClock
 from qemu_blkmig.errors import GuestStateError, RequestError
+from qemu_blkmig.job import lifecycle
 from qemu_blkmig.job.copy import copy
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import CopyOptions, Target, Transfer
@@ -113,8 +114,9 @@ async def test_a_migration_that_begins_just_before_ours_is_told_and_goes_on(
 
 
 async def test_a_copy_ends_when_the_guest_is_migrated_away_and_leaves_it_there(
-    start_qemu: StartQemu, tmp_path: Path
+    start_qemu: StartQemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lifecycle, "TAKEN_OVER", 0.1)
     image = tmp_path / "disk.raw"
     image.write_bytes(os.urandom(8 << 20))
     qemu = await start_qemu(
