@@ -77,6 +77,15 @@ async def test_a_guest_that_runs_when_libvirt_has_ended_is_not_taken_for_paused(
         assert record.was_running
 
 
+async def test_a_guest_that_goes_on_after_a_pause_of_ours_is_not_taken_for_one_that_somebody_has_resumed() -> None:
+    async with watching() as (guard, source, record):
+        await source.say("STOP")
+        guard.ignore_pauses()
+        await source.say("RESUME")
+        await guard.libvirt_has_ended()
+        assert not record.was_running
+
+
 async def test_that_the_guest_runs_again_and_cannot_be_recorded_is_not_passed_over() -> None:
     async with watching() as (guard, source, record):
         await source.say("STOP")

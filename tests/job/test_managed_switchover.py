@@ -80,6 +80,10 @@ async def test_what_libvirt_ends_late_is_waited_for_and_its_run_state_given_back
     with pytest.raises(LibvirtFailed, match="cannot begin another") as told:
         await over.begin_beforehand()
     assert told.value.mendable and told.value.busy and record.migrating
+    monkeypatch.setattr(over._beforehand, "take", AsyncMock(return_value=None))
+    with pytest.raises(LibvirtFailed, match="cannot begin another"):
+        async with over._under_way(1):
+            pytest.fail("two at once")
     record.was_running = False
     late.over.set()
     assert await over.begin_beforehand() is following
@@ -124,6 +128,26 @@ async def test_a_guest_that_libvirt_pauses_for_us_when_its_migration_has_failed_
     resumed = told and state == 3 and owner is Owner.SOURCE
     assert cast(MagicMock, handle.resume).called is resumed
     assert record.told_to_pause is (told and owner is not Owner.SOURCE)
+
+
+@pytest.mark.parametrize("found_running", [True, False], ids=["meanwhile", "before"])
+async def test_a_guest_that_somebody_has_paused_stays_so_though_libvirt_was_told_to_pause_it(
+    monkeypatch: pytest.MonkeyPatch, *, found_running: bool
+) -> None:
+    life = MagicMock()
+    over, ended = _switchover(life), _Unending()
+    ended.over.set()
+    ended.found_running = found_running
+    life.job.record.was_running, life.job.record.owner, life.job.record.told_to_pause = False, Owner.SOURCE, True
+    handle = over._ends.handle
+    cast(MagicMock, handle.state).return_value = [3, 0]
+
+    async def call(function: Callable[[], object]) -> object:
+        return function()
+
+    monkeypatch.setattr(over._ends.source, "call", call)
+    await over.end(cast(Passage, ended))
+    assert not cast(MagicMock, handle.resume).called
 
 
 async def test_what_libvirt_has_not_ended_when_the_job_ends_is_left_to_who_settles_it() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.errors import RecordFailed, Refused
-from qemu_blkmig.job.record import Job, Owner, left_behind, read_record
+from qemu_blkmig.job.record import Job, Owner, Record, left_behind, read_record
 from qemu_blkmig.places import STATE_VARIABLE
 
 
@@ -200,3 +200,10 @@ async def test_a_job_that_cannot_be_woken_leaves_no_sockets_directory(
             await job.wake()
     assert not made.exists()
     Job.load(job.record.job).remove()
+
+
+def test_a_suspended_job_has_nothing_of_the_guest_s_run_state() -> None:
+    """A pause that is seen when it goes on is somebody's."""
+    record = Record("cafe", "/run", run_state_taken=True, told_to_pause=True, migrating=True)
+    record.rest(target_ended=True)
+    assert not (record.run_state_taken or record.told_to_pause or record.migrating)
