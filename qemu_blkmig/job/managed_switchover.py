@@ -188,6 +188,11 @@ class ManagedSwitchover:
                 self._reporter.note(
                     f"somebody had paused the guest, which libvirt let go on and did not pause: {error}"
                 )
+                return
+            # Whose resume came to libvirt meanwhile was told that it runs already.
+            self._reporter.note(
+                f"somebody had paused the guest: it is paused again (virsh resume {self._ends.domain.name})"
+            )
 
     async def _let_go_on(self, passage: Passage) -> None:
         """A guest that libvirt was told to pause for its migration, and has paused only when that had failed: it does

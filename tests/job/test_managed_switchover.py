@@ -89,6 +89,7 @@ async def test_what_libvirt_ends_late_is_waited_for_and_its_run_state_given_back
     assert await over.begin_beforehand() is following
     assert not record.run_state_taken and not record.migrating
     paused.assert_awaited_once_with(over._ends.handle.suspend)
+    assert "is paused again" in life.reporter.note.call_args[0][0]
 
 
 async def test_a_guest_that_cannot_be_paused_again_is_told_of_and_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
