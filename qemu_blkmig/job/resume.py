@@ -14,7 +14,7 @@ from qemu_blkmig.job.journal import FILE
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.moment import Moment
 from qemu_blkmig.job.options import CopyOptions, MigrateOptions, OnStall
-from qemu_blkmig.job.record import Job, Steered
+from qemu_blkmig.job.record import Job, Owner, Record, Steered
 from qemu_blkmig.job.reporting import Reporter
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.settle import settle
@@ -53,7 +53,7 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
         options: _Options | None = job.record.options
         if options is None or not (job.record.recording or job.record.suspended):
             raise Refused(
-                f"job {name} cannot be resumed: nothing was copied yet, or it cannot be told what",
+                f"job {name} cannot be resumed: {_why_nothing_is_kept(job.record)}",
                 advice=f"run: qemu-blkmig cleanup {name}",
             )
         await _come_to_rest(job)
@@ -69,6 +69,16 @@ async def resume(name: str, changes: Changes, reporter: Reporter, interrupts: In
         job.release()
         raise
     return await work_of(options)(options, reporter, interrupts, clock, job)
+
+
+def _why_nothing_is_kept(record: Record) -> str:
+    if record.owner is Owner.DESTINATION:
+        return "the destination has the guest"
+    if record.owner is Owner.UNDECIDED:
+        return "the guest was handed over, and it is not known who has it"
+    if record.taken_back:
+        return "its handover was undone, and nothing of what was copied is kept after that"
+    return "nothing was copied yet, or it cannot be told what"
 
 
 async def _come_to_rest(job: Job) -> None:

@@ -56,6 +56,31 @@ async def test_a_job_whose_destination_cannot_be_tidied_up_yet_is_told_how_it_go
     job.remove()
 
 
+@pytest.mark.parametrize(
+    ("owner", "taken_back", "why"),
+    [
+        (Owner.SOURCE, False, "nothing was copied yet"),
+        (Owner.SOURCE, True, "its handover was undone"),
+        (Owner.UNDECIDED, False, "not known who has it"),
+        (Owner.DESTINATION, False, "the destination has the guest"),
+    ],
+)
+async def test_why_a_job_of_which_nothing_is_kept_cannot_be_resumed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Owner, *, taken_back: bool, why: str
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    job = Job.create()
+    job.record.owner, job.record.taken_back = owner, taken_back
+    job.record.migrate = MigrateOptions("/s", Target(Local("/d"), qmp="/q"))
+    job.save_blocking()
+    job.release()
+    anything: Any = None
+    with pytest.raises(Refused, match=why) as told:
+        await resume.resume(job.record.job, resume.Changes(), anything, anything, anything)
+    assert told.value.advice == f"run: qemu-blkmig cleanup {job.record.job}"
+    job.remove()
+
+
 def suspended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **recorded: object) -> str:
     """A job that waits to be resumed, with this in its record."""
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
