@@ -21,7 +21,7 @@ from qemu_blkmig import errors
 from qemu_blkmig.destination import devices, hashtable, locks, ownership
 from qemu_blkmig.destination.holders import claimant
 from qemu_blkmig.destination.programs import SERVING, USUAL_LIMIT, image_info, missing, qemu_img
-from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Space
+from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Room, Space
 from qemu_blkmig.stable import sync_entry
 
 WRITABLE_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"})
@@ -71,8 +71,8 @@ class Prepared:
         return _identity(self.image.path, os.fstat(self.descriptor))
 
 
-def inspect(images: Sequence[Image], job: str | None = None) -> tuple[list[Problem], int | None]:
-    """Everything that `prepare` would fail on, and the bytes free where the first image is to be created.
+def inspect(images: Sequence[Image], job: str | None = None) -> tuple[list[Problem], list[Room]]:
+    """Everything that `prepare` would fail on, and the room where images are to be created.
 
     `job`: who asks, None: nobody who could go on with an image.
     """
@@ -95,7 +95,7 @@ def inspect(images: Sequence[Image], job: str | None = None) -> tuple[list[Probl
         if place in seen:
             problems.append(Problem(image.disk, f"{image.path} is the destination of disk {seen[place]} too"))
         seen[place] = image.disk
-    return problems, next((_free(image) for image in images if _is_to_be_made(image)), None)
+    return problems, [room for image in images if _is_to_be_made(image) for room in _room(image)]
 
 
 def prepare(images: Sequence[Image], job: str | None = None, guest: ownership.Guest | None = None) -> list[Prepared]:
@@ -104,7 +104,7 @@ def prepare(images: Sequence[Image], job: str | None = None, guest: ownership.Gu
     Raises `Refused` naming every fault, or `DestinationWriteError` where creating fails; what was created until then
     is removed again.
     """
-    problems, _free_bytes = inspect(images, job)
+    problems, _rooms = inspect(images, job)
     if problems:
         disk = problems[0].disk if len({problem.disk for problem in problems}) == 1 else None
         raise errors.Refused("; ".join(problem.what for problem in problems), disk=disk)
@@ -364,11 +364,12 @@ def _holds_data(image: Image) -> bool:
     return any(extent["present"] for extent in json.loads(told))
 
 
-def _free(image: Image) -> int | None:
+def _room(image: Image) -> Iterator[Room]:
+    """None where that cannot be told."""
+    directory = Path(image.path).parent
     with contextlib.suppress(OSError):
-        space = os.statvfs(Path(image.path).parent)
-        return space.f_bavail * space.f_frsize
-    return None
+        space = os.statvfs(directory)
+        yield Room(image.disk, directory.stat().st_dev, space.f_bavail * space.f_frsize)
 
 
 def _prepare(image: Image, job: str | None, guest: ownership.Guest | None) -> Prepared:

@@ -24,7 +24,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.hashing import Algorithm
 from qemu_blkmig.nbd.address import TcpAddress, UnixAddress
 
-PROTOCOL = 6
+PROTOCOL = 7
 LINE_LIMIT = 4 << 20
 BATCH_LIMIT = 16_384
 """Most extents in one copy request."""
@@ -450,15 +450,23 @@ class Problem(Message, frozen=True):
     what: str
 
 
+class Room(Message, frozen=True):
+    """Bytes free on the file system `device` (st_dev), where a disk's image is to be created."""
+
+    disk: str
+    device: int
+    free: Count
+
+
 class InspectReply(Message, frozen=True, tag="inspect"):
-    """`free`: bytes free on the file system of the first image to be created; None where none is to be.
+    """`rooms`: of the images that are to be created.
 
     `there`: paths of images that might have been created, and are there already. `incomplete`: in words, what jobs
     were filling when they ended, and may want to go on with.
     """
 
     problems: list[Problem]
-    free: Count | None
+    rooms: list[Room]
     there: list[str] = []
     incomplete: list[str] = []
 

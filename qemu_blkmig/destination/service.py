@@ -196,9 +196,9 @@ class Service:
                 return protocol.Done()
             case protocol.Inspect():
                 await self._wait_for_predecessor(op.images)
-                problems, free = await asyncio.to_thread(images.inspect, op.images, self._job)
+                problems, rooms = await asyncio.to_thread(images.inspect, op.images, self._job)
                 there = [image.path for image in op.images if image.create and os.path.lexists(image.path)]
-                return protocol.InspectReply(problems, free, there, await asyncio.to_thread(images.incomplete, there))
+                return protocol.InspectReply(problems, rooms, there, await asyncio.to_thread(images.incomplete, there))
             case protocol.Prepare():
                 return await self._prepare(op)
             case protocol.Keep():

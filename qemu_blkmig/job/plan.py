@@ -217,7 +217,10 @@ class Planner:
     def _as_begun(self, image: Image) -> Image:
         identity = self._begun.get(image.path)
         if identity is None:
-            self._problems.append(f"disk {image.disk}: {image.path} is not among the images that the job had begun")
+            self._problems.append(
+                f"disk {image.disk}: {image.path} is not among the images that the job had begun; if the disk was "
+                "plugged in since, unplug it, or begin anew"
+            )
         return msgspec.structs.replace(image, identity=identity)
 
     async def _check_source(self, source: Monitor, with_ram: bool) -> None:
@@ -397,10 +400,14 @@ class Planner:
                 for name, image in images.items()
                 if image.create and image.path not in reply.there
             ]
-        needed = sum(disk.allocated or 0 for disk in disks)
-        if reply.free is not None and needed > reply.free:
-            where = ", ".join(sorted({str(Path(image.path).parent) for image in images.values()}))
-            self._warnings.append(f"{where} has {show_bytes(reply.free)} free, the disks occupy {show_bytes(needed)}")
+        occupied = {disk.name: disk.allocated or 0 for disk in disks}
+        free = {room.device: room.free for room in reply.rooms}
+        for device, bytes_free in free.items():
+            here = [room.disk for room in reply.rooms if room.device == device]
+            if (needed := sum(occupied[disk] for disk in here)) > bytes_free:
+                where = ", ".join(sorted({str(Path(images[disk].path).parent) for disk in here}))
+                what = f"{show_bytes(bytes_free)} free, the disks that go there occupy {show_bytes(needed)}"
+                self._warnings.append(f"{where} has {what}")
 
 
 def _the_same(path: str, known: str) -> str:

@@ -66,7 +66,7 @@ class _Agent:
         faults = [
             Problem("vda", f"{each} is not a directory") for each in folders.values() if each not in self.directories
         ]
-        return InspectReply(faults, None, [], told)
+        return InspectReply(faults, [], [], told)
 
     def _followed(self, path: str) -> str:
         directory, _, name = path.rpartition("/")

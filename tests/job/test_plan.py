@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import AsyncMock
 
 import pytest
 
 from qemu_blkmig.destination import devices, files, ownership
 from qemu_blkmig.destination.files import boot_id
-from qemu_blkmig.destination.protocol import Files, FilesReply, Inspect, InspectReply
+from qemu_blkmig.destination.protocol import Files, FilesReply, Inspect, InspectReply, Room
 from qemu_blkmig.job import plan as plan_module
 from qemu_blkmig.job.options import Selection
 from qemu_blkmig.job.plan import Placed, Plan, Planner
@@ -83,7 +84,7 @@ class Attached:
     async def expect(self, op: Files | Inspect, _: type) -> FilesReply | InspectReply:
         """See `AgentClient`."""
         if isinstance(op, Inspect):
-            return InspectReply([], None, [], [])
+            return InspectReply([], [], [], [])
         return FilesReply([("device", 8, 0) for _ in op.names], op.names, [self.names for _ in op.names])
 
 
@@ -159,6 +160,31 @@ async def test_a_disk_that_libvirt_knows_nothing_of_is_not_left_behind_unless_it
             assert all(each.startswith(f"disk z ({tmp_path}/z)") and "--unsafe" in each for each in told)
     finally:
         await agent.close()
+
+
+async def test_room_is_looked_for_on_each_file_system_for_the_disks_that_go_there(
+    start_qemu: StartQemu, make_image: MakeImage, tmp_path: Path
+) -> None:
+    arguments = []
+    for name in ("one", "two"):
+        path = make_image(name, "4M", "raw")
+        path.write_bytes(os.urandom(4 << 20))
+        arguments += ["-drive", f"if=none,id={name},format=raw,file={path}"]
+        arguments += ["-device", f"virtio-blk,drive={name},id=dev{name}"]
+    placed = {f"dev{name}": Placed(name, f"/{name}/image") for name in ("one", "two")}
+    agent = AsyncMock()
+    agent.there = SimpleNamespace(boot_id="another")
+    agent.expect.side_effect = lambda op, _: (
+        InspectReply([], [Room("one", 1, 5 << 20), Room("two", 2, 3 << 20)])
+        if isinstance(op, Inspect)
+        else FilesReply([None for _ in op.names], op.names, [[] for _ in op.names])
+    )
+    planner = Planner(agent, Selection(), None, placed=placed)
+    qemu = await start_qemu(*arguments)
+    warnings = (await planner.plan(qemu.monitor, None, "blkmig-test", with_ram=False)).warnings
+    assert [each for each in warnings if "free" in each] == [
+        "/two has 3.0 MiB free, the disks that go there occupy 4.0 MiB"
+    ]
 
 
 async def test_why_a_domain_s_disk_cannot_be_copied_is_told(
