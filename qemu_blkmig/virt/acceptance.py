@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+import shlex
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -54,9 +55,10 @@ async def conflicts(target: Connection, uuid: str, name: str) -> list[str]:
             f"there, or name it by --dname {by_uuid.name()}"
         ]
     if by_name is not None and by_name.UUIDString() != uuid:
+        renaming = shlex.join(["virsh", "-c", target.uri, "domrename", name])
         return [
             f"the destination has another domain called {name} (UUID {by_name.UUIDString()}): --dname gives this one "
-            "another name there"
+            f"another name there, or {renaming} NEW-NAME that one"
         ]
     if by_uuid is not None and await target.call(by_uuid.hasManagedSaveImage):
         return [
