@@ -83,19 +83,21 @@ async def test_the_first_pass_goes_on_beside_it(
 
 
 @pytest.mark.parametrize(
-    "op",
+    ("op", "urgent"),
     [
-        dirty((SIZE - MIB, MIB)),
-        bulk((0, SIZE)),
-        protocol.Verify("d", SIZE),
-        protocol.Arrived("d", 0, SIZE),
-        protocol.Recognize("d", STABLE),
-        DIGESTS,
-        protocol.Close("d"),
+        (dirty((SIZE - MIB, MIB)), True),
+        (bulk((0, SIZE)), True),
+        (protocol.Verify("d", SIZE), False),
+        (protocol.Arrived("d", 0, SIZE), False),
+        (protocol.Recognize("d", STABLE), False),
+        (DIGESTS, True),
+        (protocol.Close("d"), False),
     ],
     ids=["round", "anew", "verify", "arrived", "recognize", "digests", "close"],
 )
-async def test_all_else_waits_for_it(service: Service, op: protocol.Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_else_waits_for_it_and_copies_for_no_more_than_a_part(
+    service: Service, op: protocol.Operation, urgent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = Slow(monkeypatch)
     verify = await reading(service, slow)
     other = asyncio.create_task(service.perform(op))
@@ -103,6 +105,24 @@ async def test_all_else_waits_for_it(service: Service, op: protocol.Operation, m
     slow.go_on.set()
     replies = await asyncio.gather(verify, other)
     assert not [each for each in replies if isinstance(each, protocol.Failure)]
+    assert isinstance(replies[0], protocol.VerifyReply) and (replies[0].checked < STABLE) is urgent
+
+
+async def test_what_is_read_back_is_flushed_before_and_a_flush_that_fails_then_is_told_by_the_next_one(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of what it could not write once only."""
+
+    def lost(_writer: RawWriter) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    assert not isinstance(await service.perform(bulk((STABLE, MIB))), protocol.Failure)
+    with monkeypatch.context() as patch:
+        patch.setattr(RawWriter, "flush", lost)
+        told = await service.perform(protocol.Verify("d", SIZE))
+    assert isinstance(told, protocol.Failure) and "cannot be flushed" in told.what
+    assert await service.perform(protocol.Flush("d")) == told
+    assert not isinstance(await service.perform(protocol.Flush("d")), protocol.Failure)
 
 
 async def test_where_the_table_of_hashes_finds_no_room_that_is_told_and_where_it_is(

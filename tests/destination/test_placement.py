@@ -133,6 +133,15 @@ def test_data_in_a_file_of_its_own_and_compressed_data_are_left_to_the_server(
     assert found == [True, False]
 
 
+def test_what_is_zero_by_its_entry_is_not_read_where_it_was_stored(
+    opened: Callable[[Path], Placements], tmp_path: Path
+) -> None:
+    image = create(tmp_path / "image")
+    qemu_io(image, "write -P 1 0 128k", "write -z 0 64k")
+    found = [part.place is None for part in opened(image).of([Extent(0, MIB)]).parts(0, 128 * KIB)]
+    assert found == [True, False]
+
+
 def test_what_a_backing_file_holds_is_left_to_the_server(opened: Callable[[Path], Placements], tmp_path: Path) -> None:
     base = create(tmp_path / "base")
     qemu_io(base, "write 0 1M")

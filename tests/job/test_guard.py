@@ -10,7 +10,7 @@ from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
-from qemu_blkmig.errors import RecordFailed
+from qemu_blkmig.errors import ConnectionLost, RecordFailed
 from qemu_blkmig.job.guard import EVENTS, Guard
 from qemu_blkmig.qmp.monitor import Event, EventStream
 
@@ -84,6 +84,16 @@ async def test_a_guest_that_goes_on_after_a_pause_of_ours_is_not_taken_for_one_t
         await source.say("RESUME")
         await guard.libvirt_has_ended()
         assert not record.was_running
+
+
+async def test_a_qemu_that_does_not_tell_when_libvirt_has_ended_is_left_to_the_watch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with watching() as (guard, source, record):
+        await source.say("STOP")
+        monkeypatch.setattr(source, "execute", AsyncMock(side_effect=ConnectionLost("gone")))
+        await guard.libvirt_has_ended()
+        assert not record.was_running and not guard.resumes_are_libvirts
 
 
 async def test_that_the_guest_runs_again_and_cannot_be_recorded_is_not_passed_over() -> None:
