@@ -108,14 +108,15 @@ async def test_all_else_waits_for_it_and_copies_for_no_more_than_a_part(
     assert isinstance(replies[0], protocol.VerifyReply) and (replies[0].checked < STABLE) is urgent
 
 
+def lost(_writer: RawWriter) -> None:
+    """A flush that fails."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 async def test_what_is_read_back_is_flushed_before_and_a_flush_that_fails_then_is_told_by_the_next_one(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel tells of what it could not write once only."""
-
-    def lost(_writer: RawWriter) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     assert not isinstance(await service.perform(bulk((STABLE, MIB))), protocol.Failure)
     with monkeypatch.context() as patch:
         patch.setattr(RawWriter, "flush", lost)
@@ -123,6 +124,18 @@ async def test_what_is_read_back_is_flushed_before_and_a_flush_that_fails_then_i
     assert isinstance(told, protocol.Failure) and "cannot be flushed" in told.what
     assert await service.perform(protocol.Flush("d")) == told
     assert not isinstance(await service.perform(protocol.Flush("d")), protocol.Failure)
+
+
+async def test_nothing_is_told_to_have_arrived_that_may_not_be_stable(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who wrote it may have been killed before it was flushed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RawWriter, "flush", lost)
+        told = await service.perform(protocol.Arrived("d", 0, SIZE))
+    assert isinstance(told, protocol.Failure) and "cannot be flushed" in told.what
+    assert isinstance(await service.perform(protocol.Flush("d")), protocol.Failure)
+    assert isinstance(await service.perform(protocol.Arrived("d", 0, SIZE)), protocol.ArrivedReply)
 
 
 async def test_where_the_table_of_hashes_finds_no_room_that_is_told_and_where_it_is(

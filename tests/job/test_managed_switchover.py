@@ -149,6 +149,11 @@ async def test_a_guest_that_somebody_has_paused_stays_so_though_libvirt_was_told
     monkeypatch.setattr(over._ends.source, "call", call)
     await over.end(cast(Passage, ended))
     assert not cast(MagicMock, handle.resume).called
+    assert cast(MagicMock, handle.suspend).called is found_running
+    cast(MagicMock, handle.suspend).reset_mock()
+    life.job.record.owner = Owner.DESTINATION
+    await over.end(cast(Passage, ended))
+    assert not cast(MagicMock, handle.suspend).called, "it is not here any more"
 
 
 async def test_what_libvirt_has_not_ended_when_the_job_ends_is_left_to_who_settles_it() -> None:
