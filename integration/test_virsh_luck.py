@@ -417,8 +417,9 @@ def test_a_guest_that_an_admin_pauses_stays_so_when_libvirt_ends_only_after_the_
             time.sleep(seconds)
             waits.unlink()
         outcome = attempt.outcome()
-    if seconds is not None:
-        outcome.failed(128 + signal.SIGINT, "interrupted", now="the guest is at the source, paused")
+    code = 4 if seconds is None else 128 + signal.SIGINT
+    outcome.failed(code, "interrupted", now="the guest is at the source, paused")
+    assert ("libvirt has not ended its migration" in outcome.stderr) is (seconds is None)
     wait_until(lambda: not virtlab.jobs(), "the watchdog to settle it", 90)
     assert "None" in virtlab.hosts.virsh("domjobinfo", domain.name)
     assert domain.state() == "paused", outcome.stderr
