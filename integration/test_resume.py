@@ -180,7 +180,8 @@ def test_a_destination_that_was_full_and_is_made_larger_goes_on(lab: Lab) -> Non
     guest = writing_guest(lab, 16 * MIB)
     with file_system(lab.target, 10 * MIB):
         attempt = Attempt(lab, guest)
-        attempt.outcome().failed(1, "No space left on device", now="the guest runs at the source")
+        room = "make room at the destination: qemu-blkmig resume"
+        attempt.outcome().failed(1, "No space left on device", room, now="the guest runs at the source")
         subprocess.run(["mount", "-o", f"remount,size={40 * MIB}", lab.target], check=True)
         (disk,) = resumed(attempt)["disks"]
         assert disk["resumed"] >= 4 * MIB
