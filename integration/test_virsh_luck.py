@@ -158,11 +158,29 @@ def test_a_migration_of_somebody_else_s_does_not_start_the_guest_from_incomplete
 ) -> None:
     attempt = virtlab.attempt(domain, "--switchover", "manual")
     attempt.wait_event(lambda event: event.get("stage") == "standby", "its disks to be in step")
+    wait_until(lambda: domain.state(far=True) is None, "what was begun beforehand to be called off", 20)
     with pytest.raises(LabError, match='Failed to get "write" lock'):
         virtlab.hosts.virsh("migrate", "--live", "--unsafe", domain.name, virtlab.target)
     attempt.outcome().failed(1, "somebody else migrates the guest away", now=HERE)
     virtlab.assert_stayed(domain)
     virtlab.assert_nothing_left()
+
+
+def test_nor_does_it_when_the_coordinator_is_killed_meanwhile(virtlab: VirtLab, domain: Domain) -> None:
+    attempt = virtlab.attempt(domain, "--switchover", "manual")
+    attempt.wait_event(lambda event: event.get("stage") == "standby", "its disks to be in step")
+    wait_until(lambda: domain.state(far=True) is None, "what was begun beforehand to be called off", 20)
+    migrate = [*virtlab.hosts.enter, "virsh", "migrate", "--live", "--unsafe", domain.name, virtlab.target]
+    with subprocess.Popen(migrate, stderr=subprocess.PIPE, text=True) as theirs:
+        wait_until(lambda: domain.state(far=True) is not None, "their QEMU", 20)
+        attempt.signal(signal.SIGKILL)
+        _, told = theirs.communicate()
+    assert theirs.returncode == 1 and 'Failed to get "write" lock' in told, told
+    attempt.outcome()
+    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+    assert not virtlab.images_there(domain)
+    virtlab.assert_stayed(domain)
 
 
 def test_the_source_s_libvirtd_killed_while_the_gate_is_closed(virtlab: VirtLab, domain: Domain) -> None:

@@ -21,7 +21,17 @@ from typing import TypeVar
 
 import qemu_blkmig
 from qemu_blkmig import errors
-from qemu_blkmig.destination import certificates, files, images, launching, locks, migration_sockets, protocol, qemu_nbd
+from qemu_blkmig.destination import (
+    arrivals,
+    certificates,
+    files,
+    images,
+    launching,
+    locks,
+    migration_sockets,
+    protocol,
+    qemu_nbd,
+)
 from qemu_blkmig.destination.backing import backing_files
 from qemu_blkmig.destination.bases import Bases
 from qemu_blkmig.destination.carrying import Carrying
@@ -46,6 +56,8 @@ _SPACE_SECONDS = 1.0
 _TEARDOWN_SECONDS = 20.0
 _HASH_UNITS = range(4 << 10, (1 << 20) + 1)
 _KILL_SECONDS = 10.0
+_OTHERS_SECONDS = 0.2
+"""Between two looks whether a QEMU that is not our job's waits for a guest."""
 _JOB = re.compile(r"[0-9A-Za-z-]{1,64}")
 
 _log = logging.getLogger(__name__)
@@ -170,7 +182,10 @@ class Service:
 
     async def end(self, *, remove: bool) -> None:
         """Stop everything: copies drained, servers gone, locks dropped; what was created and not closed is removed
-        if `remove`."""
+        if `remove`.
+
+        Images that are incomplete stay locked as long as a QEMU waits for a guest to go on with them.
+        """
         self._ended = True
         self._bases.cancel(None)
         remove = remove and not self._kept
@@ -178,8 +193,9 @@ class Service:
         for disk in disks:
             if disk.control is not None:
                 disk.control.cancel()
-        await asyncio.gather(*(self._end(disk, remove=remove) for disk in disks))
         self._expecting.end()
+        await self._outlast_others([disk.prepared.image.path for disk in disks if not disk.closed])
+        await asyncio.gather(*(self._end(disk, remove=remove) for disk in disks))
         if self._job is not None:
             await asyncio.to_thread(migration_sockets.remove, self._job)
         if self._runtime is not None:
@@ -553,6 +569,19 @@ class Service:
         disk.reader.shutdown(wait=False)
         self._disks.pop(op.disk, None)
         return protocol.CloseReply(allocated)
+
+    async def _outlast_others(self, incomplete: Sequence[str]) -> None:
+        """Wait until no QEMU but those of our job, which start nothing without our word, waits for a guest with these
+        images: it may be somebody else's migration of it, of which no coordinator keeps us informed any more.
+        """
+
+        def waiting() -> set[ProcessId]:
+            return arrivals.waiting(incomplete) - self._launcher.launched() - self._launcher.waited()
+
+        if not incomplete:
+            return
+        while await asyncio.to_thread(waiting):  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(_OTHERS_SECONDS)
 
     async def _end_writer(self, disk: _Disk) -> None:
         if disk.mover is not None:
