@@ -74,10 +74,9 @@ class DomainCase:
         form: Format = "raw" if fault in FATAL else dice.choice(("raw", "qcow2"))
         # A guest that writes faster is paused after some rounds.
         slow = ["--bandwidth=4", "--max-rounds=5"]
-        parallel = ["--parallel", f"--parallel-connections={dice.randrange(2, 5)}", "--migrateuri=tcp://hostb"]
-        parallel.append("--listen-address=0.0.0.0")
+        tcp = ["--migrateuri=tcp://hostb", "--listen-address=0.0.0.0"]
         more = dice.choice(
-            ([], slow, ["--verify=full"], ["--persistent"], ["--undefinesource"], ["--timeout=2"], P2P, parallel)
+            ([], slow, ["--verify=full"], ["--persistent"], ["--undefinesource"], ["--timeout=2"], P2P, tcp)
         )
         return cls(
             seed=seed,

@@ -34,10 +34,7 @@ def virtlab(virt: VirtHosts, kernel: Kernel, initramfs: Callable[[bool], Path]) 
     return VirtLab(virt, kernel, initramfs)
 
 
-@pytest.mark.parametrize(
-    "words", [("--tls",), ("--tls", *TCP), ("--parallel", "--parallel-connections", "3", *TCP)],
-    ids=["tls by a unix socket", "tls by tcp", "parallel"],
-)  # fmt: skip
+@pytest.mark.parametrize("words", [("--tls",), ("--tls", *TCP)], ids=["tls by a unix socket", "tls by tcp"])
 def test_a_guest_moves_through_the_gate(virtlab: VirtLab, domain: Domain, words: tuple[str, ...]) -> None:
     virtlab.migrate(domain, *words).succeeded()
     virtlab.assert_arrived(domain)

@@ -22,12 +22,10 @@ from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.moment import AT_ONCE
 from qemu_blkmig.job.options import Afterwards, OnStall
 
-PARALLEL = 2
-"""Connections of --parallel, as QEMU has it."""
 _CHANGED = ("bandwidth", "downtime", "max_rounds", "on_stall", "switchover", "xml", "persistent_xml")
 """What may be other than it was when a job is resumed; None: as it was."""
 _RUNNING = (
-    "suspend", "timeout", "auto_converge", "tls", "parallel", "migrateuri", "migrateuri_option", "listen_address",
+    "suspend", "timeout", "auto_converge", "tls", "migrateuri", "migrateuri_option", "listen_address",
     "abort_on_error", "graphicsuri", "switchover", "retry", "data", "adaptive",
 )  # fmt: skip
 """What is of no use to a domain that does not run."""
@@ -158,7 +156,6 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
         auto_converge_increment=arguments.auto_converge_increment,
         tls=arguments.tls,
         tls_destination=arguments.tls_destination,
-        parallel=_connections(arguments),
         abort_on_error=arguments.abort_on_error,
         unsafe=arguments.unsafe,
         dname=arguments.dname,
@@ -172,13 +169,6 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
         pool=arguments.target_pool,
         **options.common(arguments),
     )
-
-
-def _connections(arguments: argparse.Namespace) -> int | None:
-    if not arguments.parallel:
-        return None
-    given: int | None = arguments.parallel_connections
-    return PARALLEL if given is None else given
 
 
 def _ends(arguments: argparse.Namespace) -> list[str | None]:
@@ -205,7 +195,6 @@ def _check_together(arguments: argparse.Namespace) -> None:
         raise UsageError("--timeout must be at least 1 second")
     for option, needed in (
         ("timeout_suspend", "timeout"),
-        ("parallel_connections", "parallel"),
         ("auto_converge_initial", "auto_converge"),
         ("auto_converge_increment", "auto_converge"),
         ("tls_destination", "tls"),

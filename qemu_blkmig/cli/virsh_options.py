@@ -18,6 +18,10 @@ _NO_POSTCOPY = (
 )
 _NO_MIRROR = "the disks are not copied by QEMU's mirror"
 _NO_COMPRESSION = "RAM is sent as it is"
+_NO_PARALLEL = (
+    "at the destination its connections wait for what the gate withholds of the first one; the guest would not arrive, "
+    "and might stand still here"
+)
 REFUSED = {
     "--direct": "QEMU's driver knows no direct migration, with virsh neither",
     "--tunnelled": "libvirt's own connection would carry the stream past our gate; ours, through ssh, is as safe",
@@ -27,6 +31,7 @@ REFUSED = {
     "--timeout-postcopy": _NO_POSTCOPY,
     "--copy-storage-synchronous-writes": f"{_NO_MIRROR}; a guest that writes too fast is slowed by --on-stall throttle",
     "--compressed": _NO_COMPRESSION,
+    "--parallel": _NO_PARALLEL,
     "--rdma-pin-all": "the stream must pass our gate, which speaks TCP and unix sockets",
     "--zerocopy": "the stream must pass our gate",
 }
@@ -42,6 +47,7 @@ REFUSED_VALUES = {
     "--downtime says how long the pause may be",
     "--migrate-disks-detect-zeroes": f"{_NO_MIRROR}; what the source's image knows to be zeroes is a hole there, and "
     "data is not searched for zeroes",
+    "--parallel-connections": _NO_PARALLEL,
     "--postcopy-bandwidth": _NO_POSTCOPY,
     "--disks-port": f"{_NO_MIRROR}, and go through ssh; --data tls://:PORT takes them past it",
     "--disks-uri": f"{_NO_MIRROR}, and go through ssh; --data tls://[HOST[:PORT]] takes them past it",
@@ -149,7 +155,6 @@ def _add_ram(parser: argparse.ArgumentParser) -> None:
             "--p2p": "the source's libvirt speaks to the destination's by DESTURI, not this command",
             "--auto-converge": "slow the guest's CPUs when its RAM does not converge",
             "--tls": "libvirt's migration of RAM uses TLS (qemu.conf, migrate_tls_x509_cert_dir)",
-            "--parallel": "RAM goes by several connections; with --migrateuri",
         },
     )
     group.add_argument("--migrateuri", dest="migrateuri_option", metavar="URI",
@@ -163,7 +168,6 @@ def _add_ram(parser: argparse.ArgumentParser) -> None:
         },
     )  # fmt: skip
     for name, told in (
-        ("--parallel-connections", "of --parallel (default: 2)"),
         ("--auto-converge-initial", "of --auto-converge, percent by which CPUs are slowed at first"),
         ("--auto-converge-increment", "of --auto-converge, percent more each time"),
     ):

@@ -54,7 +54,6 @@ class ManagedOptions:
     auto_converge_increment: int | None = None
     tls: bool = False
     tls_destination: str | None = None
-    parallel: int | None = None
     abort_on_error: bool = False
     unsafe: bool = False
     dname: str | None = None
@@ -76,21 +75,18 @@ class ManagedOptions:
             raise UsageError("--offline needs --persistent: a domain that does not run is defined, or it is not there")
         if self.persistent_xml is not None and not self.persistent:
             raise UsageError("--persistent-xml is of no use without --persistent")
-        if self.parallel is not None and self.migrate_uri is None:
-            raise UsageError("--parallel needs --migrateuri: ssh carries one stream no faster in parts")
         if self.listen_address is not None and self.migrate_uri is None:
             raise UsageError("--listen-address needs --migrateuri: without it QEMU listens on a unix socket")
         if self.migrate_uri is not None:
             migration_address(self.migrate_uri)
         if self.dname is not None and ("/" in self.dname or not self.dname.strip()):
             raise UsageError(f"--dname {self.dname!r}: libvirt knows no domain by such a name")
-        for name, value, most in (
-            ("--parallel-connections", self.parallel, 255),
-            ("--auto-converge-initial", self.auto_converge_initial, 99),
-            ("--auto-converge-increment", self.auto_converge_increment, 99),
+        for name, value in (
+            ("--auto-converge-initial", self.auto_converge_initial),
+            ("--auto-converge-increment", self.auto_converge_increment),
         ):
-            if value is not None and not 1 <= value <= most:
-                raise UsageError(f"{name} must be between 1 and {most}")
+            if value is not None and not 1 <= value <= 99:
+                raise UsageError(f"{name} must be between 1 and 99")
 
 
 def with_other_xml(job: str) -> str:

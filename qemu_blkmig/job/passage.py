@@ -159,7 +159,6 @@ async def _wish(life: Lifecycle, options: ManagedOptions, there: Arrangement, wa
         graphics_uri=options.graphics_uri,
         tls=options.tls,
         tls_destination=name_for_tls(options) if options.tls else None,
-        parallel=options.parallel,
         listen_address=options.listen_address,
         bandwidth=limit,
     )

@@ -128,7 +128,7 @@ class Gate:
 
     def _relay(self, incoming: socket.socket) -> None:
         with self._lock:
-            line = _Line(incoming, self._lines[-1].connected if self._lines else None)
+            line = _Line(incoming)
             self._lines.append(line)
             if self._admitted:
                 line.admit()
@@ -142,11 +142,8 @@ class Gate:
 class _Line:
     """One connection through the gate."""
 
-    def __init__(self, incoming: socket.socket, after: threading.Event | None) -> None:
-        """`after`: what is to be set before the destination is connected to."""
+    def __init__(self, incoming: socket.socket) -> None:
         self.failure: OSError | None = None
-        self.connected = threading.Event()
-        self._after = after
         self.passed = 0
         self._incoming = incoming
         self._outgoing: socket.socket | None = None
@@ -186,10 +183,12 @@ class _Line:
         """Carry both directions until both have ended."""
         back = None
         try:
-            outgoing = self._connect(connect)
+            if self._dropped:
+                return
+            outgoing = connect()
             with self._lock:
                 self._outgoing = outgoing
-            if outgoing is None or self._dropped:
+            if self._dropped:
                 return
             back = threading.Thread(target=self._carry_back, args=(outgoing,), name="gate back", daemon=True)
             back.start()
@@ -203,18 +202,6 @@ class _Line:
             for end in (self._incoming, self._outgoing, self._wake):
                 if end is not None:
                     end.close()
-
-    def _connect(self, connect: Connect) -> socket.socket | None:
-        """Come to the destination in the order in which the source came to us; None once dropped.
-
-        A QEMU takes whoever comes first for the main channel, and what comes then for those of multifd (--parallel).
-        """
-        try:
-            if self._after is not None:
-                self._after.wait()
-            return None if self._dropped else connect()
-        finally:
-            self.connected.set()
 
     def _nudge(self) -> None:
         with contextlib.suppress(OSError):

@@ -42,7 +42,6 @@ class Wish:
     abort_on_error: bool = False
     tls: bool = False
     tls_destination: str | None = None
-    parallel: int | None = None
     listen_address: str | None = None
     bandwidth: int | None = None
 
@@ -58,7 +57,6 @@ class Wish:
             module.VIR_MIGRATE_PAUSED: self.suspend,
             module.VIR_MIGRATE_AUTO_CONVERGE: self.auto_converge,
             module.VIR_MIGRATE_TLS: self.tls,
-            module.VIR_MIGRATE_PARALLEL: self.parallel is not None,
             module.VIR_MIGRATE_ABORT_ON_ERROR: self.abort_on_error,
             module.VIR_MIGRATE_CHANGE_PROTECTION: not self.offline,
             module.VIR_MIGRATE_UNSAFE: True,
@@ -74,7 +72,6 @@ class Wish:
             module.VIR_MIGRATE_PARAM_PERSIST_XML: self.persistent_xml,
             module.VIR_MIGRATE_PARAM_DEST_NAME: self.name,
             module.VIR_MIGRATE_PARAM_LISTEN_ADDRESS: self.listen_address,
-            module.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS: self.parallel,
             module.VIR_MIGRATE_PARAM_AUTO_CONVERGE_INITIAL: self.auto_converge_initial,
             module.VIR_MIGRATE_PARAM_AUTO_CONVERGE_INCREMENT: self.auto_converge_increment,
             module.VIR_MIGRATE_PARAM_GRAPHICS_URI: self.graphics_uri,

@@ -72,7 +72,7 @@ def test_virsh_s_options_have_virsh_s_meaning(tmp_path: Path) -> None:
         "--migrate-disks", "vda,vdb", "--bandwidth", "100", "--timeout", "60", "--timeout-suspend", "--auto-converge",
         "--auto-converge-initial", "30", "--auto-converge-increment", "5", "--dname", "web2", "--xml", str(xml),
         "--persistent-xml", str(persistent), "--listen-address", "0.0.0.0", "--tls", "--tls-destination", "b.example",
-        "--migrateuri", "tcp://hostb", "--parallel", "--parallel-connections", "4", "--abort-on-error", "--unsafe",
+        "--migrateuri", "tcp://hostb", "--abort-on-error", "--unsafe",
         "--change-protection", "--graphicsuri", "spice://hostb:5900", "web1", URI,
     )  # fmt: skip
     assert wanted == ManagedOptions(
@@ -80,7 +80,7 @@ def test_virsh_s_options_have_virsh_s_meaning(tmp_path: Path) -> None:
         peer_to_peer=True, persistent=True, undefine_source=True, timeout=60, auto_converge=True,
         auto_converge_initial=30, auto_converge_increment=5, dname="web2", xml="<domain/>",
         persistent_xml="<domain><name/></domain>", listen_address="0.0.0.0", tls=True, tls_destination="b.example",
-        migrate_uri="tcp://hostb", parallel=4, abort_on_error=True, unsafe=True, graphics_uri="spice://hostb:5900",
+        migrate_uri="tcp://hostb", abort_on_error=True, unsafe=True, graphics_uri="spice://hostb:5900",
         selection=wanted.selection, transfer=wanted.transfer,
     )  # fmt: skip
     assert wanted.selection.disks == ("vda", "vdb") and wanted.selection.shared_base
@@ -141,9 +141,6 @@ def test_the_agent_is_reached_as_libvirt_is_unless_it_is_named(uri: str, agent: 
         (["web1", URI, "--offline", "--persistent", "tcp://hostb"], "--migrateuri is for a domain that runs"),
         (["web1", URI, "--timeout-suspend"], "--timeout-suspend is of no use without --timeout"),
         (["web1", URI, "--timeout", "0"], "at least 1 second"),
-        (["web1", URI, "--parallel-connections", "2"], "of no use without --parallel"),
-        (["web1", URI, "--parallel-connections", "0"], "of no use without --parallel"),
-        (["web1", URI, "tcp://b", "--parallel", "--parallel-connections", "0"], "between 1 and 255"),
         (["web1", URI, "--auto-converge-initial", "0"], "of no use without --auto-converge"),
         (["web1", URI, "--auto-converge-initial", "2"], "of no use without --auto-converge"),
         (["web1", URI, "--auto-converge", "--auto-converge-initial", "100"], "between 1 and 99"),

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -273,35 +272,3 @@ def _ended(end: socket.socket) -> bool:
         return end.recv(1) == b""
     except ConnectionError:
         return True
-
-
-def test_the_destination_is_come_to_in_the_order_in_which_the_source_came(tmp_path: Path) -> None:
-    path = str(tmp_path / "gate")
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    listener.listen()
-    events: list[str] = []
-    ends: list[socket.socket] = []
-
-    def connect() -> socket.socket:
-        number = sum(event.startswith("begun") for event in events)
-        events.append(f"begun {number}")
-        time.sleep(0.2 if number == 0 else 0)
-        near, far = socket.socketpair()
-        ends.append(far)
-        events.append(f"there {number}")
-        return near
-
-    gate = Gate(listener, connect)
-    sources = [socket.socket(socket.AF_UNIX) for _ in range(3)]
-    for number, source in enumerate(sources):
-        source.connect(path)
-        source.sendall(bytes([number]))
-    deadline = time.monotonic() + 10
-    while len(ends) < len(sources) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert events == ["begun 0", "there 0", "begun 1", "there 1", "begun 2", "there 2"]
-    assert [end.recv(1)[0] for end in ends] == [0, 1, 2]
-    gate.close()
-    for end in (*sources, *ends):
-        end.close()
