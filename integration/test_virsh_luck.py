@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,24 @@ def test_xml_that_a_device_plugged_in_meanwhile_makes_useless_is_replaced_and_no
     (disk,) = resumed["disks"]
     assert disk["resumed"] == disk["virtual_size"]
     virtlab.assert_arrived(domain)
+    virtlab.assert_nothing_left()
+
+
+def test_a_copy_of_a_disk_that_is_unplugged_before_the_job_goes_on_is_told_to_stay_there(virtlab: VirtLab) -> None:
+    domain = virtlab.boot(*(virtlab.disk(f"{uuid.uuid4()}.qcow2", 64 << 20, data=[(0, 1 << 20)]) for _ in range(2)))
+    attempt = virtlab.attempt(domain, "--source-images", "delete", hold="copied")
+    attempt.wait_held()
+    for pid in virtlab.hosts.connections():
+        os.kill(pid, signal.SIGKILL)
+    attempt.go_on()
+    attempt.outcome().failed(1, now=HERE)
+    virtlab.hosts.virsh("detach-disk", domain.name, "vdb")
+    wait_until(lambda: "vdb" not in virtlab.hosts.virsh("domblklist", domain.name), "vdb to be unplugged", 20)
+    result = virtlab.virsh("--resume", virtlab.job(), "--output", "json").succeeded().result
+    own, other = domain.disks
+    assert any("unplugged" in told and told.endswith(f": {other.path}") for told in result["warnings"]), result
+    assert virtlab.outside(other.path, far=False).exists() and not virtlab.outside(own.path, far=False).exists()
+    virtlab.assert_arrived(replace(domain, disks=(own,)))
     virtlab.assert_nothing_left()
 
 

@@ -136,6 +136,9 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
     if domain is None or target_uri is None:
         raise UsageError("name a domain and the destination's libvirt", advice="see virsh-blkmigrate --help")
     _check_together(arguments)
+    if arguments.bandwidth == 0:
+        # To virsh, and libvirt, that is no limit.
+        arguments.bandwidth = None
     return ManagedOptions(
         domain=domain,
         source_uri=arguments.connect,

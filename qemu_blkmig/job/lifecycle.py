@@ -476,6 +476,11 @@ class Lifecycle:
     async def _mark(self, agent: AgentClient, result: Result) -> None:
         """The images hold all there is: their ownership records say so."""
         record = self.job.record
+        if left := [made.path for made in record.created if made.path not in record.images]:
+            result.warnings.append(
+                "what was copied of disks that were unplugged since stays at the destination, incomplete: remove it "
+                f"there, with what lies beside it (.NAME.blkmig*): {', '.join(left)}"
+            )
         try:
             await agent.request(Mark(record.job, record.images, "complete"))
             record.marked = True

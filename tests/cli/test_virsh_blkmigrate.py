@@ -37,6 +37,10 @@ def test_the_usual_call_is_live_and_goes_by_the_uri_s_ssh() -> None:
     assert wanted.migrate_uri is None and wanted.source_uri is None
 
 
+def test_a_bandwidth_of_0_is_no_limit_as_with_virsh() -> None:
+    assert _wish("web1", URI, "--bandwidth", "0").transfer.bandwidth is None
+
+
 def test_options_may_stand_between_the_domain_and_its_destination_as_with_virsh() -> None:
     wanted = _wish("web1", "--persistent", URI, "--suspend", "tcp://hostb:49152")
     assert (wanted.domain, wanted.target_uri, wanted.migrate_uri) == ("web1", URI, "tcp://hostb:49152")
