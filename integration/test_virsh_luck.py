@@ -154,11 +154,17 @@ def test_a_copy_of_a_disk_that_is_unplugged_before_the_job_goes_on_is_told_to_st
     virtlab.assert_nothing_left()
 
 
+def in_step(virtlab: VirtLab, domain: Domain, *options: str) -> Listened:
+    """A run whose disks are kept in step until somebody has it switch over."""
+    attempt = virtlab.attempt(domain, "--switchover", "manual", *options)
+    attempt.wait_event(lambda event: event.get("stage") == "standby", "its disks to be in step")
+    return attempt
+
+
 def test_what_an_admin_changes_of_a_domain_whose_disks_are_kept_in_step_comes_along(
     virtlab: VirtLab, domain: Domain
 ) -> None:
-    attempt = virtlab.attempt(domain, "--switchover", "manual", "--persistent", "--undefinesource")
-    attempt.wait_event(lambda event: event.get("stage") == "standby", "its disks to be in step")
+    attempt = in_step(virtlab, domain, "--persistent", "--undefinesource")
     for words in (
         ("desc", domain.name, "--title", "new"),
         ("blkdeviotune", domain.name, "vda", "--write-iops-sec", 5000),
@@ -176,8 +182,7 @@ def test_what_an_admin_changes_of_a_domain_whose_disks_are_kept_in_step_comes_al
 def test_a_migration_of_somebody_else_s_does_not_start_the_guest_from_incomplete_copies(
     virtlab: VirtLab, domain: Domain
 ) -> None:
-    attempt = virtlab.attempt(domain, "--switchover", "manual")
-    attempt.wait_event(lambda event: event.get("stage") == "standby", "its disks to be in step")
+    attempt = in_step(virtlab, domain)
     wait_until(lambda: domain.state(far=True) is None, "what was begun beforehand to be called off", 20)
     with pytest.raises(LabError, match='Failed to get "write" lock'):
         virtlab.hosts.virsh("migrate", "--live", "--unsafe", domain.name, virtlab.target)
@@ -187,8 +192,7 @@ def test_a_migration_of_somebody_else_s_does_not_start_the_guest_from_incomplete
 
 
 def test_nor_does_it_when_the_coordinator_is_killed_meanwhile(virtlab: VirtLab, domain: Domain) -> None:
-    attempt = virtlab.attempt(domain, "--switchover", "manual")
-    attempt.wait_event(lambda event: event.get("stage") == "standby", "its disks to be in step")
+    attempt = in_step(virtlab, domain)
     wait_until(lambda: domain.state(far=True) is None, "what was begun beforehand to be called off", 20)
     migrate = [*virtlab.hosts.enter, "virsh", "migrate", "--live", "--unsafe", domain.name, virtlab.target]
     with subprocess.Popen(migrate, stderr=subprocess.PIPE, text=True) as theirs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -18,17 +19,20 @@ from qemu_blkmig.job.settlement import Settlement
 from qemu_blkmig.places import STATE_VARIABLE
 
 
+def to_be_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settlement: Settlement) -> Job:
+    """A job that has left a QEMU at the destination, and how it is settled."""
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    monkeypatch.setattr(resume, "settle", AsyncMock(return_value=settlement))
+    job = Job.create()
+    job.record.target_launched = True
+    return job
+
+
 async def test_a_job_that_turns_out_to_have_handed_the_guest_over_is_told_to_be_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
-    job = Job.create()
-    job.record.target_launched = True
-
-    async def settle(*_: Any, **__: Any) -> Settlement:
-        return Settlement(Owner.DESTINATION, facts=["the guest runs at the destination"])
-
-    monkeypatch.setattr(resume, "settle", settle)
+    handed_over = Settlement(Owner.DESTINATION, facts=["the guest runs at the destination"])
+    job = to_be_settled(tmp_path, monkeypatch, handed_over)
     with pytest.raises(Refused, match="come to its end") as told:
         await resume._come_to_rest(job)
     assert told.value.state == "the guest runs at the destination"
@@ -38,14 +42,8 @@ async def test_a_job_that_turns_out_to_have_handed_the_guest_over_is_told_to_be_
 async def test_a_job_whose_destination_cannot_be_tidied_up_yet_is_told_how_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
-    job = Job.create()
-    job.record.target_launched = True
-
-    async def settle(*_: Any, **__: Any) -> Settlement:
-        return Settlement(Owner.SOURCE, suspended=True, facts=["hostb cannot be reached"])
-
-    monkeypatch.setattr(resume, "settle", settle)
+    out_of_reach = Settlement(Owner.SOURCE, suspended=True, facts=["hostb cannot be reached"])
+    job = to_be_settled(tmp_path, monkeypatch, out_of_reach)
     with pytest.raises(DestinationFailed, match="cannot be tidied up yet") as told:
         await resume._come_to_rest(job)
     assert told.value.suspended == job.record.job
