@@ -43,6 +43,14 @@ class Connection:
         self._handle = handle
         self.where = where
         self.round_trip = round_trip
+        self.descriptor = int(handle.aio_get_fd())
+        """The socket's, as long as the connection is not lost."""
+        reading, writing = int(module.AIO_DIRECTION_READ), int(module.AIO_DIRECTION_WRITE)
+        self._events = {
+            reading: select.POLLIN,
+            writing: select.POLLOUT,
+            reading | writing: select.POLLIN | select.POLLOUT,
+        }
         self.size: int = handle.get_size()
         self.contexts = frozenset(name for name in contexts if handle.can_meta_context(name))
         limit: int = handle.get_block_size(module.SIZE_MAXIMUM)
@@ -126,8 +134,8 @@ class Connection:
                 raise self.loss(f"no answer within {limit:g} s")
             poller = select.poll()
             if self.register(poller):
-                poller.poll(None if limit is None else left * 1000)
-            self.drive()
+                for _descriptor, events in poller.poll(None if limit is None else left * 1000):
+                    self.drive(events)
         error = next((error for _token, error in completed if error), 0)
         if error and self.lost:
             raise self.loss()
@@ -135,27 +143,18 @@ class Connection:
 
     def register(self, poller: select.poll) -> bool:
         """Have `poller` watch for what the connection waits for; False if it is lost and waits for nothing."""
-        if self.lost:
-            return False
-        direction = self._handle.aio_get_direction()
-        events = 0
-        if direction & self._nbd.AIO_DIRECTION_READ:
-            events |= select.POLLIN
-        if direction & self._nbd.AIO_DIRECTION_WRITE:
-            events |= select.POLLOUT
-        poller.register(self.descriptor, events)
-        return True
+        direction: int = self._handle.aio_get_direction()
+        if direction:
+            poller.register(self.descriptor, self._events[direction])
+        return bool(direction)
 
-    @property
-    def descriptor(self) -> int:
-        """The socket's file descriptor, -1 once the connection is lost."""
-        return -1 if self.lost else int(self._handle.aio_get_fd())
-
-    def drive(self) -> None:
+    def drive(self, events: int = 0) -> None:
         """Do what the socket is ready for, without waiting. A loss shows in `lost` and in the completions.
 
-        As long as more arrives meanwhile, within bounds: libnbd stops after each record of TLS, of 16 KiB.
+        `events`: what a poll has told just now. As long as more arrives meanwhile, within bounds: libnbd stops after
+        each record of TLS, of 16 KiB.
         """
+        self._notify(events)
         probe = select.poll()
         for _ in range(_AT_ONCE):
             if not (self.register(probe) and (ready := probe.poll(0))):

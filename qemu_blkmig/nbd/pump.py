@@ -80,11 +80,15 @@ class Lease:
 class Driven(Protocol):
     """What a poll loop waits for and drives: an NBD connection, or whatever else a sink waits for."""
 
+    @property
+    def descriptor(self) -> int:
+        """What `register` has polled, if anything."""
+
     def register(self, poller: select.poll) -> object:
         """Have `poller` watch for it."""
 
-    def drive(self) -> None:
-        """Do what it is ready for, without waiting."""
+    def drive(self, events: int) -> None:
+        """Do what it is ready for by these events of `descriptor`, without waiting."""
 
 
 class Sink(Protocol):
@@ -224,11 +228,12 @@ class Pump:
             connection.register(poller)
         if not control.cancelled:
             poller.register(control.wake, select.POLLIN)
-        ready = poller.poll(self._timeout(plan, sink, draining=draining) * 1000)
-        if any(descriptor == control.wake for descriptor, _events in ready):
+        ready = dict(poller.poll(self._timeout(plan, sink, draining=draining) * 1000))
+        if control.wake in ready:
             control.nudged()
         for connection in connections:
-            connection.drive()
+            if events := ready.get(connection.descriptor):
+                connection.drive(events)
 
     def _timeout(self, plan: Plan, sink: Sink, *, draining: bool) -> float:
         if any(self._busy) or plan.under_way or sink.under_way:

@@ -147,7 +147,7 @@ class _ThreadedSink:
         self._send = send
         self._waiting: queue.SimpleQueue[tuple[Piece, Lease | None] | None] = queue.SimpleQueue()
         self._over: deque[Lease | None] = deque()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._work, name="stream", daemon=True)
         self._thread.start()
 
@@ -178,18 +178,18 @@ class _ThreadedSink:
 
     def register(self, poller: select.poll) -> None:
         """Let `poller` wake up when something was sent."""
-        poller.register(self._bell, select.POLLIN)
+        poller.register(self.descriptor, select.POLLIN)
 
-    def drive(self) -> None:
+    def drive(self, _events: int) -> None:
         """The poller is awake."""
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+            os.eventfd_read(self.descriptor)
 
     def close(self) -> None:
         """End the thread, which has nothing under way any more."""
         self._waiting.put(None)
         self._thread.join()
-        os.close(self._bell)
+        os.close(self.descriptor)
 
     def _hand_over(self, piece: Piece, lease: Lease | None) -> None:
         self.under_way += 1
@@ -201,7 +201,7 @@ class _ThreadedSink:
             if self.failure is None:
                 self._attempt(piece, lease)
             self._over.append(lease)
-            os.eventfd_write(self._bell, 1)
+            os.eventfd_write(self.descriptor, 1)
 
     def _attempt(self, piece: Piece, lease: Lease | None) -> None:
         """Whatever goes wrong is raised by the pump, in the thread that waits for it."""

@@ -75,7 +75,7 @@ class Slow:
     lost = False
 
     def __init__(self) -> None:
-        self._ready = os.eventfd(1)
+        self.descriptor = os.eventfd(1)
         self._asked: list[tuple[list[tuple[Any, int]], object]] = []
         self.most = 0
 
@@ -84,15 +84,15 @@ class Slow:
         self.most = max(self.most, len(self._asked))
 
     def register(self, poller: select.poll) -> None:
-        poller.register(self._ready, select.POLLIN)
+        poller.register(self.descriptor, select.POLLIN)
 
-    def drive(self) -> None:
+    def drive(self, _events: int = 0) -> None:
         for completed, token in self._asked:
             completed.append((token, 0))
         self._asked.clear()
 
     def close(self) -> None:
-        os.close(self._ready)
+        os.close(self.descriptor)
 
 
 class Counting:

@@ -30,12 +30,12 @@ class LateWriter:
         self.connections = [self]
         self.under_way: list[Callable[[int], None]] = []
         self.failed = False
-        self._always = os.eventfd(1)
+        self.descriptor = os.eventfd(1)
 
     def register(self, poller: select.poll) -> None:
-        poller.register(self._always, select.POLLIN)
+        poller.register(self.descriptor, select.POLLIN)
 
-    def drive(self) -> None:
+    def drive(self, _events: int = 0) -> None:
         """Nothing to do."""
 
     def write(self, _data: memoryview, _offset: int, done: Callable[[int], None]) -> None:
@@ -47,7 +47,7 @@ class LateWriter:
             self.failed = True
 
     def close(self) -> None:
-        os.close(self._always)
+        os.close(self.descriptor)
 
 
 @pytest.fixture
