@@ -134,8 +134,8 @@ class Connection:
                 raise self.loss(f"no answer within {limit:g} s")
             poller = select.poll()
             if self.register(poller):
-                for _descriptor, events in poller.poll(None if limit is None else left * 1000):
-                    self.drive(events)
+                poller.poll(None if limit is None else left * 1000)
+            self.drive()
         error = next((error for _token, error in completed if error), 0)
         if error and self.lost:
             raise self.loss()
@@ -148,25 +148,15 @@ class Connection:
             poller.register(self.descriptor, self._events[direction])
         return bool(direction)
 
-    def drive(self, events: int = 0) -> None:
+    def drive(self) -> None:
         """Do what the socket is ready for, without waiting. A loss shows in `lost` and in the completions.
 
-        `events`: what a poll has told just now. As long as more arrives meanwhile, within bounds: libnbd stops after
-        each record of TLS, of 16 KiB.
+        As long as more arrives meanwhile, within bounds: libnbd stops after each record of TLS, of 16 KiB.
         """
-        self._notify(events)
-        probe = select.poll()
-        for _ in range(_AT_ONCE):
-            if not (self.register(probe) and (ready := probe.poll(0))):
-                return
-            self._notify(ready[0][1])
-
-    def _notify(self, events: int) -> None:
         try:
-            if events & (select.POLLIN | select.POLLERR | select.POLLHUP):
-                self._handle.aio_notify_read()
-            elif events & select.POLLOUT:
-                self._handle.aio_notify_write()
+            for _ in range(_AT_ONCE):
+                if self.lost or not self._handle.poll(0):
+                    return
         except self._nbd.Error as error:
             if not self.lost:
                 raise self.loss(str(error)) from error

@@ -87,8 +87,8 @@ class Driven(Protocol):
     def register(self, poller: select.poll) -> object:
         """Have `poller` watch for it."""
 
-    def drive(self, events: int) -> None:
-        """Do what it is ready for by these events of `descriptor`, without waiting."""
+    def drive(self) -> None:
+        """Do what it is ready for, without waiting."""
 
 
 class Sink(Protocol):
@@ -228,12 +228,12 @@ class Pump:
             connection.register(poller)
         if not control.cancelled:
             poller.register(control.wake, select.POLLIN)
-        ready = dict(poller.poll(self._timeout(plan, sink, draining=draining) * 1000))
+        ready = {descriptor for descriptor, _events in poller.poll(self._timeout(plan, sink, draining=draining) * 1000)}
         if control.wake in ready:
             control.nudged()
         for connection in connections:
-            if events := ready.get(connection.descriptor):
-                connection.drive(events)
+            if connection.descriptor in ready:
+                connection.drive()
 
     def _timeout(self, plan: Plan, sink: Sink, *, draining: bool) -> float:
         if any(self._busy) or plan.under_way or sink.under_way:

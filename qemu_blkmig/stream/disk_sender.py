@@ -180,7 +180,7 @@ class _ThreadedSink:
         """Let `poller` wake up when something was sent."""
         poller.register(self.descriptor, select.POLLIN)
 
-    def drive(self, _events: int) -> None:
+    def drive(self) -> None:
         """The poller is awake."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.descriptor)

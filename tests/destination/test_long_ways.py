@@ -86,7 +86,7 @@ class Slow:
     def register(self, poller: select.poll) -> None:
         poller.register(self.descriptor, select.POLLIN)
 
-    def drive(self, _events: int = 0) -> None:
+    def drive(self) -> None:
         for completed, token in self._asked:
             completed.append((token, 0))
         self._asked.clear()

@@ -35,7 +35,7 @@ class LateWriter:
     def register(self, poller: select.poll) -> None:
         poller.register(self.descriptor, select.POLLIN)
 
-    def drive(self, _events: int = 0) -> None:
+    def drive(self) -> None:
         """Nothing to do."""
 
     def write(self, _data: memoryview, _offset: int, done: Callable[[int], None]) -> None:
