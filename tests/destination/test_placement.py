@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
-import time
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -192,10 +193,9 @@ def test_a_guest_that_is_paused_does_not_wait_for_a_qemu_img_that_hangs(
     told = opened(image)
     hanging = tmp_path / "bin" / "qemu-img"
     hanging.parent.mkdir()
-    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    answer = json.dumps([{"start": 0, "length": MIB, "data": True, "offset": MIB}])
+    hanging.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\nprint({answer!r})\n")
     hanging.chmod(0o755)
     monkeypatch.setenv("PATH", str(hanging.parent), prepend=os.pathsep)
     monkeypatch.setattr(placement, "PATIENCE", 0.2)
-    began = time.monotonic()
     assert not told.of([Extent(0, MIB)]).places([Extent(0, MIB)])
-    assert time.monotonic() - began < 10
