@@ -155,7 +155,7 @@ class Connection:
         """
         try:
             for _ in range(_AT_ONCE):
-                if self.lost or not self._handle.poll(0):
+                if not self._handle.poll(0):
                     return
         except self._nbd.Error as error:
             if not self.lost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qemu_blkmig import errors
@@ -49,6 +49,10 @@ class Piece:
     def end(self) -> int:
         """The first byte after the piece."""
         return self.offset + self.length
+
+    def resized(self, length: int) -> Piece:
+        """The same, of `length` bytes."""
+        return Piece(self.offset, length, self.action, self.mixed)
 
 
 Classify = Callable[[bool, int | None], Action]
@@ -127,7 +131,7 @@ class Plan:
             return None
         piece = self._known.popleft()
         while self._known and _continues(piece, self._known[0]):
-            piece = replace(piece, length=piece.length + self._known.popleft().length)
+            piece = piece.resized(piece.length + self._known.popleft().length)
         if (end := self._end_for(piece)) <= piece.offset:
             self._known.appendleft(piece)
             return None
@@ -153,8 +157,8 @@ class Plan:
         """At most the first `limit` bytes of the piece; the rest is put back."""
         if piece.length <= limit:
             return piece
-        self._known.appendleft(replace(piece, offset=piece.offset + limit, length=piece.length - limit))
-        return replace(piece, length=limit)
+        self._known.appendleft(Piece(piece.offset + limit, piece.length - limit, piece.action, piece.mixed))
+        return piece.resized(limit)
 
     def _look_at(self, extent: Extent) -> None:
         if extent.length < self._look_from:
