@@ -161,7 +161,8 @@ class Plan:
         return piece.resized(limit)
 
     def _look_at(self, extent: Extent) -> None:
-        if extent.length < self._look_from:
+        # What is left when an answer came short may end a unit that was begun.
+        if extent.length < self._look_from and self._begun is None:
             self._known.append(Piece(extent.offset, extent.length, Action.DATA))
             return
         # Answers may be short, and the next window then begins anywhere: it ends with a unit all the same.

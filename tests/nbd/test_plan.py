@@ -113,6 +113,33 @@ def test_no_piece_is_given_of_what_is_not_wanted_yet_and_pieces_end_where_what_w
     assert all({told[each] for each in fate[piece.offset : piece.end]} == {piece.action} for piece in pieces)
 
 
+@given(
+    fates=st.lists(st.tuples(st.sampled_from("dz"), st.integers(1, 9)), min_size=8, max_size=24),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    unit=st.sampled_from((1, 2, 4)),
+    look_from=st.sampled_from((0, 4, 8, 16)),
+    most=st.integers(1, 3),
+    reach=st.integers(1, 20),
+)
+def test_answers_that_come_short_leave_nothing_of_short_ranges_out(
+    fates: list[tuple[str, int]], lengths: list[int], unit: int, look_from: int, most: int, reach: int
+) -> None:
+    """Of a range the rest may be too short to be worth a lookup, and begin amid a unit."""
+    fate = "".join(kind * count for kind, count in fates) + "d" * sum(lengths) * 2 * unit
+    ranges, end = [], 0
+    for length in lengths:
+        ranges.append(Extent(end, length * unit))
+        end += 2 * length * unit
+    connection = cast("Connection", FakeConnection(fate, most, reach, frozenset((ALLOCATION,))))
+    plan = Plan(connection, ranges, classify, look_from=look_from, disk="d", unit=unit)
+    given_out: list[int] = []
+    while not plan.exhausted:
+        plan.look_ahead()
+        while (piece := plan.take(lambda piece: piece.length)) is not None:
+            given_out += range(piece.offset, piece.end)
+    assert given_out == [at for each in ranges for at in range(each.offset, each.end)]
+
+
 class Desert:
     """A disk with nothing stored on it but in its last GiB, which is full of holes; keeps what it was asked."""
 
