@@ -54,6 +54,10 @@ class WriteBack:
         os.close(self._descriptor)
 
     def _run(self) -> None:
-        while self._wanted.wait() and not self._stopping:
+        while True:
+            self._wanted.wait()
+            # First: an end that is told from now on sets it again.
             self._wanted.clear()
+            if self._stopping:
+                return
             self._begin(self._descriptor)

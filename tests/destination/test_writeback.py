@@ -46,6 +46,33 @@ def test_nothing_of_it_is_left_when_it_is_stopped(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
+def test_an_end_that_comes_just_when_writing_is_to_begin_is_heard(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT)
+    write_back = WriteBack(descriptor, lambda _descriptor: None)
+    clearing, told = threading.Event(), threading.Event()
+    wanted = write_back._wanted
+    clear, set_ = wanted.clear, wanted.set
+
+    def clear_late() -> None:
+        clearing.set()
+        assert told.wait(60)
+        clear()
+
+    def set_and_tell() -> None:
+        set_()
+        told.set()
+
+    wanted.clear = clear_late  # type: ignore[method-assign]
+    write_back.wrote(STRETCH)
+    assert clearing.wait(60)
+    wanted.set = set_and_tell  # type: ignore[method-assign]
+    ending = threading.Thread(target=write_back.stop, daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive()
+    os.close(descriptor)
+
+
 def test_what_cannot_be_written_out_early_harms_nobody() -> None:
     reading, writing = os.pipe()
     write_back = WriteBack(writing)
