@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from qemu_blkmig.qmp.throttle import Throttled
 from qemu_blkmig.time_limit import time_limit
 
 RECORD = "record.json"
+LOOKS, LOOK = 100, 0.01
+"""How often, and how long (seconds) each time, it is waited for who only looks whether a job is alive."""
 
 
 class Owner(enum.Enum):
@@ -315,6 +318,14 @@ def left_behind() -> Iterator[Record]:
 def _lock(directory: Path) -> int:
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        for _ in range(LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            # Who only looks (`others.is_alive`) shares it, for a moment; a process of the job does not.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            time.sleep(LOOK)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -52,6 +53,26 @@ def test_a_job_that_is_being_worked_on_cannot_be_loaded(state: Path) -> None:
     loaded = Job.load(job.record.job)
     assert loaded.record == job.record
     loaded.remove()
+
+
+def test_who_only_looks_whether_a_job_is_alive_does_not_keep_it_from_being_loaded(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job.create()
+    job.release()
+    looking = os.open(job.directory / "lock", os.O_RDWR)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    lock, tried = fcntl.flock, list[int]()
+
+    def flock(descriptor: int, operation: int) -> None:
+        tried.append(operation)
+        if len(tried) == 3:
+            lock(looking, fcntl.LOCK_UN)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr("qemu_blkmig.job.record.fcntl.flock", flock)
+    Job.load(job.record.job).remove()
+    os.close(looking)
 
 
 def test_an_unknown_job_is_refused(state: Path) -> None:
