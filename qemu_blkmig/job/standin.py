@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ from qemu_blkmig.job.record import Job, read_record
 from qemu_blkmig.job.settle import settle
 from qemu_blkmig.job.settlement import Settlement
 from qemu_blkmig.outlet import Outlet
+
+log = logging.getLogger(__name__)
 
 LEAVE = signal.SIGUSR1
 FIRST_PAUSE = 1.0
@@ -54,7 +57,7 @@ def stand_in(directory: Path, lock: int, *, told: bool) -> None:
 
 
 def _settle_first(job: Job) -> Settlement:
-    settlement = asyncio.run(settle(job, suspend=True))
+    settlement = _settle(job)
     name = job.record.job
     # What is to be tried again must not wait for a terminal that was stopped.
     said = Outlet(sys.stderr)
@@ -65,6 +68,16 @@ def _settle_first(job: Job) -> Settlement:
         said.tell(f"{SAYS}look at both sides, then run: qemu-blkmig cleanup {name}")
     said.close()
     return settlement
+
+
+def _settle(job: Job) -> Settlement:
+    """`settle`, whatever happens: nobody comes after us, and the guest may stand still."""
+    try:
+        return asyncio.run(settle(job, suspend=True))
+    except Exception as error:
+        log.exception("job %s", job.record.job)
+        fact = f"job {job.record.job} could not be brought to rest: {type(error).__name__}: {error}"
+        return Settlement(job.record.owner, decided=False, facts=[fact])
 
 
 def ask_to_leave(directory: Path, seconds: float) -> bool:
@@ -101,7 +114,7 @@ def _persist(job: Job, settlement: Settlement) -> Settlement:
         pause = min(LONGEST_PAUSE, 2 * pause)
         process = job.record.source_process
         source_lives = job.record.managed is not None or (process is not None and process.alive)
-        settlement = asyncio.run(settle(job, suspend=True))
+        settlement = _settle(job)
     return settlement
 
 

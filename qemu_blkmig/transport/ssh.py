@@ -65,7 +65,11 @@ class SshHost:
         """See `Host`. What ssh says is in the errors, and what to do about it."""
         await self._connect()
         first, self._first = self._first, None
-        process = await Piped.of(first or self._route.start_agent(self._control), protocol.LINE_LIMIT)
+        try:
+            begun = first or self._route.start_agent(self._control)
+        except OSError as error:
+            raise _no_process(error) from error
+        process = await Piped.of(begun, protocol.LINE_LIMIT)
         client = AgentClient(process, on_progress, where=self.name, explain=self._explain)
         try:
             async with time_limit(HELLO):
@@ -217,13 +221,16 @@ class SshHost:
         return failure_of(said, self.name, self._route.remote_command, status)
 
     async def _forward(self, direction: str, paths: str) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *self._route.forward(self._control, direction, paths),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._route.forward(self._control, direction, paths),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _no_process(error) from error
         try:
             async with time_limit(FORWARD):
                 _, said = await process.communicate()
@@ -257,6 +264,11 @@ class SshHost:
                 advice="name a shorter directory for temporary files by TMPDIR",
             )
         return path
+
+
+def _no_process(error: OSError) -> errors.DestinationFailed:
+    """The error where this host has no room for another process: that may pass."""
+    return errors.DestinationFailed(f"ssh cannot be started: {error.strerror}")
 
 
 def _escaped(path: str) -> str:

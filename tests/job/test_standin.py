@@ -25,6 +25,8 @@ from qemu_blkmig.job import standin
 from qemu_blkmig.job.record import Owner
 
 async def settle(job, suspend):
+    if (job.directory / "troubled").exists():
+        raise BlockingIOError("no more processes")
     return standin.Settlement(Owner.SOURCE, decided=(job.directory / "mended").exists(), facts=["tried"])
 
 standin.settle = settle
@@ -111,3 +113,14 @@ def test_it_ends_when_the_job_was_removed_under_it(job: Job, watchdog: subproces
     until_it_persists(job)
     shutil.rmtree(job.directory)
     assert watchdog.wait(timeout=20) == 0
+
+
+def test_what_it_never_reckoned_with_does_not_end_it(job: Job, request: pytest.FixtureRequest) -> None:
+    (job.directory / "troubled").touch()
+    watchdog: subprocess.Popen[str] = request.getfixturevalue("watchdog")
+    assert watchdog.stderr is not None
+    assert "no more processes" in watchdog.stderr.read()
+    (job.directory / "mended").touch()
+    (job.directory / "troubled").unlink()
+    assert watchdog.wait(timeout=20) == 0
+    assert not job.directory.exists()
