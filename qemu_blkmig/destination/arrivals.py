@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from qemu_blkmig.destination.process import ProcessId
@@ -17,8 +18,10 @@ def waiting(images: Collection[str]) -> set[ProcessId]:
     Told by their command lines, which anybody may read, and which name the images before these are opened.
     """
     ourselves = ProcessId.of(os.getpid())
-    names = {os.fsencode(name) for image in images for name in (image, os.path.realpath(image))}
-    named = re.compile(rb"(?<![^\"=,])(?:" + rb"|".join(map(re.escape, names)) + rb")(?![^\",])")
+    names = {
+        os.fsencode(form) for image in images for name in (image, os.path.realpath(image)) for form in _forms(name)
+    }
+    named = re.compile(rb"(?<![^\"=,:])(?:" + rb"|".join(map(re.escape, names)) + rb")(?![^\",])")
     found = set()
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -30,3 +33,11 @@ def waiting(images: Collection[str]) -> set[ProcessId]:
                 if there is not None and ourselves is not None and there.start >= ourselves.start:
                     found.add(there)
     return found
+
+
+def _forms(name: str) -> Iterator[str]:
+    """How a command line of QEMU's has a file's name: as it is, with its commas doubled, in JSON."""
+    yield name
+    yield name.replace(",", ",,")
+    for ascii_only in (False, True):
+        yield json.dumps(name, ensure_ascii=ascii_only)[1:-1]

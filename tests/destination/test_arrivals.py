@@ -36,6 +36,22 @@ def test_a_qemu_that_waits_is_found_by_the_image_that_it_was_told(tmp_path: Path
     assert not arrivals.waiting([image])
 
 
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("a,b.raw", "file=%s/a,,b.raw,if=virtio"),
+        ("a,b.raw", '{"filename":"%s/a,b.raw"}'),
+        ('a"b\\c.raw', '{"filename":"%s/a\\"b\\\\c.raw"}'),
+        ("\u00e4.raw", '{"filename":"%s/\\u00e4.raw"}'),
+        ("\u00e4.raw", '{"filename":"%s/\u00e4.raw"}'),
+        ("a.raw", "file=file:%s/a.raw,if=virtio"),
+    ],
+)
+def test_it_is_found_however_its_command_line_has_the_name(tmp_path: Path, name: str, word: str) -> None:
+    with _process("-drive", word.replace("%s", str(tmp_path)), "-incoming", "defer") as process:
+        assert arrivals.waiting([str(tmp_path / name)]) == {process}
+
+
 def test_it_is_found_by_what_the_image_is_really_called(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("disk.raw")
