@@ -172,7 +172,10 @@ def test_a_volume_that_a_pool_knows_is_copied_too_and_a_domain_with_nothing_to_c
     virtlab.hosts.virsh("undefine", "off", far=True)
     _define_bare(virtlab, "")
     virtlab.virsh("off", virtlab.target, *ENDS).failed(
-        3, "none of the domain's disks is to be copied: virsh migrate", now="nothing was touched"
+        3,
+        "none of the domain's disks is to be copied: virsh migrate",
+        "run virsh migrate in place of this command",
+        now="nothing was touched",
     )
     virtlab.hosts.virsh("undefine", "off")
     virtlab.hosts.virsh("pool-destroy", "off")

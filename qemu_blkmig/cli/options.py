@@ -364,11 +364,20 @@ def target(arguments: argparse.Namespace) -> Target:
     return Target(place(arguments), arguments.target_qmp, arguments.launch, arguments.ram_uri)
 
 
+def disk_names(listed: str | None) -> tuple[str, ...] | None:
+    """The names of disks that a list of --migrate-disks has; None where it is not given. Raises `UsageError`."""
+    if listed is None:
+        return None
+    names = tuple(name.strip() for name in listed.split(","))
+    if not all(names):
+        raise UsageError(f"--migrate-disks {listed!r}: a name is empty", advice="write names, such as vda,vdb")
+    return names
+
+
 def selection(arguments: argparse.Namespace) -> Selection:
     """Which disks."""
-    names = arguments.migrate_disks
     return Selection(
-        disks=tuple(name.strip() for name in names.split(",")) if names is not None else None,
+        disks=disk_names(arguments.migrate_disks),
         shared_base=arguments.shared_base,
         target_is_zero=arguments.target_is_zero,
         allow_plaintext=arguments.allow_plaintext,

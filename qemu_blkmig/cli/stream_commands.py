@@ -81,7 +81,6 @@ def _save(arguments: argparse.Namespace) -> int:
     kind, _, place = arguments.source.partition(":")
     if kind not in ("qmp", "image") or not place:
         raise UsageError(f"not a source: {arguments.source!r}", advice="write qmp:/path/to.sock or image:/path")
-    names = arguments.migrate_disks
     wanted = SaveOptions(
         to=arguments.to,
         source=place if kind == "qmp" else None,
@@ -89,7 +88,7 @@ def _save(arguments: argparse.Namespace) -> int:
         image_format=arguments.source_format,
         agent=arguments.agent,
         selection=Selection(
-            disks=tuple(name.strip() for name in names.split(",")) if names is not None else None,
+            disks=options.disk_names(arguments.migrate_disks),
             shared_base=arguments.shared_base,
             allow_plaintext=arguments.allow_plaintext,
             ignore_ownership=arguments.ignore_ownership,

@@ -135,10 +135,10 @@ def wish(arguments: argparse.Namespace) -> ManagedOptions:
     domain, target_uri, migrate_uri = _ends(arguments)
     if domain is None or target_uri is None:
         raise UsageError("name a domain and the destination's libvirt", advice="see virsh-blkmigrate --help")
+    # To virsh, and libvirt, 0 is no limit.
+    arguments.bandwidth = arguments.bandwidth or None
+    arguments.timeout = arguments.timeout or None
     _check_together(arguments)
-    if arguments.bandwidth == 0:
-        # To virsh, and libvirt, that is no limit.
-        arguments.bandwidth = None
     return ManagedOptions(
         domain=domain,
         source_uri=arguments.connect,

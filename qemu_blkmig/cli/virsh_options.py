@@ -23,7 +23,7 @@ _NO_PARALLEL = (
     "and might stand still here"
 )
 REFUSED = {
-    "--direct": "QEMU's driver knows no direct migration, with virsh neither",
+    "--direct": "QEMU's driver knows no direct migration; virsh takes no heed of it beside --p2p",
     "--tunnelled": "libvirt's own connection would carry the stream past our gate; ours, through ssh, is as safe",
     "--postcopy": _NO_POSTCOPY,
     "--postcopy-after-precopy": _NO_POSTCOPY,

@@ -274,7 +274,9 @@ def _faults_to_create(image: Image) -> Iterator[str]:
         possible = ", ".join(_PREALLOCATION.get(image.format, ("off",)))
         yield f"format {image.format} knows no preallocation {image.preallocation!r}; possible are {possible}"
     directory = Path(image.path).parent
-    if not directory.is_dir():
+    if not os.path.lexists(directory):
+        yield f"{image.path} cannot be made: there is no directory {directory} at the destination"
+    elif not directory.is_dir():
         yield f"{directory} is not a directory"
     elif not os.access(directory, os.W_OK | os.X_OK):
         yield f"{directory} cannot be written"

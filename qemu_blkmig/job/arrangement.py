@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import shlex
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +34,7 @@ from qemu_blkmig.virt.acceptance import (
     same_daemon,
     used_by_others,
 )
-from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt, virsh
 from qemu_blkmig.virt.departure import hindrances, taken_along
 from qemu_blkmig.virt.domain import (
     ELSEWHERE,
@@ -299,10 +298,10 @@ def _written_by_qemu(xml: str, persistent: str | None, *, runs: bool) -> dict[st
 def _autostart(options: ManagedOptions, name: str, target: Connection) -> Iterator[str]:
     """libvirt keeps that beside the definition, and takes it nowhere."""
     if options.persistent:
-        there = shlex.join(["virsh", "-c", target.uri, "autostart", options.dname or name])
+        there = virsh(target.uri, "autostart", options.dname or name)
         yield f"the domain starts with this host (autostart), and at the destination only after: {there}"
     if not options.undefine_source:
-        here = shlex.join(["virsh", "autostart", "--disable", name])
+        here = virsh(options.source_uri, "autostart", "--disable", name)
         yield f"it still would start with this host, from the images that it leaves here: {here}"
 
 
@@ -312,7 +311,7 @@ def _refused(options: ManagedOptions, error: LibvirtError) -> str:
     defined = options.offline and options.persistent_xml is not None
     if options.xml is None and not defined:
         return f"libvirt would not migrate it: {why}"
-    hint = f"begin with what virsh dumpxml --migratable {options.domain} prints"
+    hint = f"begin with what {virsh(options.source_uri, 'dumpxml', '--migratable', options.domain)} prints"
     return f"libvirt would not migrate it with the XML of {'--persistent-xml' if defined else '--xml'}: {why} ({hint})"
 
 

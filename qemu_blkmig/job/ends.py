@@ -45,7 +45,8 @@ class Ends:
         active = bool(await source.call(handle.isActive))
         if not active and not options.offline:
             raise Refused(
-                f"domain {options.domain} does not run", advice="virsh-blkmigrate --offline moves one that does not"
+                f"domain {options.domain} does not run",
+                advice="virsh-blkmigrate --offline --persistent moves one that does not",
             )
         if active and options.offline:
             raise Refused(f"domain {options.domain} runs", advice="without --offline it moves while it runs")

@@ -23,7 +23,7 @@ from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions, with_other_xml
 from qemu_blkmig.job.managed_switchover import ManagedSwitchover
 from qemu_blkmig.job.options import OnStall
-from qemu_blkmig.job.plan import Plan, Planner
+from qemu_blkmig.job.plan import NO_NEED_OF_US, NOTHING_TO_COPY, Plan, Planner
 from qemu_blkmig.job.record import Job, Managed
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Downtime, Result, remarks
@@ -168,6 +168,8 @@ class _Run:
 
     def _mend(self, problems: Sequence[str]) -> str | None:
         """What to do about them, where that is known."""
+        if problems == [NOTHING_TO_COPY]:
+            return NO_NEED_OF_US
         if self._job.record.identities:
             return with_other_xml(self._job.record.job) if self._options.xml is not None else None
         paths = self._arrangement.paths.values()

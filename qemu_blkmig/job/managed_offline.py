@@ -23,7 +23,7 @@ from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.lifecycle import Lifecycle
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.options import Selection
-from qemu_blkmig.job.plan import NOTHING_TO_COPY, Placed, Plan, Planner, together
+from qemu_blkmig.job.plan import NO_NEED_OF_US, NOTHING_TO_COPY, Placed, Plan, Planner, together
 from qemu_blkmig.job.record import Job, Managed
 from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Result
@@ -158,7 +158,7 @@ async def plan_offline(
     `begun`: the images of a job that is resumed. `tell`, `layers_first`: see `Planner`.
     """
     if not images:
-        raise Refused(NOTHING_TO_COPY, state="nothing was touched")
+        raise Refused(NOTHING_TO_COPY, state="nothing was touched", advice=NO_NEED_OF_US)
     plans = []
     for image in images:
         wanted = replace(options.selection, disks=None)

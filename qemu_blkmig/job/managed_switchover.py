@@ -32,7 +32,7 @@ from qemu_blkmig.qmp.disks import Disk
 from qemu_blkmig.qmp.features import probe
 from qemu_blkmig.qmp.guest import migration_away
 from qemu_blkmig.time_limit import time_limit
-from qemu_blkmig.virt.connection import LibvirtError, libvirt
+from qemu_blkmig.virt.connection import LibvirtError, libvirt, virsh
 from qemu_blkmig.virt.domain import gives_devices_back
 from qemu_blkmig.virt.migration import starts_of
 
@@ -190,9 +190,10 @@ class ManagedSwitchover:
                 )
                 return
             # Whose resume came to libvirt meanwhile was told that it runs already.
-            self._reporter.note(
-                f"somebody had paused the guest: it is paused again (virsh resume {self._ends.domain.name})"
-            )
+            self._reporter.note(f"somebody had paused the guest: it is paused again ({self._virsh('resume')})")
+
+    def _virsh(self, command: str) -> str:
+        return virsh(self._options.source_uri, command, self._ends.domain.name)
 
     async def _let_go_on(self, passage: Passage) -> None:
         """A guest that libvirt was told to pause for its migration, and has paused only when that had failed: it does
@@ -233,7 +234,7 @@ class ManagedSwitchover:
         if not self._ending.done():
             failed = LibvirtFailed(
                 "libvirt has not ended the migration that was called off, and cannot begin another",
-                advice=f"see what keeps it, here and at the destination (virsh domjobinfo {self._ends.domain.name})",
+                advice=f"see what keeps it, here and at the destination ({self._virsh('domjobinfo')})",
             )
             failed.busy = True
             raise failed

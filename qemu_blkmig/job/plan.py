@@ -42,6 +42,7 @@ from qemu_blkmig.units import show_bytes
 MIGRATABLE = ("running", "paused", "io-error", "watchdog", "prelaunch", "postmigrate")
 """Run states that a guest can be migrated in, and that its destination can be left in."""
 NOTHING_TO_COPY = "none of the domain's disks is to be copied: virsh migrate moves such a one"
+NO_NEED_OF_US = "run virsh migrate in place of this command: its options mean the same there"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from qemu_blkmig.job.record import Job, Managed, Owner
 from qemu_blkmig.job.settlement import Settlement, clean_source, give_back_limits
 from qemu_blkmig.job.volumes import forget_volumes
 from qemu_blkmig.time_limit import time_limit
-from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt, virsh
 from qemu_blkmig.virt.migration import is_migrated
 from qemu_blkmig.virt.monitor import PassthroughMonitor
 from qemu_blkmig.virt.storage import refresh_pools
@@ -268,11 +268,11 @@ class Domains:
         return await until(gone, SETTLE)
 
     def _by_hand(self) -> str:
-        options, name = self._managed.options, self._managed.name
-        near = f"virsh -c {options.source_uri}" if options.source_uri else "virsh"
+        options, managed = self._managed.options, self._managed
+        here = virsh(options.source_uri, "domstate", managed.name, "--reason")
+        there = virsh(options.target_uri, "domstate", managed.name_there, "--reason")
         return (
-            f"look at both: {near} domstate {name} --reason; virsh -c {options.target_uri} domstate "
-            f"{self._managed.name_there} --reason; destroy the one that is not to have the guest, then run: "
+            f"look at both: {here}; {there}; destroy the one that is not to have the guest, then run: "
             f"qemu-blkmig cleanup {self._job.record.job}"
         )
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
-import shlex
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
-from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt, virsh
 from qemu_blkmig.virt.domain import Domain, image_files, rooted
 from qemu_blkmig.virt.offered import drivers_lacking, not_offered, static_labels
 from qemu_blkmig.virt.storage import Volumes
@@ -55,7 +54,7 @@ async def conflicts(target: Connection, uuid: str, name: str) -> list[str]:
             f"there, or name it by --dname {by_uuid.name()}"
         ]
     if by_name is not None and by_name.UUIDString() != uuid:
-        renaming = shlex.join(["virsh", "-c", target.uri, "domrename", name])
+        renaming = virsh(target.uri, "domrename", name)
         return [
             f"the destination has another domain called {name} (UUID {by_name.UUIDString()}): --dname gives this one "
             f"another name there, or {renaming} NEW-NAME that one"
@@ -63,7 +62,7 @@ async def conflicts(target: Connection, uuid: str, name: str) -> list[str]:
     if by_uuid is not None and await target.call(by_uuid.hasManagedSaveImage):
         return [
             "the destination has a saved state of this domain, from which its next start there would go on, with disks "
-            f"that are newer: virsh -c {target.uri} managedsave-remove {by_uuid.name()}"
+            f"that are newer: {virsh(target.uri, 'managedsave-remove', by_uuid.name())}"
         ]
     return []
 

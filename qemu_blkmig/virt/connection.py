@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import importlib
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,11 @@ class LibvirtError(RequestError):
         super().__init__(f"{who}: {words}")
         self.words = words
         self.code = code
+
+
+def virsh(uri: str | None, *words: str) -> str:
+    """A command for people to type: of virsh, at the libvirt of `uri` (None: its default)."""
+    return shlex.join(["virsh", *(["-c", uri] if uri else []), *words])
 
 
 @functools.cache
@@ -115,7 +121,7 @@ class Connection:
         except module.libvirtError as error:
             raise Refused(
                 f"{who}: cannot connect to {uri or 'libvirt'}: {error}",
-                advice=f"try: virsh {f'-c {uri} ' if uri else ''}list",
+                advice=f"try: {virsh(uri, 'list')}",
             ) from error
         connection = cls(handle, await asyncio.to_thread(handle.getURI), who)
         await connection.call(handle.setKeepAlive, *KEEPALIVE)
@@ -188,7 +194,7 @@ class Connection:
             except LibvirtError as error:
                 if error.code not in (module.VIR_ERR_NO_DOMAIN, module.VIR_ERR_INVALID_ARG):
                     raise
-        raise Refused(f"{self.who} has no domain {name!r}", advice=f"virsh -c {self.uri} list --all")
+        raise Refused(f"{self.who} has no domain {name!r}", advice=virsh(self.uri, "list", "--all"))
 
     async def capabilities(self) -> str:
         """The XML of virConnectGetCapabilities, which is asked for once. Raises as `call` does."""

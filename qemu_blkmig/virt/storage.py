@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from qemu_blkmig.errors import Refused
-from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt
+from qemu_blkmig.virt.connection import Connection, LibvirtError, libvirt, virsh
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ async def volume_path(connection: Connection, pool: str, volume: str) -> str:
     except LibvirtError as error:
         raise Refused(
             f"{connection.who}: pool {pool} has no volume {volume}: {error.words}",
-            advice=f"if its file is there: virsh -c {connection.uri} pool-refresh {pool}",
+            advice=f"if its file is there: {virsh(connection.uri, 'pool-refresh', pool)}",
         ) from error
 
 
@@ -275,11 +275,11 @@ async def _pool(connection: Connection, name: str) -> Any:
         if error.code != module.VIR_ERR_NO_STORAGE_POOL:
             raise _no_storage(connection, error) or error from error
         raise Refused(
-            f"{connection.who} has no storage pool {name}", advice=f"virsh -c {connection.uri} pool-list"
+            f"{connection.who} has no storage pool {name}", advice=virsh(connection.uri, "pool-list", "--all")
         ) from error
     if not await connection.call(handle.isActive):
         raise Refused(
             f"{connection.who}: storage pool {name} is not active",
-            advice=f"virsh -c {connection.uri} pool-start {name}",
+            advice=virsh(connection.uri, "pool-start", name),
         )
     return handle

@@ -37,8 +37,9 @@ def test_the_usual_call_is_live_and_goes_by_the_uri_s_ssh() -> None:
     assert wanted.migrate_uri is None and wanted.source_uri is None
 
 
-def test_a_bandwidth_of_0_is_no_limit_as_with_virsh() -> None:
-    assert _wish("web1", URI, "--bandwidth", "0").transfer.bandwidth is None
+def test_a_bandwidth_or_timeout_of_0_is_no_limit_as_with_virsh() -> None:
+    wanted = _wish("web1", URI, "--bandwidth", "0", "--timeout", "0")
+    assert wanted.transfer.bandwidth is None and wanted.timeout is None
 
 
 def test_options_may_stand_between_the_domain_and_its_destination_as_with_virsh() -> None:
@@ -144,7 +145,10 @@ def test_the_agent_is_reached_as_libvirt_is_unless_it_is_named(uri: str, agent: 
         ),
         (["web1", URI, "--offline", "--persistent", "tcp://hostb"], "--migrateuri is for a domain that runs"),
         (["web1", URI, "--timeout-suspend"], "--timeout-suspend is of no use without --timeout"),
-        (["web1", URI, "--timeout", "0"], "at least 1 second"),
+        (["web1", URI, "--timeout", "0", "--timeout-suspend"], "--timeout-suspend is of no use without --timeout"),
+        (["web1", URI, "--timeout", "-1"], "at least 1 second"),
+        (["web1", URI, "--migrate-disks", "vda,"], "--migrate-disks 'vda,': a name is empty"),
+        (["web1", URI, "--migrate-disks", ""], "--migrate-disks '': a name is empty"),
         (["web1", URI, "--auto-converge-initial", "0"], "of no use without --auto-converge"),
         (["web1", URI, "--auto-converge-initial", "2"], "of no use without --auto-converge"),
         (["web1", URI, "--auto-converge", "--auto-converge-initial", "100"], "between 1 and 99"),

@@ -26,7 +26,9 @@ def _switchover(life: MagicMock | None = None) -> ManagedSwitchover:
     connected.guard.libvirt_has_ended = AsyncMock()
     ends = MagicMock()
     ends.domain.xml = "<domain/>"
+    ends.domain.name = "web1"
     parts = [MagicMock() for _ in range(3)]
+    parts[0].source_uri = None
     return ManagedSwitchover(life, parts[0], parts[1], parts[2], connected, ends, MagicMock(), [], AsyncMock())
 
 
@@ -89,7 +91,7 @@ async def test_what_libvirt_ends_late_is_waited_for_and_its_run_state_given_back
     assert await over.begin_beforehand() is following
     assert not record.run_state_taken and not record.migrating
     paused.assert_awaited_once_with(over._ends.handle.suspend)
-    assert "is paused again" in life.reporter.note.call_args[0][0]
+    assert "it is paused again (virsh resume web1)" in life.reporter.note.call_args[0][0]
 
 
 async def test_a_guest_that_cannot_be_paused_again_is_told_of_and_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
