@@ -104,7 +104,7 @@ def test_without_undefinesource_it_stays_defined_here_and_that_is_told(
 
 
 def test_a_domain_that_runs_is_not_moved_offline_nor_one_that_does_not_online(virtlab: VirtLab, off: Domain) -> None:
-    virtlab.virsh(off.name, virtlab.target).failed(3, "does not run", "--offline moves one that does not")
+    virtlab.virsh(off.name, virtlab.target).failed(3, "does not run", "--offline --persistent moves one that does not")
     virtlab.virsh(off.name, virtlab.target, "--offline").failed(2, "--offline needs --persistent")
     virtlab.hosts.virsh("start", off.name)
     virtlab.virsh(off.name, virtlab.target, *ENDS).failed(3, f"domain {off.name} runs", "without --offline")
