@@ -218,8 +218,11 @@ class _Keeper:
                 for statement, values in (*self._waiting, *self._latest.values()):
                     database.execute(statement, values)
                 _thin_out(database)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError, OverflowError) as error:
             self._drop()
+            if not isinstance(error, (sqlite3.Error, OSError)):
+                # What no file can hold would be in the way of all that follows.
+                self._waiting.clear()
             if not self._ailing:
                 self._warn(
                     f"the job's journal {self._path} cannot be written ({error}): what is copied from now on may have "

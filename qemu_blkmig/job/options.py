@@ -16,6 +16,9 @@ from qemu_blkmig.job.datapath import DataPath
 from qemu_blkmig.job.moment import AT_ONCE, Moment
 from qemu_blkmig.job.place import Place
 
+TOO_FAST = 1 << 63
+"""Bytes a second: libvirt, and what a journal is kept in, count no further."""
+
 
 def _power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
@@ -40,8 +43,15 @@ class Afterwards(enum.Enum):
 
 def check_bandwidth(rate: int | None) -> None:
     """Raise `UsageError` unless `rate` (bytes a second; None: no limit) can be a bandwidth."""
-    if rate is not None and rate < 64 << 10:
-        raise UsageError("--bandwidth must be at least 64k (bytes a second)")
+    if rate is not None:
+        _check_rate("--bandwidth", rate)
+
+
+def _check_rate(option: str, rate: int) -> None:
+    if rate < 64 << 10:
+        raise UsageError(f"{option} must be at least 64k (bytes a second)")
+    if rate >= TOO_FAST:
+        raise UsageError(f"{option} must be less than {TOO_FAST >> 20} (MiB a second)")
 
 
 def check_downtime(downtime: float) -> None:
@@ -98,8 +108,8 @@ class Transfer:
         check_bandwidth(self.bandwidth)
         if self.group is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", self.group[0]):
             raise UsageError(f"{self.group[0]!r} is no name of a group: letters, digits, dots, hyphens, underscores")
-        if self.group is not None and self.group[1] < 64 << 10:
-            raise UsageError("--bandwidth-group must be at least 64k (bytes a second)")
+        if self.group is not None:
+            _check_rate("--bandwidth-group", self.group[1])
         if self.slots is not None and not 1 <= self.slots <= 1000:
             raise UsageError("--slots must be from 1 to 1000")
         if self.connections * self.requests * self.request_size > MOST_IN_FLIGHT:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -134,6 +135,23 @@ async def test_a_full_disk_is_told_once_and_what_is_flushed_is_written_when_ther
         assert await journal.written()
         assert journal.stable_by_disk() == {"vda": 4}
     assert len(warnings) == 2 and "again" in warnings[1]
+
+
+@pytest.mark.parametrize("told", [{"bandwidth": 1 << 63}, {"note": "\udcff"}])
+async def test_what_no_file_can_hold_is_left_out_and_nothing_else(tmp_path: Path, told: dict[str, Any]) -> None:
+    warnings: list[str] = []
+    with kept(tmp_path, warnings) as journal:
+        journal.stable("vda", 8 * MIB)
+        if "note" in told:
+            journal.note(told["note"])
+        else:
+            journal.sample(figures(MIB), bandwidth=told["bandwidth"])
+        async with asyncio.timeout(60):
+            assert not await journal.written()
+            journal.note("hello")
+            assert await journal.written()
+    assert Chronicle(tmp_path / FILE).stable_by_disk() == {"vda": 8 * MIB}
+    assert len(warnings) == 2
 
 
 async def test_a_directory_that_is_not_there_is_only_warned_about(tmp_path: Path) -> None:

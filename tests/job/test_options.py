@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from qemu_blkmig.errors import UsageError
@@ -53,12 +55,14 @@ def test_the_destination_qemu_is_named_in_exactly_one_way() -> None:
         {"connections": 0},
         {"requests": 65},
         {"bandwidth": 1},
+        {"bandwidth": 1 << 63},
+        {"group": ("backup", 1 << 63)},
     ],
     ids=str,
 )
-def test_tuning_out_of_bounds_is_refused(wrong: dict[str, int]) -> None:
+def test_tuning_out_of_bounds_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        Transfer(**wrong)  # type: ignore[arg-type]
+        Transfer(**wrong)
 
 
 def test_a_launch_command_that_cannot_be_split_is_refused() -> None:
