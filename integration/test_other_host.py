@@ -179,7 +179,7 @@ def test_a_destination_that_is_full_is_told(lab: FarLab, disk: Disk) -> None:
 
 def test_a_directory_that_is_not_there_is_told_with_its_host(lab: FarLab, disk: Disk) -> None:
     lab.target.rmdir()
-    copy(lab, disk).failed(3, "hostb", f"there is no directory {lab.target} at the destination")
+    copy(lab, disk).failed(3, "hostb", f"there is no directory {lab.target}")
     lab.target.mkdir()
     assert_nothing_there(lab)
 

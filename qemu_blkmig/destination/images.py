@@ -275,7 +275,7 @@ def _faults_to_create(image: Image) -> Iterator[str]:
         yield f"format {image.format} knows no preallocation {image.preallocation!r}; possible are {possible}"
     directory = Path(image.path).parent
     if not os.path.lexists(directory):
-        yield f"{image.path} cannot be made: there is no directory {directory} at the destination"
+        yield f"{image.path} cannot be made: there is no directory {directory}"
     elif not directory.is_dir():
         yield f"{directory} is not a directory"
     elif not os.access(directory, os.W_OK | os.X_OK):

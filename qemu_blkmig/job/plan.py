@@ -390,7 +390,7 @@ class Planner:
         if self._agent is None:
             return
         reply = await self._agent.expect(Inspect(list(images.values())), InspectReply)
-        self._problems += [f"disk {p.disk}: {p.what}" if p.disk else p.what for p in reply.problems]
+        self._problems += [f"disk {p.disk}: at the destination: {p.what}" if p.disk else p.what for p in reply.problems]
         fate = "only what differs is sent" if self._selection.compare else "it is overwritten"
         if not self._begun:
             self._warnings += [f"{path} is there already: {fate}" for path in reply.there]
