@@ -248,6 +248,28 @@ def test_a_domain_that_is_destroyed_meanwhile_is_told(virtlab: VirtLab, domain: 
     assert domain.state(far=True) is None
 
 
+def test_a_guest_that_crashes_and_is_kept_so_is_told_and_rid_of_what_is_ours(virtlab: VirtLab) -> None:
+    told = "<qemu:arg value='-device'/><qemu:arg value='pvpanic-pci,bus=pcie.0,addr=0x1d'/></qemu:commandline>"
+
+    def alter(xml: str) -> str:
+        kept = xml.replace("<devices>", "<on_crash>preserve</on_crash><devices>")
+        return kept.replace("</qemu:commandline>", told)
+
+    domain = virtlab.boot(virtlab.disk("crashes.qcow2", 64 << 20, data=[(0, 1 << 20)]), alter=alter)
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
+    wait_until(lambda: domain.state(far=True) is None, "what was begun beforehand to be called off", 20)
+    virtlab.hosts.virsh("send-key", domain.name, "KEY_LEFTALT", "KEY_SYSRQ", "KEY_C")
+    attempt.outcome().failed(1, "the guest crashed", now="the guest is at the source, crashed")
+    assert domain.state() == "crashed"
+    asked = '{"execute": "query-named-block-nodes"}', '{"execute": "query-block-exports"}'
+    nodes, exports = (virtlab.hosts.virsh("qemu-monitor-command", domain.name, each) for each in asked)
+    assert "blkmig" not in nodes and json.loads(exports)["return"] == []
+    virtlab.assert_nothing_left()
+    assert not virtlab.images_there(domain)
+    domain.destroy()
+
+
 def test_a_snapshot_taken_meanwhile_ends_the_job(virtlab: VirtLab, domain: Domain) -> None:
     attempt = virtlab.attempt(domain, hold="copied")
     attempt.wait_held()

@@ -39,10 +39,12 @@ class _State:
 
     def __init__(self, told: tuple[int, int] | None) -> None:
         module = libvirt()
-        self.active = told is not None and told[0] not in (module.VIR_DOMAIN_SHUTOFF, module.VIR_DOMAIN_CRASHED)
+        self.active = told is not None and told[0] != module.VIR_DOMAIN_SHUTOFF
+        self.crashed = told is not None and told[0] == module.VIR_DOMAIN_CRASHED
+        """Its QEMU is still there, with all its disks (on_crash), if only until libvirt has ended it, or reset it."""
         self.paused = told is not None and told[0] == module.VIR_DOMAIN_PAUSED
         self.by_migration = self.paused and told is not None and told[1] == module.VIR_DOMAIN_PAUSED_MIGRATION
-        self.runs = self.active and not self.paused
+        self.runs = self.active and not self.paused and not self.crashed
         self.let_go_on = told == (module.VIR_DOMAIN_RUNNING, module.VIR_DOMAIN_RUNNING_MIGRATION_CANCELED)
         """Whether libvirt itself has it run since a migration of it came to nothing, and nobody has told it to."""
 
@@ -126,7 +128,8 @@ class Domains:
         elif not ended and not record.was_running and state.paused:
             settlement.decided = False
             settlement.facts.append("libvirt has not ended its migration, and may let the paused guest go on then")
-        settlement.facts.append("the guest runs at the source" if state.runs else "the guest is at the source, paused")
+        how = "runs at the source" if state.runs else f"is at the source, {'paused' if state.paused else 'crashed'}"
+        settlement.facts.append(f"the guest {how}")
         monitor = await PassthroughMonitor.connect(near, await self._domain(near), "source QEMU")
         try:
             await give_back_limits(self._job, monitor, settlement)
@@ -147,7 +150,8 @@ class Domains:
         if settlement.ended:
             settlement.facts.append("the guest was handed over, and its domain has ended there since")
         else:
-            settlement.facts.append(f"the guest {'is paused' if state.paused else 'runs'} at the destination")
+            how = "is paused" if state.paused else "has crashed" if state.crashed else "runs"
+            settlement.facts.append(f"the guest {how} at the destination")
         settlement.facts += [unreachable] if unreachable else []
         await self._end_at_source(settlement)
 

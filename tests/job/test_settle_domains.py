@@ -18,7 +18,7 @@ USER, MIGRATION = 1, 2
 """Why libvirt has a domain paused."""
 UNPAUSED, CANCELED = 5, 6
 """Why libvirt has it run: somebody resumed it; its migration came to nothing."""
-RUNS, PAUSED, SHUT_OFF = 1, 3, 5
+RUNS, PAUSED, SHUT_OFF, CRASHED = 1, 3, 5, 6
 
 
 class Domain:
@@ -129,6 +129,16 @@ async def test_a_guest_that_somebody_had_paused_and_libvirt_has_let_go_on_is_pau
     settlement = await returned(monkeypatch, record, domain, long_after=long_after)
     assert (domain.told[0] == RUNS) is runs
     assert settlement.decided
+
+
+async def test_a_crashed_guest_whose_qemu_libvirt_keeps_is_rid_of_what_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record("cafe", "/run", run_state_taken=True, was_running=True)
+    sides, cleaned = both(monkeypatch, record, Domain(CRASHED, 1)), AsyncMock()
+    monkeypatch.setattr(settle_domains, "clean_source", cleaned)
+    settlement = Settlement(Owner.SOURCE)
+    await sides.return_to_source(settlement)
+    assert settlement.facts == ["the guest is at the source, crashed"]
+    cleaned.assert_awaited_once()
 
 
 async def test_what_libvirt_ends_only_while_the_job_is_settled_undoes_nobody_s_pause(
