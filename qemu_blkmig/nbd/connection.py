@@ -6,6 +6,7 @@ Callbacks of libnbd only ever append to a list and retire the command; everythin
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import select
@@ -18,6 +19,8 @@ from typing import Any
 from qemu_blkmig import errors
 from qemu_blkmig.nbd.address import X509, Address, Psk, UnixAddress, address_of
 from qemu_blkmig.nbd.binding import libnbd
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 ANSWER = 30.0
@@ -158,8 +161,10 @@ class Connection:
                 if not self._handle.poll(0):
                     return
         except self._nbd.Error as error:
+            # After some, as POLLERR alone, libnbd leaves all as it is, and what is under way would never end.
             if not self.lost:
-                raise self.loss(str(error)) from error
+                log.warning("%s is given up: %s", self.where, error)
+                self.drop()
 
     def close(self) -> None:
         """Disconnect; writes are only safe if they were flushed before. What is still under way is abandoned."""

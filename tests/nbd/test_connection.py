@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qemu_blkmig.errors import ConnectionLost
+from qemu_blkmig.nbd.binding import libnbd
 from qemu_blkmig.nbd.connection import connect
 from tests.nbd.servers import nbdkit
 
@@ -37,3 +40,32 @@ def test_the_memory_of_requests_is_given_back_when_they_are_over_and_not_before(
         # As long as anybody holds it, its size cannot change.
         memory.clear()
         connection.close()
+
+
+class _Troubled:
+    """libnbd's handle, whose `poll` fails once and leaves the connection as it is."""
+
+    def __init__(self, handle: Any, error: Exception) -> None:
+        self._handle = handle
+        self._errors = [error]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+    def poll(self, timeout: int) -> int:
+        if self._errors:
+            raise self._errors.pop()
+        return int(self._handle.poll(timeout))
+
+
+def test_an_error_after_which_libnbd_leaves_all_as_it_is_ends_what_is_under_way(tmp_path: Path) -> None:
+    """It says so of POLLERR alone, say (nbd_poll)."""
+    with nbdkit(tmp_path, "--filter=delay", "pattern", "size=1M", "rdelay=600") as listening:
+        connection = connect(str(listening), "")
+        connection._handle = _Troubled(connection._handle, libnbd().Error("server closed socket unexpectedly", 107))
+        completed: list[tuple[object, int]] = []
+        connection.read(memoryview(bytearray(4096)), 0, completed, "the read")
+        connection.drive()
+        with pytest.raises(ConnectionLost, match="the connection broke"):
+            connection.wait(completed, limit=60)
+        assert completed == [("the read", errno.ENOTCONN)]
