@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from qemu_blkmig.engine.outlast import outlast
 from qemu_blkmig.errors import BlkmigError, Refused
 from qemu_blkmig.job.options import Transfer
 from qemu_blkmig.job.reporting import Reporter
@@ -239,13 +240,13 @@ class Sharing:
     async def _wait_for_slot(self, slots: int) -> None:
         """In the order of coming."""
         line, taken = Circle(state_directory() / FOLDER / "line"), Circle(state_directory() / FOLDER / "slots")
-        place = await asyncio.to_thread(line.join, self._job, time.time_ns())
+        place = await _joined(line, self._job, time.time_ns())
         told = None
         try:
             while True:
                 waiting = await asyncio.to_thread(line.members)
                 if min(waiting, key=lambda name: (waiting[name].worth, name)) == self._job:
-                    self._slot = await asyncio.to_thread(taken.join, self._job, 1, lambda members: len(members) < slots)
+                    self._slot = await _joined(taken, self._job, 1, lambda members: len(members) < slots)
                     if self._slot is not None:
                         return
                 in_use = len(await asyncio.to_thread(taken.members))
@@ -263,7 +264,7 @@ class Sharing:
     async def _join_group(self) -> None:
         name, rate = self._transfer.group or ("", 0)
         group = Circle(state_directory() / FOLDER / f"group-{name}")
-        member = await asyncio.to_thread(group.join, self._job, rate)
+        member = await _joined(group, self._job, rate)
         if member is None:
             raise RuntimeError("a group admits everybody")
         self._held.append(member)
@@ -292,3 +293,18 @@ class Sharing:
             self._steering.share = share
             await self._steering.changed()
         return least
+
+
+async def _joined(
+    circle: Circle, name: str, worth: int, admits: Callable[[dict[str, Member]], bool] = lambda _: True
+) -> int | None:
+    """`Circle.join` in a thread; who is cancelled meanwhile is no member, or would be one for as long as we live."""
+    joining = await outlast(asyncio.to_thread(circle.join, name, worth, admits))
+    member = joining.result()
+    try:
+        joining.raise_cancellation()
+    except asyncio.CancelledError:
+        if member is not None:
+            os.close(member)
+        raise
+    return member

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,3 +203,29 @@ async def test_what_is_told_as_a_job_ends_goes_into_no_file_that_has_its_descrip
     for other in others:
         os.close(other)
     assert found == {b"undecided"}
+
+
+async def test_a_job_that_ends_just_when_it_gets_a_slot_leaves_it_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be gone on with in this very process, and would wait for itself."""
+    joined, told = threading.Event(), threading.Event()
+    join = Circle.join
+
+    def join_late(circle: Circle, *arguments: Any) -> int | None:
+        member = join(circle, *arguments)
+        joined.set()
+        assert told.wait(60)
+        return member
+
+    sharing, _ = job("one", Transfer(slots=1))
+    monkeypatch.setattr(Circle, "join", join_late)
+    entering = asyncio.create_task(sharing.__aenter__())
+    assert await asyncio.to_thread(joined.wait, 60)
+    entering.cancel()
+    await asyncio.sleep(0)
+    told.set()
+    await asyncio.wait({entering})
+    assert entering.cancelled()
+    monkeypatch.setattr(Circle, "join", join)
+    again, _ = job("one", Transfer(slots=1))
+    async with asyncio.timeout(60), again:
+        again.bulk_over()
