@@ -103,6 +103,21 @@ def test_the_source_s_libvirtd_restarted_in_bulk_and_the_job_resumed(virtlab: Vi
     virtlab.assert_nothing_left()
 
 
+def test_a_domain_that_was_named_by_its_id_is_known_when_it_was_started_anew(virtlab: VirtLab, domain: Domain) -> None:
+    number = virtlab.hosts.virsh("domid", domain.name).strip()
+    # QEMU cannot listen there.
+    words = number, virtlab.target, "--migrateuri", "tcp://hostb:2222"
+    virtlab.virsh(*words, "--on-stall", "pause").failed(1, "Address already in use", now=HERE)
+    virtlab.hosts.virsh("destroy", domain.name)
+    virtlab.hosts.virsh("start", domain.name)
+    job = virtlab.job()
+    # Its QEMU is another one, whose bitmaps know nothing; but it is found.
+    virtlab.virsh("--resume", job).failed(3, f"qemu-blkmig resume {job} --compare")
+    virtlab.tool("cleanup", job).succeeded()
+    assert not virtlab.images_there(domain)
+    virtlab.assert_nothing_left()
+
+
 def test_xml_that_a_device_plugged_in_meanwhile_makes_useless_is_replaced_and_nothing_copied_again(
     virtlab: VirtLab, domain: Domain
 ) -> None:

@@ -136,7 +136,7 @@ class _Run:
         ends, monitor, agent = await self._connect()
         self._ends = ends
         domain = ends.domain
-        record.managed = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
+        record.managed = Managed.of(options, domain.uuid, domain.name)
         self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target, agent)
         placed = self._arrangement.placed(domain)
         known = None if options.unsafe else domain.aliases

@@ -62,7 +62,7 @@ async def _move(
     with watch.phase("prepare"):
         ends = await Ends.open(options, stack, life.beginning)
         domain = ends.domain
-        record.offline = Managed(options, domain.uuid, domain.name, options.dname or domain.name)
+        record.offline = Managed.of(options, domain.uuid, domain.name)
         agent = await life.start_agent(options.place)
         arrangement = await arrange_offline(options, ends, agent)
         images = offline_images(domain, arrangement)

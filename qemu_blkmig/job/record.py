@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -55,6 +56,14 @@ class Managed(msgspec.Struct, frozen=True):
     uuid: str
     name: str
     name_there: str
+
+    @classmethod
+    def of(cls, options: ManagedOptions, uuid: str, name: str) -> Managed:
+        """What is known of a domain that was asked for. By a number it could be another one, or none, when the job is
+        resumed: the id of a running domain is a new one each time.
+        """
+        lasting = replace(options, domain=uuid) if options.domain.isdecimal() else options
+        return cls(lasting, uuid, name, options.dname or name)
 
 
 class Volume(msgspec.Struct, frozen=True):
