@@ -179,15 +179,14 @@ class HashTable:
                 os.fdatasync(self._descriptor)
 
     def keep(self) -> None:
-        """From now on the table outlives the agent, until `remove`."""
-        if self._is_kept:
-            return
-        self._path.unlink(missing_ok=True)
+        """From now on the table outlives the agent, until `remove`. It may have had its name from the beginning."""
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # Only with a directory does Python call linkat, which alone follows the link in /proc (proc(5)).
-            os.link(f"/proc/self/fd/{self._descriptor}", self._path, src_dir_fd=directory)
-            self._is_kept = True
+            if not self._is_kept:
+                self._path.unlink(missing_ok=True)
+                # Only with a directory does Python call linkat, which alone follows the link in /proc (proc(5)).
+                os.link(f"/proc/self/fd/{self._descriptor}", self._path, src_dir_fd=directory)
+                self._is_kept = True
             os.fsync(self._descriptor)
             os.fsync(directory)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -93,6 +94,26 @@ def test_nothing_has_a_name_until_it_is_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / ".image.blkmig-hashes"]
     table.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kept_table_s_name_is_stable_where_it_had_one_from_the_beginning_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it has where the file system knows no files without a name."""
+    open_, stable = os.open, list[str]()
+
+    def without_nameless(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return open_(path, flags, mode)
+
+    monkeypatch.setattr("os.open", without_nameless)
+    monkeypatch.setattr("os.fsync", lambda each: stable.append(str(Path(f"/proc/self/fd/{each}").readlink())))
+    table = made(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".image.blkmig-hashes"]
+    table.keep()
+    assert stable == [str(tmp_path / ".image.blkmig-hashes"), str(tmp_path)]
+    table.remove()
 
 
 def test_a_kept_table_is_taken_up_again_and_trusts_nothing_that_was_read_back(tmp_path: Path) -> None:
