@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.lab import LabError, wait_until
+from integration.lab import LabError, assert_records_sound, wait_until
 from integration.listened import Listened
 from integration.thorough import also
 from integration.virtlab import Domain, VirtLab
@@ -220,6 +220,27 @@ def test_nor_does_it_when_the_coordinator_is_killed_meanwhile(virtlab: VirtLab, 
     virtlab.assert_nothing_left()
     assert not virtlab.images_there(domain)
     virtlab.assert_stayed(domain)
+
+
+@pytest.mark.parametrize(("way", "ending"), [((), "resume"), (("--persistent", "--undefinesource"), "cleanup")])
+def test_images_onto_which_somebody_else_has_moved_the_guest_stay_when_the_job_is_given_up(
+    virtlab: VirtLab, domain: Domain, way: tuple[str, ...], ending: str
+) -> None:
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
+    attempt.signal(signal.SIGHUP)
+    attempt.outcome().failed(128 + signal.SIGHUP, now=HERE)
+    virtlab.hosts.virsh("migrate", "--unsafe", "--copy-storage-all", *way, domain.name, virtlab.target)
+    domain.wait_for_writing(far=True, more=20)
+    virtlab.hosts.virsh("destroy", domain.name, far=True)
+    outcome = virtlab.tool(ending, virtlab.job())
+    told = outcome.stderr + outcome.stdout
+    assert "somebody else may have moved it away" in told and "nothing was removed" in told, told
+    assert "--offline" not in told and "hold all" not in told, told
+    (disk,) = domain.disks
+    image = replace(disk, path=virtlab.outside(disk.path, far=True))
+    assert_records_sound(image, max(domain.acked(), domain.acked(far=True)))
+    virtlab.assert_nothing_left()
 
 
 def test_the_source_s_libvirtd_killed_while_the_gate_is_closed(virtlab: VirtLab, domain: Domain) -> None:

@@ -82,6 +82,7 @@ TAKEN_OVER = 10.0
 """Seconds in which whoever has migrated the guest starts it there and ends it here, or gives it back."""
 INSISTED = 5.0
 """Seconds that who insists on our end is kept waiting for our storage."""
+TAKEN = "look there whether the guest uses the images (virsh list --all), and remove them only if it does not"
 
 
 class Lifecycle:
@@ -608,7 +609,7 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
         return _arrived_all_the_same(failure, settlement, job)
     if settlement.decided:
         failure.state = "; ".join(settlement.facts)
-        failure.advice = failure.advice or _anew(failure)
+        failure.advice = TAKEN if settlement.taken else failure.advice or _anew(failure)
         return failure
     if settlement.left_there:
         failure.state = "; ".join(settlement.facts)

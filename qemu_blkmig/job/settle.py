@@ -92,7 +92,9 @@ async def settle(
                 if release_images is not None:
                     beyond.leave_agent()
                     await release_images()
-                if record.owner is Owner.SOURCE and not settlement.suspended:
+                if settlement.taken:
+                    settlement.facts.append(f"nothing was removed at the destination: {', '.join(record.images)}")
+                elif record.owner is Owner.SOURCE and not settlement.suspended:
                     await _discard(job, sides, beyond, settlement)
                     _tell_overwritten(job, settlement)
                 elif record.owner is Owner.DESTINATION:

@@ -40,6 +40,8 @@ class _State:
     def __init__(self, told: tuple[int, int] | None) -> None:
         module = libvirt()
         self.active = told is not None and told[0] != module.VIR_DOMAIN_SHUTOFF
+        self.known = told is not None
+        self.moved_away = told == (module.VIR_DOMAIN_SHUTOFF, module.VIR_DOMAIN_SHUTOFF_MIGRATED)
         self.crashed = told is not None and told[0] == module.VIR_DOMAIN_CRASHED
         """Its QEMU is still there, with all its disks (on_crash), if only until libvirt has ended it, or reset it."""
         self.paused = told is not None and told[0] == module.VIR_DOMAIN_PAUSED
@@ -113,8 +115,13 @@ class Domains:
             await self._destroy_what_waits()
         state = await self._state(near)
         if not state.active:
-            settlement.facts.append("the domain does not run at the source any more; its disks hold all that it wrote")
             settlement.suspended = False
+            settlement.facts.append("the domain does not run at the source any more")
+            settlement.taken = state.moved_away or (await self._state(await self._far())).known
+            if settlement.taken:
+                settlement.facts.append("somebody else may have moved it away: then what it wrote since is there alone")
+            else:
+                settlement.facts.append("its disks hold all that it wrote")
             return
         record = self._job.record
         ours = state.by_migration or (state.paused and record.told_to_pause)

@@ -25,7 +25,7 @@ class Settlement:
     `ended`: the destination has the guest, but its QEMU has ended since. `left_there`: it is known who has the guest,
     but at a destination host that cannot be reached something is left to be tidied up. `unreachable`: what to do about
     it when that host keeps the decision to itself. `suspended`: images and bitmaps were kept, so that the job can be
-    resumed.
+    resumed. `taken`: somebody else may have moved the guest onto the images at the destination, so that they stay.
     """
 
     owner: Owner
@@ -34,6 +34,7 @@ class Settlement:
     left_there: bool = False
     unreachable: str | None = None
     suspended: bool = False
+    taken: bool = False
     facts: list[str] = field(default_factory=list)
 
 

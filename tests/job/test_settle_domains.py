@@ -13,11 +13,14 @@ from qemu_blkmig.job.peers import HostUnreachable
 from qemu_blkmig.job.record import Owner, Record
 from qemu_blkmig.job.settle_domains import Domains
 from qemu_blkmig.job.settlement import Settlement
+from qemu_blkmig.virt.connection import LibvirtError, libvirt
 
 USER, MIGRATION = 1, 2
 """Why libvirt has a domain paused."""
 UNPAUSED, CANCELED = 5, 6
 """Why libvirt has it run: somebody resumed it; its migration came to nothing."""
+DESTROYED, MIGRATED = 2, 4
+"""Why it is shut off."""
 RUNS, PAUSED, SHUT_OFF, CRASHED = 1, 3, 5, 6
 
 
@@ -139,6 +142,23 @@ async def test_a_crashed_guest_whose_qemu_libvirt_keeps_is_rid_of_what_is_ours(m
     await sides.return_to_source(settlement)
     assert settlement.facts == ["the guest is at the source, crashed"]
     cleaned.assert_awaited_once()
+
+
+@pytest.mark.parametrize(
+    ("reason", "known", "taken"), [(DESTROYED, False, False), (MIGRATED, False, True), (DESTROYED, True, True)]
+)
+async def test_a_domain_that_somebody_else_may_have_moved_onto_the_images_keeps_them(
+    monkeypatch: pytest.MonkeyPatch, reason: int, *, known: bool, taken: bool
+) -> None:
+    unknown = LibvirtError("the destination's libvirt", "no domain", libvirt().VIR_ERR_NO_DOMAIN)
+    sides = both(monkeypatch, Record("cafe", "/run"), Domain(SHUT_OFF, reason))
+    monkeypatch.setattr(
+        sides._far_end, "call", AsyncMock(return_value=(SHUT_OFF, 0), side_effect=None if known else unknown)
+    )
+    settlement = Settlement(Owner.SOURCE)
+    await sides.return_to_source(settlement)
+    assert settlement.taken is taken
+    assert ("its disks hold all that it wrote" in settlement.facts) is not taken
 
 
 async def test_what_libvirt_ends_only_while_the_job_is_settled_undoes_nobody_s_pause(
