@@ -22,9 +22,13 @@ class DurableFile:
     def write(self, content: bytes, *, synced: bool) -> Future[None]:
         """Have it hold `content`, or what it held before: written aside, synced, renamed, directory synced.
 
-        Not `synced` it outlives any process, but not this host. The future raises `OSError`.
+        Not `synced` it outlives any process, and this host only from soon after the future is done: XFS may leave an
+        empty file where one that was not synced was renamed. The future raises `OSError`.
         """
-        return self._thread.submit(self._write, content, synced)
+        written = self._thread.submit(self._write, content, synced)
+        if not synced:
+            self._thread.submit(self._sync)
+        return written
 
     def finish(self) -> None:
         """Return when all that was told has been tried."""
@@ -40,3 +44,8 @@ class DurableFile:
         aside.rename(self._path)
         if synced:
             sync_entry(self._path)
+
+    def _sync(self) -> None:
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+        sync_entry(self._path)

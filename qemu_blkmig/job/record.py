@@ -268,8 +268,8 @@ class Job:
         """Make the record as it is now durable; one save after the other, in the order in which they were asked for.
 
         The event loop goes on meanwhile: where a guest stands still until it is done, it must be `within` so many
-        seconds. Asked for once, it is tried, whether it is waited for or not. Not `synced` it outlives any process, but
-        not this host. Raises `RecordFailed`.
+        seconds. Asked for once, it is tried, whether it is waited for or not. Not `synced` it outlives any process, and
+        this host soon after. Raises `RecordFailed`.
         """
         writing = asyncio.wrap_future(self._file.write(self._encoded(), synced=synced))
         try:
