@@ -528,7 +528,9 @@ def test_a_guest_that_an_admin_pauses_stays_so_when_libvirt_ends_only_after_the_
     virtlab.assert_nothing_left()
 
 
-def test_a_guest_with_hardly_any_ram_is_not_paused_before_its_disks_are_copied(virtlab: VirtLab) -> None:
+@pytest.fixture
+def firmware(virtlab: VirtLab) -> Iterator[Domain]:
+    """A guest with hardly any RAM: of its firmware only, which finds nothing to boot."""
     disk = virtlab.disk("firmware.qcow2", 16 << 20, data=[(1 << 20, 1 << 20)])
     xml = virtlab.hosts.near / "firmware.xml"
     xml.write_text(
@@ -540,6 +542,23 @@ def test_a_guest_with_hardly_any_ram_is_not_paused_before_its_disks_are_copied(v
     virtlab.hosts.virsh("define", xml)
     virtlab.hosts.virsh("start", "firmware")
     domain = Domain(virtlab, "firmware", (disk,))
+    yield domain
+    domain.destroy()
+    virtlab.put_in_order()
+
+
+def test_a_guest_whose_ram_waits_in_sockets_is_not_handed_over_to_nobody(virtlab: VirtLab, firmware: Domain) -> None:
+    told = "the guest's RAM", "what was copied is kept"
+    virtlab.migrate(firmware, "--migrateuri", "tcp://10.77.0.99:49155").failed(1, *told, now=HERE)
+    assert firmware.runs() == ["hosta"] and virtlab.images_there(firmware)
+    virtlab.cleaned_up()
+    virtlab.assert_nothing_left()
+
+
+def test_a_guest_with_hardly_any_ram_is_not_paused_before_its_disks_are_copied(
+    virtlab: VirtLab, firmware: Domain
+) -> None:
+    domain = firmware
     attempt = virtlab.attempt(domain, hold="copied")
     attempt.wait_held()
     seen = set()
@@ -553,5 +572,3 @@ def test_a_guest_with_hardly_any_ram_is_not_paused_before_its_disks_are_copied(v
     attempt.go_on()
     attempt.outcome().succeeded()
     assert domain.runs() == ["hostb"]
-    domain.destroy()
-    virtlab.put_in_order()

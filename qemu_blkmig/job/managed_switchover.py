@@ -42,6 +42,8 @@ ATTEMPTS = 3
 """Times that RAM is migrated anew when the disks were too dirty at the pause."""
 BEHIND = 1.0
 """Seconds of reading back that may be left when libvirt begins."""
+REACHED = 1.0
+"""Seconds that a guest which is paused may wait for the gate to be connected to the destination's QEMU."""
 RAM_POLL = 0.5
 """Seconds between two looks at how often RAM has been passed over."""
 AT_THE_PAUSE = ("pre-switchover", "device", "completed")
@@ -124,6 +126,7 @@ class ManagedSwitchover:
                 self._watch.paused(paused)
                 self._watch.step("round under way")
                 stale = self._is_stale(passage)
+                await self._reached(passage)
                 async with self._pulse():
                     if may_be_inactive:
                         await self._activate(passage)
@@ -329,6 +332,23 @@ class ManagedSwitchover:
             raise Stalled(text, advice="raise --downtime or --bandwidth, or choose --on-stall pause or wait")
         self._reporter.note(f"{text}; the guest is paused until it has (--on-stall pause)")
         await self._suspend()
+
+    async def _reached(self, passage: Passage) -> None:
+        """What a guest has of RAM may all wait in sockets before the gate is connected: it is paused already then.
+
+        Raises `LibvirtFailed`.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with time_limit(REACHED):
+                while not passage.gate.passed and passage.gate.failure is None:
+                    await self._clock.sleep(REACHED / 100)
+        if passage.gate.failure is not None:
+            raise await self.why_failed(passage)
+        if not passage.gate.passed:
+            where = self._options.migrate_uri or "through ssh"
+            raise LibvirtFailed(
+                f"nothing at the destination has taken the guest's RAM ({where}): a firewall may be in the way"
+            )
 
     async def hurry(self) -> None:
         """The guest may stand still for as long as it takes, and does from now on if its RAM is on the way."""
