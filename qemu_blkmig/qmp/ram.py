@@ -94,10 +94,11 @@ class RamMigration:
     async def wait_set_up(self) -> None:
         """Return when RAM is sent, or all is over: until then QEMU wants the bitmaps that it carries for itself alone.
 
-        Raises `ConnectionLost`.
+        Raises `ConnectionLost`, `DestinationFailed`. What `wait_paused` waits for is left for it.
         """
-        while await self.status() in ("none", "setup"):
-            await self._next(self._from_source)
+        with self._source.events("MIGRATION") as events:
+            while await self.status() in ("none", "setup"):
+                await self._next(events)
 
     async def wait_paused(self) -> None:
         """Return when the guest is paused and the switchover waits for `proceed`.

@@ -8,6 +8,7 @@ import pytest
 
 from qemu_blkmig.errors import ConnectionLost, DestinationFailed, GuestStateError, MigrationError
 from qemu_blkmig.qmp.guest import QemuGuest, run_state
+from qemu_blkmig.qmp.monitor import Monitor
 from qemu_blkmig.qmp.ram import RamMigration
 from tests.qmp.conftest import Qemu, StartQemu
 
@@ -101,6 +102,25 @@ async def test_a_destination_killed_while_it_waits_is_told(start_qemu: StartQemu
         await ram.wait_completed()
     await ram.cancel()
     await QemuGuest(source.monitor).resume()
+
+
+class Astray:
+    """A way for RAM that does not lead to the destination, as where a firewall is between."""
+
+    async def open(self, _source: Monitor, destination: Monitor) -> str:
+        await destination.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        return "tcp:127.0.0.1:1"
+
+
+async def test_a_way_for_ram_that_leads_nowhere_is_told(start_qemu: StartQemu) -> None:
+    source, destination, _ram = await pair(start_qemu, False)
+    ram = RamMigration(source.monitor, destination.monitor, channel=Astray())
+    await ram.start(downtime=0.3, bandwidth=None)
+    await ram.wait_set_up()
+    with pytest.raises(MigrationError, match="Connection refused"):
+        await asyncio.wait_for(ram.wait_paused(), 30)
+    await ram.cancel()
+    assert not await QemuGuest(source.monitor).is_paused()
 
 
 async def test_a_source_that_is_killed_is_told(start_qemu: StartQemu) -> None:
