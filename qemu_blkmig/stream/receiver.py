@@ -266,7 +266,7 @@ class Receiver:
 
     def _let_writes_end(self) -> None:
         """After a failure, of a write perhaps: buffers must outlive the writes that use them."""
-        while any(landing.in_flight for landing in self._landings.values()):
+        while self._writes_are_under_way():
             alive = [connection for connection in self._connections if not connection.lost]
             if not alive:
                 return
@@ -277,8 +277,12 @@ class Receiver:
             for connection in alive:
                 with contextlib.suppress(ConnectionLost):
                     connection.drive()
-            for landing in self._landings.values():
-                landing.writer.settle()
+
+    def _writes_are_under_way(self) -> bool:
+        """Those of a connection that is gone are over, and nothing would wake up who waits for them."""
+        for landing in self._landings.values():
+            landing.writer.settle()
+        return any(landing.in_flight for landing in self._landings.values())
 
     def _wait_for_input(self) -> None:
         """Return when the source has something to read; meanwhile writes go on, and answers go back."""
