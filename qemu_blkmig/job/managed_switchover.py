@@ -279,6 +279,10 @@ class ManagedSwitchover:
 
     async def _reason(self, error: BaseException, passage: Passage) -> BaseException:
         """What is behind an error of ours: the end of the connection to the destination, or of libvirt's migration."""
+        never_reached = passage.gate.failure is not None and not passage.gate.passed
+        if isinstance(error, LibvirtFailed) and never_reached:
+            # libvirt knows only that we hung up.
+            return await self.why_failed(passage)
         if isinstance(error, asyncio.CancelledError | LibvirtFailed):
             return error
         if (gone := await self._life.why_destination_gone()) is not None:

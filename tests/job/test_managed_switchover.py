@@ -188,3 +188,10 @@ async def test_a_guest_that_came_here_by_a_migration_is_not_taken_for_paused_by_
     life.source.execute = AsyncMock(side_effect=lambda command, **_: told[command])
     over = _switchover(life)
     assert await over.is_overtaken(MagicMock(found_running=life.job.record.was_running)) == overtaken
+
+
+@pytest.mark.parametrize(("passed", "told"), [(0, "no such host"), (1, "Bad file descriptor")])
+async def test_why_nobody_was_reached_is_told_and_not_what_libvirt_makes_of_it(passed: int, told: str) -> None:
+    passage = MagicMock()
+    passage.gate.failure, passage.gate.passed = OSError("no such host"), passed
+    assert told in str(await _switchover()._reason(LibvirtFailed("Bad file descriptor"), passage))
