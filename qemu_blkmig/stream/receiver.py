@@ -181,7 +181,7 @@ class Receiver:
         if landing is None:
             known = ", ".join(repr(name) for name in self._landings)
             raise StreamError(f"a block of device {block.device!r}, expected {known}", offset=block.offset)
-        if block.position >= landing.size:
+        if block.position + (CHUNK if landing.grow is not None else 1) > landing.size:
             self._grow(landing, block)
         chunks = _chunks(block.position, CHUNK)
         if any(landing.in_flight[chunk] for chunk in chunks):

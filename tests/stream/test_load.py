@@ -277,6 +277,14 @@ async def test_the_size_is_taken_from_the_highest_block_and_said_to_be(tmp_path:
     assert any("its size was not given" in warning for warning in result.warnings)
 
 
+async def test_an_image_grows_with_a_block_that_only_begins_within_it(tmp_path: Path) -> None:
+    half = CHUNK // 2
+    stream = disks_only([block(b"d", 0, DATA), block(b"d", half, OTHER)])
+    image = tmp_path / "a"
+    await loaded(LoadOptions(saved(tmp_path, stream), {"d": str(image)}, create=True))
+    assert image.read_bytes() == DATA[:half] + OTHER
+
+
 async def test_from_a_pipe_an_image_that_cannot_grow_needs_its_size(tmp_path: Path) -> None:
     saved(tmp_path, captured("full"))
     options = LoadOptions(f"exec:cat {tmp_path}/stream", {"vda": str(tmp_path / "a")}, create=True, format="qcow2")
