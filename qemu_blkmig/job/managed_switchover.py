@@ -91,7 +91,7 @@ class ManagedSwitchover:
         self._converge = converge
         self._last = LastRound(life, options, watch, connected)
         self._last.may_last |= not options.live
-        self._moving = self._hurried = False
+        self._moving = self._hurried = self._is_over = False
         self._ending: asyncio.Task[None] | None = None
         taken = options.live and not (options.on_stall is OnStall.THROTTLE or options.switchover.waits)
         # A guest is not to lose its fast network device for a while only to see that it can.
@@ -269,12 +269,13 @@ class ManagedSwitchover:
         if passage is None:
             await self._let_last_end()
             passage = await self._begin(attempt, live=self._options.live and not self._hurried)
+        self._is_over = False
         try:
             yield passage
         except (BlkmigError, asyncio.CancelledError) as error:
             raise await self._reason(error, passage) from error
         finally:
-            self._moving = False
+            self._moving, self._is_over = False, True
             await self.end(passage)
 
     async def _reason(self, error: BaseException, passage: Passage) -> BaseException:
@@ -365,7 +366,9 @@ class ManagedSwitchover:
         self._guard.ignore_pauses()
         self._job.record.told_to_pause = True
         await self._job.save()
-        await self._ends.source.call(self._ends.handle.suspend)
+        # Once an attempt is over nobody would have the guest go on, and the next one leaves it paused for good.
+        if not self._is_over:
+            await self._ends.source.call(self._ends.handle.suspend)
 
     async def _too_dirty(self, passage: Passage, attempt: int) -> None:
         options = self._options

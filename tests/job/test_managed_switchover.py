@@ -133,6 +133,32 @@ async def test_a_guest_that_libvirt_pauses_for_us_when_its_migration_has_failed_
     assert record.told_to_pause is (told and owner is not Owner.SOURCE)
 
 
+async def test_a_pause_that_was_about_to_be_asked_for_when_the_migration_ended_is_not() -> None:
+    life = MagicMock()
+    over, ended, synced = _switchover(life), _Unending(), asyncio.Event()
+    ended.over.set()
+    record, handle = life.job.record, over._ends.handle
+    record.was_running, record.owner, record.told_to_pause = True, Owner.SOURCE, False
+    cast(MagicMock, handle.state).return_value = [1, 0]
+    life.job.save = AsyncMock(side_effect=synced.wait)
+
+    async def call(function: Callable[[], object]) -> object:
+        return function()
+
+    cast(MagicMock, over._ends.source).call = call
+    over._beforehand = AsyncMock()
+    over._beforehand.take.return_value = ended
+    async with over._under_way(1):
+        over._moving = True
+        hurrying = asyncio.create_task(over.hurry())
+        await asyncio.sleep(0)
+        assert record.told_to_pause
+    synced.set()
+    await hurrying
+    assert not cast(MagicMock, handle.suspend).called, "nobody would have it go on, and the next attempt leave it so"
+    assert not record.told_to_pause
+
+
 @pytest.mark.parametrize("found_running", [True, False], ids=["meanwhile", "before"])
 async def test_a_guest_that_somebody_has_paused_stays_so_though_libvirt_was_told_to_pause_it(
     monkeypatch: pytest.MonkeyPatch, *, found_running: bool
