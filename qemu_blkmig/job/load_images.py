@@ -45,7 +45,8 @@ def prepare(plain: Mapping[str, Image], sizes: Mapping[str, int], source: str, m
         for name, image in plain.items()
     ]
     for prepared in images.prepare(wanted):
-        made.append(LoadImage(prepared, size_known=bool(plain[prepared.image.disk].size)))
+        was_marked = prepared.created is None and Path(prepared.image.path + MARK).exists()
+        made.append(LoadImage(prepared, bool(plain[prepared.image.disk].size), was_marked))
     for image in made:
         image.mark(source)
 
@@ -60,14 +61,16 @@ async def land(made: Sequence[LoadImage], control: Control) -> None:
 
 @dataclass
 class LoadImage:
-    """One image on its way. `size_known`: from the user or the image, not from the stream's blocks."""
+    """One image on its way. `size_known`: from the user or the image, not from the stream's blocks. `was_marked`: it
+    was there, and incomplete already.
+    """
 
     prepared: images.Prepared
     size_known: bool
+    was_marked: bool
     _server: qemu_nbd.QemuNbd | None = None
     _landing: Landing | None = None
     _closed: bool = False
-    _was_marked: bool = False
 
     @property
     def device(self) -> str:
@@ -88,7 +91,6 @@ class LoadImage:
 
     def mark(self, source: str) -> None:
         """From now on whoever looks sees that it is incomplete. Raises `Refused`."""
-        self._was_marked = self.prepared.created is None and self._mark.exists()
         try:
             self._mark.write_text(f"qemu-blkmig is loading {self.path} from {source}\n")
             sync_entry(Path(self.path))
@@ -135,7 +137,7 @@ class LoadImage:
                 await self._server.stop()
         created = self.prepared.created is not None
         images.give_up(self.prepared)
-        if self._was_marked or (self._landing is not None and not created):
+        if self.was_marked or (self._landing is not None and not created):
             before = " as it was before" if self._landing is None else ""
             return f"{self.path} is incomplete{before}, and marked so by {self._mark}"
         self._mark.unlink(missing_ok=True)

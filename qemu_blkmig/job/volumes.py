@@ -8,6 +8,7 @@ import posixpath
 import msgspec
 
 from qemu_blkmig.destination.protocol import Files, FilesReply
+from qemu_blkmig.engine.outlast import outlast
 from qemu_blkmig.errors import BlkmigError, Refused
 from qemu_blkmig.job.plan import Plan
 from qemu_blkmig.job.record import Job, Volume
@@ -36,14 +37,20 @@ async def make_volumes(
         backing = (image.backing.path, image.backing.format) if image.backing is not None else None
         name = posixpath.basename(image.path)
         spec = VolumeSpec(name, image.format, image.size, image.cluster_size, backing, owner)
+        making = await outlast(_make(target, job, Volume(pool, name, image.path), spec))
         try:
-            await create_volume(target, pool, spec)
+            making.result()
         except LibvirtError as error:
             raise Refused(f"libvirt cannot make it in pool {pool}: {error}", disk=disk) from error
-        # Only what surely is ours is ever deleted: said after it was made, not before.
-        job.record.volumes.append(Volume(pool, name, image.path))
-        await job.save()
+        making.raise_cancellation()
         plan.images[disk] = msgspec.structs.replace(image, known_zero=True)
+
+
+async def _make(target: Connection, job: Job, volume: Volume, spec: VolumeSpec) -> None:
+    await create_volume(target, volume.pool, spec)
+    # Only what surely is ours is ever deleted: said after it was made, not before.
+    job.record.volumes.append(volume)
+    await job.save()
 
 
 async def forget_volumes(target: Connection, job: Job) -> list[str]:

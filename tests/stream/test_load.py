@@ -401,6 +401,18 @@ async def test_a_mark_that_was_there_stays_if_the_load_fails_before_it_writes(tm
     assert mark.exists()
 
 
+async def test_a_mark_that_was_there_stays_if_that_of_another_image_cannot_be_made(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    for image in (first, second):
+        make_image(image, "raw", 4 * CHUNK)
+    (tmp_path / "a.incomplete").mkdir()
+    (tmp_path / "b.incomplete").write_text("a load was killed\n")
+    options = LoadOptions(saved(tmp_path, captured("full")), {"vda": str(first), "vdb": str(second)}, format="raw")
+    error = await failing(options, Refused, "cannot be made")
+    assert f"{second} is incomplete as it was before" in str(error.state)
+    assert (tmp_path / "b.incomplete").exists()
+
+
 async def test_a_defect_of_ours_leaves_no_created_image_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def defect(_self: Receiver) -> None:
         raise OverflowError("a defect")
