@@ -47,7 +47,8 @@ def _parsed(head: bytes) -> Header:
     _, version, offset, size, bits = _FIELDS.unpack_from(head)
     features, length = _SINCE_VERSION_3.unpack_from(head, 72) if version >= 3 else (0, 72)
     named = 0 < size <= _LONGEST and offset + size <= len(head)
-    extensions = _extensions(head, length)
+    # They end there, too: what wrote no formats put the name of the backing file right after the header.
+    extensions = _extensions(head, length, offset or len(head))
     return Header(
         backing=head[offset : offset + size].decode() if named else "",
         format=extensions.get(_FORMAT, b"").decode(),
@@ -57,11 +58,12 @@ def _parsed(head: bytes) -> Header:
     )
 
 
-def _extensions(head: bytes, at: int) -> dict[int, bytes]:
+def _extensions(head: bytes, at: int, end: int) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
-    while True:
+    while at < end:
         kind, length = struct.unpack_from(">II", head, at)
         if kind == 0:
-            return found
+            break
         found[kind] = head[at + 8 : at + 8 + length]
         at += 8 + (length + 7) // 8 * 8
+    return found

@@ -35,6 +35,8 @@ STATE = "/var/lib/qemu-blkmig"
 BEFORE = ""
 """The hook that was there before, and is run first, where libvirt takes one only."""
 
+POOLS = ("/run/libvirt/storage", "/etc/libvirt/storage")
+"""Where libvirt keeps the XML of pools that run, and of those that are defined."""
 RECORD_VERSION = 1
 STATES = ("incoming", "complete", "moved")
 EXPECTED_VERSION = 1
@@ -133,16 +135,17 @@ class Domain:
 
 def volume_path(pool: str, volume: str) -> str:
     """The path of a pool's volume, by the XML that libvirt keeps of the pool; "" where that is not told."""
+    import html
     import re
 
-    for place in ("/run/libvirt/storage", "/etc/libvirt/storage"):
+    for place in POOLS:
         try:
             with open(f"{place}/{pool}.xml", encoding="utf-8") as file:
-                found = re.search(r"<target>\s*<path>([^<&]*)</path>", file.read())
+                found = re.search(r"<target>\s*<path>([^<]*)</path>", file.read())
         except OSError:
             continue
         if found:
-            return os.path.join(found[1], volume)
+            return os.path.join(html.unescape(found[1]), volume)
     return ""
 
 

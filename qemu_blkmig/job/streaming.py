@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +39,8 @@ RANGE = 256 << 20
 """Bytes of a bulk pass that are copied in one go."""
 PARTIAL = ".incomplete"
 """What is appended to a file's name until the stream in it is whole."""
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system says that has no hard links (link(2)): FAT, some of other hosts."""
 
 
 class StreamCarriage:
@@ -186,8 +189,15 @@ class StreamCarriage:
         if self._file is None:
             return
         try:
-            self._file.hardlink_to(self._partial)
-            self._partial.unlink()
+            try:
+                self._file.hardlink_to(self._partial)
+                self._partial.unlink()
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                # Ours, then, is what is renamed over.
+                self._file.touch(exist_ok=False)
+                self._partial.rename(self._file)
             sync_entry(self._file.absolute())
         except OSError as error:
             raise MigrationError(f"{self._partial} cannot be renamed to {self._file}: {error.strerror}") from error

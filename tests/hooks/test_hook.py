@@ -17,6 +17,7 @@ from qemu_blkmig.destination import ownership
 from qemu_blkmig.destination.expecting import Expecting
 from qemu_blkmig.destination.protocol import Domain, Expect
 from qemu_blkmig.errors import Refused
+from qemu_blkmig.hooks import qemu as hook
 from qemu_blkmig.hooks.expected import Expected, happenings
 from tests.hooks.conftest import UUID, Host
 
@@ -174,6 +175,13 @@ def test_a_volume_becomes_a_file(host: Host) -> None:
     source = disk.find("source")
     assert source is not None and source.attrib == {"file": "/new/a"}
     held.close()
+
+
+def test_a_volume_s_pool_may_have_a_directory_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hook, "POOLS", (str(tmp_path),))
+    pool = "<pool type='dir'><target>\n    <path>/srv/a&amp;b &lt;c&gt;</path></target></pool>"
+    (tmp_path / "default.xml").write_text(pool)
+    assert hook.volume_path("default", "x") == "/srv/a&b <c>/x"
 
 
 def test_sources_that_are_right_already_are_not_touched(host: Host) -> None:
