@@ -111,6 +111,26 @@ def test_a_domain_that_runs_is_not_moved_offline_nor_one_that_does_not_online(vi
     assert not virtlab.images_there(off)
 
 
+def test_one_that_libvirt_has_moved_away_does_not_overwrite_what_it_has_written_there(
+    virtlab: VirtLab, off: Domain
+) -> None:
+    virtlab.hosts.virsh("start", off.name)
+    for disk in off.disks:
+        virtlab.hosts.run("qemu-img", "create", "-q", "-f", disk.format, disk.path, disk.size, far=True)
+    move = ("migrate", "--unsafe", "--copy-storage-all", "--persistent")
+    virtlab.hosts.virsh(*move, off.name, virtlab.target)
+    off.wait_for_writing(far=True, more=20)
+    virtlab.hosts.virsh("destroy", off.name, far=True)
+    before = [_content(virtlab, disk, disk.path, far=True) for disk in off.disks]
+    command = (off.name, virtlab.target, *ENDS)
+    virtlab.virsh(*command).failed(
+        3, "libvirt has moved the domain away", "--ignore-ownership", now="nothing was touched"
+    )
+    assert before == [_content(virtlab, disk, disk.path, far=True) for disk in off.disks]
+    virtlab.virsh(*command, "--ignore-ownership").succeeded()
+    assert before != [_content(virtlab, disk, disk.path, far=True) for disk in off.disks]
+
+
 def test_a_domain_that_is_started_meanwhile_cannot_or_is_not_defined_there(virtlab: VirtLab, off: Domain) -> None:
     running = virtlab.attempt(off, *ENDS, "--bandwidth", "1")
     running.wait_copying()

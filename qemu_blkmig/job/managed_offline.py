@@ -29,6 +29,7 @@ from qemu_blkmig.job.reporting import Reporter, Stopwatch
 from qemu_blkmig.job.result import Result
 from qemu_blkmig.job.steering import Steering
 from qemu_blkmig.transport.client import AgentClient
+from qemu_blkmig.virt.connection import libvirt
 from qemu_blkmig.virt.domain import Domain, has_varstore
 from qemu_blkmig.virt.kept import tpm_state
 from qemu_blkmig.virt.migration import Wish, asked_for
@@ -105,11 +106,23 @@ async def arrange_offline(options: ManagedOptions, ends: Ends, agent: AgentClien
         if disk.target in found.paths and disk.encrypted and disk.format != "raw"
     ]
     problems += left_behind(ends.domain, ends.source.uri)
+    if not options.selection.ignore_ownership and await _has_moved_away(ends):
+        problems.append(
+            "libvirt has moved the domain away from here (virsh domstate --reason), so that its images are old; if you "
+            "know better, --ignore-ownership overrides"
+        )
     shared = [
         f"{directory}, which is shared with it, is not copied: without a directory there it does not start"
         for directory in ends.domain.shared
     ]
     return replace(found, problems=(*found.problems, *problems), warnings=(*found.warnings, *shared))
+
+
+async def _has_moved_away(ends: Ends) -> bool:
+    """Whether it was a migration that ended it here, of which no record beside an image tells if it was not ours."""
+    state, reason = await ends.source.call(ends.handle.state)
+    module = libvirt()
+    return bool(state == module.VIR_DOMAIN_SHUTOFF and reason == module.VIR_DOMAIN_SHUTOFF_MIGRATED)
 
 
 def left_behind(domain: Domain, uri: str) -> Iterator[str]:
