@@ -22,7 +22,10 @@ def agent_place(uri: str, agent: str | None, remote_command: str) -> Place:
 
     Raises `UsageError`.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UsageError(f"{uri}: {error}", advice=f"write {DESTINATION}") from error
     if parts.scheme not in (*_BY_SSH, *_OTHERS):
         raise UsageError(f"not the URI of a QEMU host's libvirt: {uri!r}", advice=f"write {DESTINATION}")
     if agent is not None:

@@ -129,6 +129,7 @@ def test_the_agent_is_reached_as_libvirt_is_unless_it_is_named(uri: str, agent: 
         (["web1", "--", URI, "a", "-b"], "unrecognized arguments: -b"),
         (["web1", "qemu+ssh://hostb:99999/system"], "port"),
         (["web1", "qemu+ssh://hostb/system?keyfile=/k"], "knows nothing of keyfile"),
+        (["web1", "qemu+ssh://[::1/system"], "Invalid IPv6 URL"),
         (["web1", "xen+ssh://hostb/system"], "not the URI of a QEMU host's libvirt"),
         (["web1", URI, "--agent", "ssh://hostb/srv"], "--agent names a host, no directory"),
         (["web1", URI, "--disk", "vda"], "write TARGET=PATH"),
