@@ -169,6 +169,7 @@ class SshHost:
             if self._connected:
                 return
             self._reached.clear()
+            self._echo = None
             self._said = deque(maxlen=_LAST_LINES)
             begun, self._begun = self._begun, None
             try:

@@ -32,3 +32,22 @@ async def test_that_no_process_can_be_started_is_told_as_an_end_of_the_way(
         await host.start_agent()
     with pytest.raises(DestinationFailed, match="ssh cannot be started: Resource"):
         await host.reach("/run/socket")
+
+
+async def test_what_was_forwarded_by_a_connection_that_is_gone_is_not_tried_through_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = SshHost(Route("hostb", None, None, "qemu-blkmig"), tmp_path)
+    forwarded = []
+
+    async def made() -> bool:
+        return True
+
+    async def forward(_direction: str, paths: str) -> None:
+        forwarded.append(paths)
+
+    monkeypatch.setattr(host, "_make", made)
+    monkeypatch.setattr(host, "_forward", forward)
+    monkeypatch.setattr(host, "_echo", "/of/the/first/connection")
+    here = await host.reach("/there")
+    assert forwarded == [f"{here}:/there"]
