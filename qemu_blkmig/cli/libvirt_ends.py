@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+
+import msgspec
 
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.place import Local, Place, Ssh, parse_place
@@ -59,7 +61,12 @@ def _by_ssh(uri: str, parts: SplitResult, remote_command: str) -> Place:
         )
     host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
     user, port = _user_and_port(uri, parts)
-    return parse_place(f"ssh://{user}{host}{port}/", remote_command)
+    place = parse_place(f"ssh://{user}{host}{port}/", remote_command)
+    if isinstance(place, Ssh):
+        # As libvirt reads its URIs: admin%40corp is the user admin@corp.
+        name = unquote(place.user) if place.user is not None else None
+        place = msgspec.structs.replace(place, host=unquote(place.host), user=name)
+    return place
 
 
 def _user_and_port(uri: str, parts: SplitResult) -> tuple[str, str]:

@@ -107,6 +107,7 @@ def test_our_own_options_are_understood() -> None:
     [
         ("qemu+ssh://[fd00::2]:22/system", None, Ssh("fd00::2", "/", None, 22)),
         ("qemu+libssh2://admin@hostb/system", None, Ssh("hostb", "/", "admin")),
+        ("qemu+ssh://admin%40corp@[fe80::2%25eth0]/system", None, Ssh("fe80::2%eth0", "/", "admin@corp")),
         ("qemu+tls://hostb/system", "ssh://root@hostb", Ssh("hostb", "/", "root")),
         ("qemu+ssh://hostb/system", "ssh://other:2222/", Ssh("other", "/", None, 2222)),
         ("qemu:///session", "local:/", Local("/")),
