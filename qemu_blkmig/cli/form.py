@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
+
+import msgspec
 
 from qemu_blkmig.errors import UsageError
 
@@ -36,6 +39,14 @@ def command(commands: Commands, name: str, what: str, usage: str, examples: str 
     )  # fmt: skip
     parser.set_defaults(command=name)
     return parser
+
+
+def as_json(outcome: msgspec.Struct) -> str:
+    """As programs get it. What of a file's name is no UTF-8 is told as Python has it: a \\udcXX for each byte XX."""
+    try:
+        return msgspec.json.format(msgspec.json.encode(outcome)).decode()
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(outcome), indent=2)
 
 
 def argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:

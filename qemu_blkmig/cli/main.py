@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import io
 import itertools
 import logging
 import os
@@ -18,7 +19,7 @@ import msgspec
 
 from qemu_blkmig import __version__
 from qemu_blkmig.cli import commands
-from qemu_blkmig.cli.form import Parser
+from qemu_blkmig.cli.form import Parser, as_json
 from qemu_blkmig.errors import BlkmigError, Interrupted, kind_of
 
 EXIT_CODES = """\
@@ -70,6 +71,9 @@ def run(make: Callable[[], argparse.ArgumentParser], given: Sequence[str]) -> in
     """Do what a command line of the program with this parser asks for; its exit code."""
     verbose = False
     program = "qemu-blkmig"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr: a name that cannot be written here as it is does not make a failure of what was done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         root = make()
         program = root.prog
@@ -124,7 +128,7 @@ def report(error: BlkmigError) -> ErrorReport:
 
 def _print_json(error: BlkmigError) -> None:
     try:
-        print(msgspec.json.format(msgspec.json.encode(Failure(report(error)))).decode(), flush=True)
+        print(as_json(Failure(report(error))), flush=True)
     except OSError:
         _discard_output()
 

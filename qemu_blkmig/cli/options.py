@@ -10,7 +10,7 @@ from typing import Any, TypedDict, TypeVar
 
 import msgspec
 
-from qemu_blkmig.cli.form import argument
+from qemu_blkmig.cli.form import argument, as_json
 from qemu_blkmig.errors import BlkmigError, UsageError
 from qemu_blkmig.hashing import SIZES, USUAL
 from qemu_blkmig.job.datapath import parse_data_path
@@ -412,7 +412,7 @@ def transfer(arguments: argparse.Namespace) -> Transfer:
 
 def print_outcome(outcome: msgspec.Struct, form: str, render: Any) -> int:
     """Print a result in `form` (text, by `render`, or json); returns the exit code. Raises `BlkmigError`."""
-    text = msgspec.json.format(msgspec.json.encode(outcome)).decode() if form == "json" else render(outcome)
+    text = as_json(outcome) if form == "json" else render(outcome)
     try:
         print(text, flush=True)
     except OSError as error:

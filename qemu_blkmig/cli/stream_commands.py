@@ -12,6 +12,7 @@ import msgspec
 
 from qemu_blkmig.cli import options, show, show_stream
 from qemu_blkmig.cli.clock import RealClock
+from qemu_blkmig.cli.form import as_json
 from qemu_blkmig.errors import UsageError
 from qemu_blkmig.job.interrupts import Interrupts
 from qemu_blkmig.job.options import SaveOptions, Selection, Transfer
@@ -114,7 +115,7 @@ def _save(arguments: argparse.Namespace) -> int:
     with watching(options.asked(arguments, arguments.source, arguments.to)) as watch:
         result = asyncio.run(save(wanted, watch.reporter, Interrupts(watch.reporter.note), RealClock()))
         watch.done(result)
-    print(_json(result) if arguments.output == "json" else show.result(result))
+    print(as_json(result) if arguments.output == "json" else show.result(result))
     return 0
 
 
@@ -162,7 +163,7 @@ def _load(arguments: argparse.Namespace) -> int:
     )
     with progress(arguments.progress) as reporter:
         result = asyncio.run(load(wanted, reporter, Interrupts(reporter.note)))
-    print(_json(result) if arguments.output == "json" else show_stream.loaded(result))
+    print(as_json(result) if arguments.output == "json" else show_stream.loaded(result))
     return 0
 
 
@@ -203,7 +204,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         control.close()
     wants_map = sys.stdout.isatty() if arguments.map is None else arguments.map
     maps = gathered.maps if wants_map else None
-    print(_json(found) if arguments.output == "json" else show_stream.inspection(found, maps))
+    print(as_json(found) if arguments.output == "json" else show_stream.inspection(found, maps))
     return 1 if found.flaw else 0
 
 
@@ -241,7 +242,3 @@ def _sizes(texts: Sequence[str]) -> Iterator[tuple[str | None, int]]:
     for text in texts:
         name, equals, size = text.rpartition("=")
         yield name if equals else None, parse_size(size)
-
-
-def _json(outcome: msgspec.Struct) -> str:
-    return msgspec.json.format(msgspec.json.encode(outcome)).decode()

@@ -92,7 +92,7 @@ class LoadImage:
     def mark(self, source: str) -> None:
         """From now on whoever looks sees that it is incomplete. Raises `Refused`."""
         try:
-            self._mark.write_text(f"qemu-blkmig is loading {self.path} from {source}\n")
+            self._mark.write_bytes(os.fsencode(f"qemu-blkmig is loading {self.path} from {source}\n"))
             sync_entry(Path(self.path))
         except OSError as error:
             raise Refused(f"{self._mark} cannot be made: {error.strerror}", disk=self.device) from error

@@ -291,7 +291,10 @@ class Job:
         self._file.finish()
 
     def _encoded(self) -> bytes:
-        return msgspec.json.format(msgspec.json.encode(self.record))
+        try:
+            return msgspec.json.format(msgspec.json.encode(self.record))
+        except UnicodeEncodeError as error:
+            raise Refused(f"neither QEMU nor a job's record can name what is not UTF-8: {error.object!r}") from error
 
     def remove(self) -> None:
         """Forget the job: nothing of it is left anywhere, but for its journal in the history."""

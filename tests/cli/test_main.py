@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import pytest
 from qemu_blkmig.cli.main import main, report, show_error
 from qemu_blkmig.errors import MigrationError, SourceReadError
 from qemu_blkmig.qmp.monitor import CommandFailed
+from qemu_blkmig.stream.events import CHUNK
+from tests.stream.streams import block, disks_only
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +148,33 @@ def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[s
         if line.startswith("  -") and "  " not in line.strip() and not following.startswith("     ")
     ]
     assert bare == []
+
+
+def test_names_that_are_not_utf_8_are_refused_or_told_and_make_no_failure_of_what_was_done(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/b\xe4"
+    image, made, stream = name + b".raw", name + b".made", name + b".stream"
+    os.truncate(os.open(image, os.O_CREAT | os.O_WRONLY), 1 << 20)
+    (tmp_path / "there").mkdir()
+
+    def run(*words: bytes | str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run([sys.executable, "-m", "qemu_blkmig.cli.main", *words], capture_output=True, check=False)
+
+    copy = run("copy", b"image:" + image, f"local:{tmp_path}/there", "--progress", "none", "--output", "json")
+    assert copy.returncode == 3 and "not UTF-8" in json.loads(copy.stdout)["error"]["what"]
+    missing = run("inspect", name + b".missing", "--output", "json")
+    assert missing.returncode == 3 and "b\udce4.missing" in json.loads(missing.stdout)["error"]["what"]
+    Path(os.fsdecode(stream)).write_bytes(disks_only([block(b"vda", 0, bytes(CHUNK))]))
+    for form in ("text", "json"):
+        words: list[bytes | str] = [
+            "load",
+            b"--from",
+            b"file:" + stream,
+            b"vda=" + made,
+            "--create",
+            "--progress",
+            "none",
+        ]
+        loaded = run(*words, "--output", form)
+        assert loaded.returncode == 0, loaded.stderr
+        assert b"b\\udce4.made" in loaded.stdout
+        Path(os.fsdecode(made)).unlink()

@@ -192,9 +192,17 @@ def look(virsh, name):
     for each in virsh.names() if name is None else [name]:
         domain = virsh.domain(each)
         if domain is not None:
-            sizes = virsh.sizes(each)
+            sizes = _sizes(virsh, each)
             unknown = {"capacity": None, "allocation": None}
             yield dict(domain, disks=[dict(disk, **sizes.get(disk["target"], unknown)) for disk in domain["disks"]])
+
+
+def _sizes(virsh, name):
+    """Those of the domain's disks; nothing where virsh does not tell, as of one that is off and lacks an image."""
+    try:
+        return virsh.sizes(name)
+    except Trouble:
+        return {}
 
 
 def free_memory():
