@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qemu_blkmig.engine.ports import Clock
-from qemu_blkmig.errors import Refused
+from qemu_blkmig.errors import BlkmigError, Refused
 from qemu_blkmig.job.arrangement import Arrangement, arrange
 from qemu_blkmig.job.beginning import Beginning
 from qemu_blkmig.job.carriage import Carriage
@@ -37,6 +37,9 @@ from qemu_blkmig.qmp.removal import remove_bitmaps
 from qemu_blkmig.qmp.throttle import check_can_throttle
 from qemu_blkmig.transport.client import AgentClient
 from qemu_blkmig.virt.monitor import PassthroughMonitor
+
+AGAIN = 5.0
+"""Seconds until libvirt is told anew to pause a guest that it did not pause."""
 
 
 async def migrate_managed(
@@ -107,11 +110,19 @@ class _Run:
     async def _time_out(self, over: ManagedSwitchover) -> None:
         """`--timeout`: when it has passed, the guest is paused as soon as its disks have been passed over once."""
         if self._options.timeout is None:
-            return
+            return None
         await self._clock.sleep(self._options.timeout)
         self._reporter.note("--timeout has passed: the guest is paused until it has moved")
         self._rounds.hurry()
-        await over.hurry()
+        told = False
+        while True:
+            try:
+                return await over.hurry()
+            except BlkmigError as error:
+                if not told:
+                    self._reporter.note(f"the guest could not be paused, which is tried again until it is: {error}")
+                told = True
+            await self._clock.sleep(AGAIN)
 
     async def _reach(self) -> tuple[Ends, Monitor]:
         """The domain, by both libvirts, and its QEMU, which is asked what it can do: that takes a while, too."""
