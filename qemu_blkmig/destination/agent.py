@@ -121,7 +121,11 @@ class Agent:
 
     async def _answer(self, request: protocol.Request) -> None:
         outcome = await self._service.perform(request.op)
-        await self._send(protocol.Reply(request.id, outcome))
+        try:
+            await self._send(protocol.Reply(request.id, outcome))
+        except UnicodeEncodeError as error:
+            what = f"a link here leads to a file whose name is not UTF-8, which cannot be told: {error.object!r}"
+            await self._send(protocol.Reply(request.id, protocol.Failure("refused", what)))
         if isinstance(request.op, protocol.Bye):
             self.stop(0)
 

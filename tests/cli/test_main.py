@@ -178,3 +178,13 @@ def test_names_that_are_not_utf_8_are_refused_or_told_and_make_no_failure_of_wha
         assert loaded.returncode == 0, loaded.stderr
         assert b"b\\udce4.made" in loaded.stdout
         Path(os.fsdecode(made)).unlink()
+
+
+def test_a_directory_whose_real_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    real, link, image = os.fsencode(tmp_path) + b"/d\xe4", tmp_path / "link", tmp_path / "image"
+    os.mkdir(real)
+    os.symlink(real, link)
+    os.truncate(os.open(image, os.O_CREAT | os.O_WRONLY), 1 << 20)
+    words = ["copy", f"image:{image}", f"local:{link}", "--progress", "none", "--output", "json"]
+    done = subprocess.run([sys.executable, "-m", "qemu_blkmig.cli.main", *words], capture_output=True, check=False)
+    assert done.returncode == 3 and "not UTF-8" in json.loads(done.stdout)["error"]["what"]
