@@ -181,9 +181,9 @@ def test_names_that_are_not_utf_8_are_refused_or_told_and_make_no_failure_of_wha
 
 
 def test_a_directory_whose_real_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
-    real, link, image = os.fsencode(tmp_path) + b"/d\xe4", tmp_path / "link", tmp_path / "image"
-    os.mkdir(real)
-    os.symlink(real, link)
+    real, link, image = tmp_path / "d\udce4", tmp_path / "link", tmp_path / "image"
+    real.mkdir()
+    link.symlink_to(real)
     os.truncate(os.open(image, os.O_CREAT | os.O_WRONLY), 1 << 20)
     words = ["copy", f"image:{image}", f"local:{link}", "--progress", "none", "--output", "json"]
     done = subprocess.run([sys.executable, "-m", "qemu_blkmig.cli.main", *words], capture_output=True, check=False)
