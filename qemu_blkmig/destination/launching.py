@@ -245,7 +245,11 @@ def in_place_of_the_shell(command: str) -> str:
     """`command`, with `exec` where it is just a program and its arguments: no shell then waits beside the QEMU."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
     lexer.commenters = ""
-    words = list(lexer)
+    try:
+        words = list(lexer)
+    except ValueError:
+        # The shell tells what is wrong with it.
+        return command
     compound = "\n" in command or any(set(word) <= set("();<>|&") for word in words)
     return command if compound or not words or shutil.which(words[0]) is None else f"exec {command}"
 
