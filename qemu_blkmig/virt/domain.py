@@ -23,6 +23,8 @@ _LOOPBACK = re.compile(r"localhost|localhost\..*|.*\.localhost|127\..*|\[?::1\]?
 _OF_THE_PLACE = ("seclabel", "reservations")
 _OF_THE_CONTENTS = ("encryption", "slices")
 """Children of <source>."""
+_OF_THE_SOURCE = ("auth", "encryption")
+"""Children of <disk>, where libvirt reads and leaves them, too, for those who wrote them so before its version 3.9."""
 _DECLARATION = re.compile(r"^\s*<\?xml\s.*?\?>", re.DOTALL)
 """It may name another encoding than that in which libvirt gets the XML."""
 _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
@@ -272,7 +274,7 @@ def _disk(disk: ElementTree.Element) -> DomainDisk:
         format=driver.get("type", "raw") if driver is not None else "raw",
         left_alone=left_alone,
         volume=_volume(disk, source),
-        encrypted=disk.find("source/encryption") is not None,
+        encrypted=any(disk.find(place) is not None for place in ("source/encryption", "encryption")),
         written_here=written_here,
     )
 
@@ -348,6 +350,6 @@ def _move(disk: ElementTree.Element, path: str, kept: Container[str], *, block: 
         source.attrib |= {name: old.attrib[name] for name in ("startupPolicy",) if name in old.attrib}
         source.extend(child for child in old if child.tag in kept)
     disk.insert(place, source)
-    backing = disk.find("backingStore")
-    if backing is not None:
-        disk.remove(backing)
+    gone = ("backingStore", *(each for each in _OF_THE_SOURCE if each not in kept))
+    for child in [child for child in disk if child.tag in gone]:
+        disk.remove(child)

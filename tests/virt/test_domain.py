@@ -168,6 +168,17 @@ def test_what_a_source_says_of_the_place_stays_and_of_the_contents_where_they_ar
         assert source.attrib == {"file": "/new/a", "startupPolicy": "optional"}
 
 
+@pytest.mark.parametrize("as_they_are", [False, True])
+def test_a_key_and_a_password_of_the_disk_itself_are_as_those_of_its_source(as_they_are: bool) -> None:
+    said = "<auth username='a'><secret usage='b'/></auth><encryption format='luks'><secret uuid='c'/></encryption>"
+    plain = XML.format(more="")
+    xml = plain.replace("<target dev='vda'", f"{said}<target dev='vda'")
+    assert [Domain.parse(each).disks[0].encrypted for each in (plain, xml)] == [False, True]
+    moved = ElementTree.fromstring(rewritten(xml, {"vda": "/new/a"}, as_they_are=as_they_are)).find("./devices/disk")
+    assert moved is not None and moved.find("auth") is None
+    assert (moved.find("encryption") is not None) == as_they_are
+
+
 @pytest.mark.parametrize("xml", ["<domain", "<network/>"])
 def test_what_is_no_domain_is_refused(xml: str) -> None:
     with pytest.raises(Refused):
