@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -304,3 +305,40 @@ def test_nothing_relies_on_a_journal_that_cannot_be_written(bench: Bench) -> Non
         (bench.lab.state / "ballast").unlink()
         resumed(attempt, "--bandwidth", "1000")
         attempt.assert_destination_has_it()
+
+
+@pytest.mark.parametrize("source", ["ended", "is still there", *also("is still there, and resume was tried")])
+def test_images_onto_which_somebody_else_has_moved_the_guest_stay_when_the_job_is_given_up(
+    bench: Bench, source: str
+) -> None:
+    attempt = bench.attempt_at("copied")
+    attempt.signal(signal.SIGHUP)
+    attempt.outcome().failed(129)
+    there = moved_otherwise(attempt)
+    if source == "ended":
+        attempt.source.kill()
+    elif source != "is still there":
+        command("resume", attempt.job()).failed(3)
+    outcome = command("cleanup", attempt.job()).succeeded()
+    assert "what it wrote since is there alone" in outcome.stdout
+    assert "nothing of it is left" not in outcome.stdout
+    assert_records_sound(there.disks[0], there.acked())
+    attempt.source.kill()
+    assert not list(attempt.lab.target.glob(".*-hashes"))
+
+
+def moved_otherwise(attempt: Attempt) -> Guest:
+    """Move the guest to the images at the destination by QEMU's own migration; there it writes, and its QEMU ends."""
+    source, there = attempt.source, attempt.destination
+    place = attempt.lab.directory / "way"
+    with subprocess.Popen([*there.arguments(), "-incoming", f"unix:{place}"]):
+        wait_until(place.exists, "the QEMU there", 20)
+        source.pause()
+        for old, new in zip(source.disks, there.disks, strict=True):
+            shutil.copyfile(old.path, new.path)
+        source.execute("migrate", {"uri": f"unix:{place}"})
+        wait_until(lambda: there.status() == "paused", "the guest there", 20)
+        there.resume()
+        there.wait_for_writing(more=20)
+        there.kill()
+    return there

@@ -82,7 +82,7 @@ def line(job: Status) -> str:
 
 def cleaned(outcome: Cleaned) -> str:
     """How things stand now."""
-    return "\n".join([*outcome.facts, f"job {outcome.job} is settled, and nothing of it is left"])
+    return "\n".join([*outcome.facts, f"job {outcome.job} is settled"])
 
 
 def told(outcome: Told) -> str:

@@ -199,7 +199,9 @@ class HashTable:
         self.close()
 
     def close(self) -> None:
-        """Let go of it; what was kept stays."""
+        """Let go of it; what was kept stays, and tells by its time when that was."""
+        with contextlib.suppress(OSError):
+            os.utime(self._descriptor)
         os.close(self._descriptor)
 
     def _header(self) -> bytes:
@@ -285,6 +287,17 @@ def table_path(image: str) -> Path:
         return path.with_name(f".{path.name}.blkmig-hashes")
     state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
     return state_directory() / f"{quote(image, safe='')}.blkmig-hashes"
+
+
+def is_written_since(image: str) -> bool:
+    """Whether somebody may have written to the image since an agent let go of it; after one that was killed it may
+    have been that one. Raises `OSError`.
+    """
+    try:
+        noted = table_path(image).stat().st_mtime_ns
+    except FileNotFoundError:
+        return True
+    return Path(image).stat().st_mtime_ns > noted
 
 
 def forget(image: str) -> None:

@@ -138,16 +138,13 @@ def give_up(prepared: Prepared, *, untouched: bool = False) -> None:
 
 
 def discard(
-    images: Sequence[Created], given_up: Sequence[str] = (), job: str | None = None
+    images: Sequence[Created], given_up: Sequence[str] = (), job: str | None = None, *, unless_written: bool = False
 ) -> tuple[list[str], list[str]]:
     """Remove the images that still are those that were made and that nobody uses; (removed, left with the reason).
 
-    `given_up`: see `protocol.Discard`. `job`: whose they are; what another one has filled since is that one's.
+    `given_up`, `unless_written`: see `protocol.Discard`. `job`: whose they are; what another one has filled since
+    is that one's.
     """
-    for path in given_up:
-        with contextlib.suppress(OSError):
-            if _of_another(path, job) is None:
-                hashtable.forget(path)
     removed, left = [], []
     deadline = time.monotonic() + _LAST_LOOK
     for image in images:
@@ -157,6 +154,8 @@ def discard(
                 continue
             wait_for_predecessor(image.path, max(0.0, deadline - time.monotonic()))
             reason = _reason_to_keep(image) or _of_another(image.path, job)
+            if reason is None and unless_written and hashtable.is_written_since(image.path):
+                reason = "somebody else may have written to it since this job did"
             if reason is None:
                 Path(image.path).unlink()
                 removed.append(image.path)
@@ -165,6 +164,10 @@ def discard(
         except OSError as error:
             reason = str(error)
         left.append(f"{image.path}: {reason}")
+    for path in given_up:
+        with contextlib.suppress(OSError):
+            if _of_another(path, job) is None:
+                hashtable.forget(path)
     return removed, left
 
 

@@ -179,11 +179,13 @@ class Discard(Message, frozen=True, tag="discard"):
     """Remove images that an agent created, told by the identity in `Created`; others and those in use are left.
 
     Their ownership records go with them. `given_up`: images, also those that are left, of which nobody will ask any
-    more whether they are as they were written: the hashes of that go.
+    more whether they are as they were written: the hashes of that go. `unless_written`: those stay, too, that
+    somebody may have written to since the last agent had them.
     """
 
     images: list[Created]
     given_up: list[str] = []
+    unless_written: bool = False
 
 
 class Mark(Message, frozen=True, tag="mark"):

@@ -221,7 +221,9 @@ class Service:
                 return await self._keep()
             case protocol.Discard():
                 return protocol.DiscardReply(
-                    *await asyncio.to_thread(images.discard, op.images, op.given_up, self._job)
+                    *await asyncio.to_thread(
+                        images.discard, op.images, op.given_up, self._job, unless_written=op.unless_written
+                    )
                 )
             case protocol.Mark():
                 await asyncio.to_thread(images.mark, op.images, op.job, op.state, _guest(op.domain))

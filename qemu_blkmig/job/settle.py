@@ -34,6 +34,11 @@ DYING = 0.5
 ATTEMPTS = 5
 """A QEMU that dies while it is being settled is found gone by the next attempt."""
 
+MARKED = (
+    "the records beside them (.NAME.blkmig) still call them incomplete, so that libvirt's hook refuses them: remove "
+    "there those records if the guest uses the images, else the images, too"
+)
+"""What is to be done about images that stay although the job is given up."""
 DESTINATION_IS_OFF = "--destination-is-off"
 """The option of `cleanup` by which a person answers for what nobody here can know."""
 
@@ -93,8 +98,12 @@ async def settle(
                     beyond.leave_agent()
                     await release_images()
                 if settlement.taken:
-                    settlement.facts.append(f"nothing was removed at the destination: {', '.join(record.images)}")
+                    images = ", ".join(record.images)
+                    settlement.facts.append(f"nothing was removed at the destination: {images}; {MARKED}")
+                    await beyond.ask(Discard([], record.images), DiscardReply)
                 elif record.owner is Owner.SOURCE and not settlement.suspended:
+                    # As long as our agent lives nobody else has opened them.
+                    settlement.moved &= release_images is None
                     await _discard(job, sides, beyond, settlement)
                     _tell_overwritten(job, settlement)
                 elif record.owner is Owner.DESTINATION:
@@ -206,7 +215,7 @@ async def _discard(job: Job, sides: Sides, beyond: There, settlement: Settlement
     try:
         if untouched:
             await _mark_untouched(beyond, record.job, untouched, settlement)
-        reply = await beyond.ask(Discard(record.created, record.images), DiscardReply)
+        reply = await beyond.ask(Discard(record.created, record.images, settlement.moved), DiscardReply)
     except HostUnreachable as error:
         settlement.decided, settlement.left_there = False, True
         paths = ", ".join(created.path for created in record.created)
@@ -216,7 +225,12 @@ async def _discard(job: Job, sides: Sides, beyond: There, settlement: Settlement
         await sides.images_are_gone(settlement)
     if not record.created:
         return
-    if reply.left:
+    if reply.left and settlement.moved:
+        settlement.facts.append(
+            f"images were left at the destination: {', '.join(reply.left)}; if the guest was moved there, what it "
+            f"wrote since is there alone; {MARKED}"
+        )
+    elif reply.left:
         settlement.facts.append(f"incomplete images were left at the destination: {', '.join(reply.left)}")
     elif reply.removed:
         settlement.facts.append("the incomplete images at the destination were removed")

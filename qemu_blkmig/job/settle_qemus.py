@@ -174,8 +174,8 @@ class Qemus:
             return
         source = await self._here.monitor()
         if source is None:
-            settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote")
-            settlement.suspended = False
+            settlement.facts.append("the source QEMU has ended; its disks hold all that the guest wrote here")
+            settlement.suspended, settlement.moved = False, True
         else:
             if record.migrating and await _migration_status(source) in UNDER_WAY:
                 await cancel_migration(source)
@@ -215,12 +215,13 @@ class Qemus:
         if status["running"]:
             settlement.facts.append("the guest runs at the source")
         else:
-            settlement.facts.append(await self._why_not_running(source, status["status"]))
+            settlement.facts.append(await self._why_not_running(source, status["status"], settlement))
 
-    async def _why_not_running(self, source: Monitor, status: str) -> str:
+    async def _why_not_running(self, source: Monitor, status: str, settlement: Settlement) -> str:
         if status != "postmigrate":
             return f"the guest is at the source, not running (run state {status})"
         if await _migration_status(source) == "completed" and not self._job.record.migrating:
+            settlement.moved = True
             return "the source QEMU is what another migration left behind; `cont` there would start the guest twice"
         return "the guest is at the source, paused (run state postmigrate: QEMU migrates it again only after a `cont`)"
 

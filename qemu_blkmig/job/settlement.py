@@ -25,7 +25,8 @@ class Settlement:
     `ended`: the destination has the guest, but its QEMU has ended since. `left_there`: it is known who has the guest,
     but at a destination host that cannot be reached something is left to be tidied up. `unreachable`: what to do about
     it when that host keeps the decision to itself. `suspended`: images and bitmaps were kept, so that the job can be
-    resumed. `taken`: somebody else may have moved the guest onto the images at the destination, so that they stay.
+    resumed. `taken`: somebody else may have moved the guest onto the images at the destination, so that they stay;
+    `moved`: it may have, if they were written to since.
     """
 
     owner: Owner
@@ -35,6 +36,7 @@ class Settlement:
     unreachable: str | None = None
     suspended: bool = False
     taken: bool = False
+    moved: bool = False
     facts: list[str] = field(default_factory=list)
 
 

@@ -162,6 +162,15 @@ def test_a_table_that_is_forgotten_does_not_come_back_when_the_host_crashes(
     forget(str(tmp_path / "image"))
 
 
+def test_the_time_of_a_kept_table_is_that_at_which_it_was_let_go_of(tmp_path: Path) -> None:
+    table = made(tmp_path)
+    table.keep()
+    path = tmp_path / ".image.blkmig-hashes"
+    os.utime(path, (0, 0))
+    table.close()
+    assert path.stat().st_mtime > 0
+
+
 @pytest.mark.parametrize("damage", ["cut off", "states"])
 def test_a_kept_table_that_is_damaged_is_not_relied_upon(tmp_path: Path, damage: str) -> None:
     """Units of a state that nobody knows would never be read back, nor those whose states are gone."""

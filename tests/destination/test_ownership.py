@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,25 @@ def test_discarding_an_image_removes_its_record_and_the_hashes_that_were_kept(tm
     assert prepared.created is not None
     images.discard([prepared.created])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("later", "noted", "left"), [(-60, True, False), (60, True, True), (-60, False, True)])
+def test_an_image_that_may_have_been_written_to_since_stays_where_that_is_asked_for(
+    tmp_path: Path, later: int, *, noted: bool, left: bool
+) -> None:
+    [prepared] = images.prepare([new(tmp_path / "a")], "1")
+    os.close(prepared.descriptor)
+    path = prepared.image.path
+    if noted:
+        table_path(path).touch()
+    written = time.time() + later
+    os.utime(path, (written, written))
+    assert prepared.created is not None
+    told = images.discard([prepared.created], [path], "1", unless_written=True)
+    stays = f"{path}: somebody else may have written to it since this job did"
+    assert told == (([], [stays]) if left else ([path], []))
+    assert ownership.path_of(path).exists() is left
+    assert not table_path(path).exists()
 
 
 @pytest.mark.parametrize("complete", [True, False])
