@@ -59,8 +59,13 @@ def stand_in(directory: Path, lock: int, *, told: bool) -> None:
 def _settle_first(job: Job) -> Settlement:
     settlement = _settle(job)
     name = job.record.job
-    # What is to be tried again must not wait for a terminal that was stopped.
-    said = Outlet(sys.stderr)
+    try:
+        # What is to be tried again must not wait for a terminal that was stopped.
+        said = Outlet(sys.stderr)
+    except RuntimeError as error:
+        # No thread is to be had.
+        log.warning("what became of job %s cannot be told: %s", name, error)
+        return settlement
     said.tell(f"{SAYS}the coordinator of job {name} ended unexpectedly: {'; '.join(settlement.facts)}")
     if settlement.suspended:
         said.tell(f"{SAYS}qemu-blkmig resume {name} goes on where it was; cleanup {name} removes what is left")
@@ -102,7 +107,7 @@ def ask_to_leave(directory: Path, seconds: float) -> bool:
 def _persist(job: Job, settlement: Settlement) -> Settlement:
     """Try again until it is decided, the source QEMU or the job's record is gone, or somebody takes over."""
     job.record.settler = ProcessId.of(os.getpid())
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):
         job.save_blocking()
     pause, source_lives = FIRST_PAUSE, True
     while source_lives and not settlement.decided:

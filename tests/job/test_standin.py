@@ -124,3 +124,35 @@ def test_what_it_never_reckoned_with_does_not_end_it(job: Job, request: pytest.F
     (job.directory / "troubled").unlink()
     assert watchdog.wait(timeout=20) == 0
     assert not job.directory.exists()
+
+
+NO_THREADS = """
+import threading
+start = threading.Thread.start
+
+def refused(thread):
+    if not (Path(sys.argv[1]) / "mended").exists():
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+threading.Thread.start = refused
+"""
+
+
+def test_no_thread_to_be_had_does_not_end_it(job: Job) -> None:
+    head, body = SCRIPT.split("async def settle", 1)
+    (job.directory / "troubled").touch()
+    script = f"{head}{NO_THREADS}async def settle{body}"
+    command = [sys.executable, "-c", script, str(job.directory), str(job.lock)]
+    watchdog = subprocess.Popen(command, pass_fds=(job.lock,), stderr=subprocess.PIPE, text=True)
+    job.release()
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            watchdog.wait(timeout=1)
+        (job.directory / "mended").touch()
+        (job.directory / "troubled").unlink()
+        assert watchdog.wait(timeout=20) == 0
+        assert not job.directory.exists()
+    finally:
+        watchdog.kill()
+        watchdog.communicate()
