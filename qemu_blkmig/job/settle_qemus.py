@@ -80,7 +80,7 @@ class Qemus:
             # Somebody else may have resumed it here meanwhile: never twice.
             arrived = status == "completed" and (record.started_there or not await _runs(source))
         try:
-            if arrived and await self._take():
+            if arrived and await self._take(alone=source is None):
                 return Owner.DESTINATION
             if record.started_there and await self._there.gone():
                 return await self._decide_after_lost_start(source, settlement)
@@ -122,14 +122,14 @@ class Qemus:
         )
         return Owner.UNDECIDED
 
-    async def _take(self) -> bool:
-        """Whether the destination has the guest, started there if it ran before.
+    async def _take(self, *, alone: bool) -> bool:
+        """Whether the destination has the guest, started there if it ran before. `alone`: nobody else can have it.
 
         Raises `Unreachable` if it was told to start the guest and does not answer.
         """
         try:
             destination = await self._there.monitor()
-            return destination is not None and await self._take_by(destination)
+            return destination is not None and await self._take_by(destination, alone=alone)
         except HostUnreachable:
             raise
         except (NoAnswer, Unreachable) as error:
@@ -138,7 +138,7 @@ class Qemus:
             log.warning("%s", error)
             return False
 
-    async def _take_by(self, destination: Monitor) -> bool:
+    async def _take_by(self, destination: Monitor, *, alone: bool) -> bool:
         async def ended() -> bool:
             return await _migration_status(destination) not in ("setup", "active", "none")
 
@@ -153,11 +153,15 @@ class Qemus:
                 log.warning("%s", error)
                 return False
         state = (await destination.execute("query-status", timeout=ANSWER))["status"]
-        if self._job.record.started_there and state not in NOT_STARTED:
+        told = self._job.record.started_there
+        if told and state not in NOT_STARTED:
             return True
         try:
             self._job.record.started_there = True
-            await save_decision(self._job, synced=False)
+            if not (await save_decision(self._job, synced=False) or told or alone):
+                # Whoever settles next would take the guest back from a destination that was told nothing.
+                self._job.record.started_there = False
+                return False
             await destination.execute("cont", timeout=ANSWER)
             return True
         except RequestError as error:

@@ -86,12 +86,14 @@ class Sides(Protocol):
         """Let go of both."""
 
 
-async def save_decision(job: Job, *, synced: bool = True) -> None:
-    """A decision that cannot be saved is acted upon all the same: another try would come to the same one."""
+async def save_decision(job: Job, *, synced: bool = True) -> bool:
+    """Whether it was saved. If another try would come to the same decision, it is acted upon all the same."""
     try:
         await job.save(synced=synced, within=DECISION)
     except RecordFailed as error:
         log.warning("job %s: %s", job.record.job, error)
+        return False
+    return True
 
 
 async def clean_source(job: Job, source: Monitor, settlement: Settlement) -> None:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from qemu_blkmig.destination.files import boot_id
-from qemu_blkmig.errors import BlkmigError, GuestStateError, MigrationError, RequestError, Stalled
+from qemu_blkmig.errors import BlkmigError, GuestStateError, MigrationError, RecordFailed, RequestError, Stalled
 from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.guard import Guard
@@ -298,7 +298,11 @@ class Switchover:
         if self._job.record.was_running:
             self._job.record.started_there = True
             # This host's end would be the source QEMU's end, too: there is nothing to be told apart after it.
-            await self._job.save(synced=False, within=PATIENCE)
+            try:
+                await self._job.save(synced=False, within=PATIENCE)
+            except RecordFailed:
+                self._job.record.started_there = False
+                raise
             try:
                 await target.start_guest()
             except (RequestError, NotSent) as error:
