@@ -40,6 +40,7 @@ class Telling:
         self.latest: Figures | None = None
         self.moved: dict[str, int] = {}
         self._began: float | None = None
+        self._brought = 0
         self.last_note: str | None = None
 
     def job(self, name: str) -> None:
@@ -61,7 +62,8 @@ class Telling:
         """The engine's figures changed."""
         self.latest = figures
         self.moved.clear()
-        self._began = self._began or time.monotonic()
+        if self._began is None:
+            self._began, self._brought = time.monotonic(), self._bulk
         if figures.round != self._round:
             self._end_round(figures)
         if self.phase not in STILL:
@@ -85,8 +87,13 @@ class Telling:
         if self.latest is None or self._began is None or self.latest.speed is not None:
             return self.latest.speed if self.latest else None
         elapsed = time.monotonic() - self._began
-        settled = sum(disk.bulk_done for disk in self.latest.disks) + sum(self.moved.values())
-        return settled / elapsed if settled and elapsed >= LEAST_MEASURED else None
+        copied = self._bulk - self._brought
+        return copied / elapsed if copied > 0 and elapsed >= LEAST_MEASURED else None
+
+    @property
+    def _bulk(self) -> int:
+        """Bytes that the bulk pass has settled, what an earlier attempt had brought included."""
+        return sum(disk.bulk_done for disk in self.latest.disks) + sum(self.moved.values()) if self.latest else 0
 
     @property
     def settled(self) -> int:

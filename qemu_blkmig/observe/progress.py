@@ -44,6 +44,7 @@ class Lines:
 
     def job(self, name: str) -> None:
         """Not shown."""
+        self.summary.begin(name)
 
     def limits(self, downtime: float, rate: int | None) -> None:
         """The limits in force."""
@@ -92,6 +93,7 @@ class JsonLines:
 
     def job(self, name: str) -> None:
         """The job's name, which other commands take."""
+        self.summary.begin(name)
         self._tell(JobEvent(time=time.time(), job=name))
 
     def limits(self, downtime: float, rate: int | None) -> None:

@@ -26,7 +26,12 @@ class Summary:
         self.now = now
         self.begun = self.entered = now()
         self._began: float | None = None
+        self._brought = 0
         self._moving: dict[str, int] = {}
+
+    def begin(self, job: str) -> None:
+        """A job of this name begins, or is gone on with: its speed is that of what it copies from now on."""
+        self.job, self._began, self._moving = job, None, {}
 
     def enter(self, stage: str) -> None:
         """A phase begins."""
@@ -41,7 +46,7 @@ class Summary:
         self.figures = figures
         self._moving = {}
         if self._began is None:
-            self._began = self.now()
+            self._began, self._brought = self.now(), self._settled
 
     def moving(self, disk: str, settled: int) -> None:
         """Bytes settled in the copy under way."""
@@ -73,7 +78,8 @@ class Summary:
         if self.figures.speed is not None:
             return self.figures.speed
         elapsed = self.now() - self._began
-        return self._settled / elapsed if elapsed >= LEAST_MEASURED and self._settled else None
+        copied = self._settled - self._brought
+        return copied / elapsed if elapsed >= LEAST_MEASURED and copied > 0 else None
 
     @property
     def _settled(self) -> int:

@@ -47,7 +47,7 @@ class Terminal:
 
     def job(self, name: str) -> None:
         """The job's name."""
-        self.summary.job = name
+        self.summary.begin(name)
 
     def limits(self, downtime: float, rate: int | None) -> None:
         """The limits in force."""

@@ -19,7 +19,7 @@ from qemu_blkmig.observe.progress import JsonLines, progress
 from qemu_blkmig.observe.summary import Summary
 from qemu_blkmig.observe.terminal import Terminal
 from qemu_blkmig.outlet import Outlet
-from tests.observe.sample import MIB, figures
+from tests.observe.sample import MIB, disk, figures
 
 
 def busy() -> Summary:
@@ -49,6 +49,20 @@ def test_the_first_pass_has_a_speed_before_the_engine_tells_one() -> None:
     now = 2.0
     summary.moving("vda", 40 * MIB)
     assert summary.line() == "bulk 40 %, 20.0 MiB/s, 60.0 MiB pending"
+
+
+def test_what_an_earlier_attempt_has_brought_is_no_speed_of_a_later_one() -> None:
+    now = 0.0
+    summary = Summary(lambda: now)
+    summary.enter("bulk")
+    summary.update(figures())
+    now = 50.0
+    summary.begin("1a2b3c4d")
+    summary.update(figures(disk(bulk_done=60 * MIB)))
+    now = 52.0
+    assert summary.speed is None
+    summary.moving("vda", 20 * MIB)
+    assert summary.speed == 10 * MIB
 
 
 def test_a_stage_of_which_nothing_is_known_is_just_named() -> None:
