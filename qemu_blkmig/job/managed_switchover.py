@@ -393,9 +393,7 @@ class ManagedSwitchover:
                 await self._job.undecided(PATIENCE)
                 self._watch.step("record synced")
                 try:
-                    async with time_limit(max(HANDOVER, 20 * self._steering.downtime)):
-                        passage.gate.open()
-                        await passage.migration.wait()
+                    await self._cross(passage)
                     record.owner = Owner.DESTINATION
                     await self._job.save()
                 except (BlkmigError, TimeoutError, OSError) as error:
@@ -410,6 +408,16 @@ class ManagedSwitchover:
         ram = max(0.0, total - disks_took)
         steps = self._watch.steps | {"RAM, devices, start": max(0.0, total - sum(self._watch.steps.values()))}
         return Downtime(total, disk=disks_took - verify, verify=verify, ram=ram, steps=steps)
+
+    async def _cross(self, passage: Passage) -> None:
+        """Let libvirt hand over. Raises `LibvirtFailed` when that takes too long, and as `DomainMigration.wait`."""
+        limit = max(HANDOVER, 20 * self._steering.downtime)
+        passage.gate.open()
+        try:
+            async with time_limit(limit):
+                await passage.migration.wait()
+        except TimeoutError:
+            raise LibvirtFailed(f"libvirt had not handed the guest over within {limit:.0f} s") from None
 
     async def _take_run_state(self, *, live: bool) -> None:
         """Before any pause: the record says that a migration is ours, and the watchdog is armed.

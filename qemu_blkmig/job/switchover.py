@@ -13,7 +13,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from qemu_blkmig.destination.files import boot_id
-from qemu_blkmig.errors import BlkmigError, GuestStateError, MigrationError, RecordFailed, RequestError, Stalled
+from qemu_blkmig.errors import (
+    BlkmigError,
+    DestinationFailed,
+    GuestStateError,
+    MigrationError,
+    RecordFailed,
+    RequestError,
+    Stalled,
+)
 from qemu_blkmig.job.activation import activate
 from qemu_blkmig.job.connected import Connected
 from qemu_blkmig.job.guard import Guard
@@ -265,9 +273,7 @@ class Switchover:
             await self._job.undecided(PATIENCE)
             self._watch.step("record synced")
             try:
-                async with time_limit(max(HANDOVER, 20 * self._steering.downtime)), self._pulse():
-                    await ram.proceed()
-                    await ram.wait_completed()
+                await self._cross(ram)
                 self._watch.step("RAM and devices")
                 await self._activate(target)
                 record.owner = Owner.DESTINATION
@@ -286,6 +292,16 @@ class Switchover:
         one_clock = self._life.agent.there.boot_id == boot_id()
         total = resumed - ram.paused_at if one_clock else arrived - paused
         return self._downtime(total, disks_took)
+
+    async def _cross(self, ram: RamMigration) -> None:
+        """RAM's rest and device state. Raises `DestinationFailed` when that takes too long, and as `ram` does."""
+        limit = max(HANDOVER, 20 * self._steering.downtime)
+        try:
+            async with time_limit(limit), self._pulse():
+                await ram.proceed()
+                await ram.wait_completed()
+        except TimeoutError:
+            raise DestinationFailed(f"the destination had not taken the guest within {limit:.0f} s") from None
 
     def _downtime(self, total: float, until_closed: float) -> Downtime:
         verify = self._watch.phases.get("verify", 0.0)
