@@ -32,12 +32,11 @@ class Live:
     async def change(self, wanted: Change) -> str:
         """Bring new limits into effect. Raises `UsageError`, and what bringing them into effect raises."""
         steering = self._steering
-        if wanted.bandwidth is not msgspec.UNSET:
-            check_bandwidth(wanted.bandwidth)
-            steering.bandwidth = wanted.bandwidth
-        if wanted.downtime is not msgspec.UNSET:
-            check_downtime(wanted.downtime)
-            steering.downtime = wanted.downtime
+        bandwidth = steering.bandwidth if wanted.bandwidth is msgspec.UNSET else wanted.bandwidth
+        downtime = steering.downtime if wanted.downtime is msgspec.UNSET else wanted.downtime
+        check_bandwidth(bandwidth)
+        check_downtime(downtime)
+        steering.bandwidth, steering.downtime = bandwidth, downtime
         await steering.changed()
         rate = "no limit" if steering.rate is None else show_rate(steering.rate)
         text = f"bandwidth: {rate}, downtime: {show_seconds(steering.downtime)}"

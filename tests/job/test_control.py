@@ -8,11 +8,12 @@ import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
 
-from qemu_blkmig.errors import ConnectionLost, Refused
+from qemu_blkmig.errors import ConnectionLost, Refused, UsageError
 from qemu_blkmig.job.control import (
     CLIENTS,
     SOCKET,
@@ -26,7 +27,11 @@ from qemu_blkmig.job.control import (
     Request,
     SwitchOver,
 )
+from qemu_blkmig.job.interrupts import Interrupts
+from qemu_blkmig.job.live import Live
+from qemu_blkmig.job.record import Record
 from qemu_blkmig.job.status import Status
+from qemu_blkmig.job.steering import Steering
 
 
 class Recorded:
@@ -165,3 +170,11 @@ async def test_a_crowd_and_one_that_never_reads_are_turned_away_without_holding_
                 await asyncio.sleep(0)
         assert isinstance(await ask(tmp_path, Look()), Status)
         assert job.done == []
+
+
+async def test_limits_of_which_one_is_refused_are_both_left_as_they_were() -> None:
+    steering = Steering(0.3, None)
+    live = Live(Record(job="1", runtime=""), MagicMock(), steering, Interrupts(print))
+    with pytest.raises(UsageError):
+        await live.change(Change(bandwidth=1 << 20, downtime=0.0))
+    assert (steering.bandwidth, steering.downtime) == (None, 0.3)
