@@ -66,6 +66,13 @@ def test_a_fault_is_named(tmp_path: Path, settings: dict[str, object], fault: st
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_names_of_one_file_cannot_take_two_disks(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(MIB))
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    told = faults(new(tmp_path / "a", disk="vda"), new(tmp_path / "b", disk="vdb"))
+    assert told == f"{tmp_path}/b is the destination of disk vda too"
+
+
 def test_faults_of_all_images_are_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
     told = faults(new(tmp_path / "there"), new(tmp_path / "b", format="luks"), new(tmp_path / "c"), new(tmp_path / "c"))
