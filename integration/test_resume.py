@@ -23,6 +23,7 @@ from integration.tool import COMMAND, assert_nothing_left
 from qemu_blkmig.demo.guest import Orders
 
 MIB = 1 << 20
+NODE = "disk0"
 
 
 @contextlib.contextmanager
@@ -325,6 +326,30 @@ def test_images_onto_which_somebody_else_has_moved_the_guest_stay_when_the_job_i
     assert_records_sound(there.disks[0], there.acked())
     attempt.source.kill()
     assert not list(attempt.lab.target.glob(".*-hashes"))
+
+
+@pytest.mark.parametrize("kind", ["qcow2", *also("raw")])
+def test_images_that_nobody_has_written_to_since_go_although_the_source_has_ended(bench: Bench, kind: str) -> None:
+    attempt = bench.attempt_at("copied", kind=kind)
+    attempt.signal(signal.SIGHUP)
+    attempt.outcome().failed(129)
+    attempt.source.kill()
+    command("cleanup", attempt.job()).succeeded()
+    assert not list(attempt.lab.target.iterdir())
+
+
+def test_a_disk_that_was_resized_meanwhile_is_told_with_what_can_be_done(bench: Bench) -> None:
+    attempt = bench.attempt_at("copied")
+    attempt.signal(signal.SIGHUP)
+    attempt.outcome().failed(129)
+    attempt.source.execute("block_resize", {"node-name": NODE, "size": 32 * MIB})
+    job = attempt.job()
+    told = command("resume", job).failed(3, "was resized", "if that can be mended: qemu-blkmig resume")
+    assert f"else qemu-blkmig cleanup {job} removes what is left, to begin anew" in told.stderr
+    command("cleanup", job).succeeded()
+    assert attempt.source.status() == "running"
+    assert not list(attempt.lab.target.iterdir())
+    attempt.source.kill()
 
 
 def moved_otherwise(attempt: Attempt) -> Guest:

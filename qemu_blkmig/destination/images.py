@@ -324,7 +324,8 @@ def _faults_as_it_is(image: Image, job: str | None) -> Iterator[str]:
         os.close(descriptor)
     size = size_of(image.path, image.format)
     if size != image.size:
-        yield f"{image.path} holds {size} bytes, the disk has {image.size}{_told_otherwise(image)}"
+        resized = ": one of them was resized since the job began" if image.identity is not None else ""
+        yield f"{image.path} holds {size} bytes, the disk has {image.size}{resized or _told_otherwise(image)}"
     if image.backing is not None and not _stands_on(image, image.backing):
         yield f"{image.path} is there already, but not upon the backing file {image.backing.path}"
     elif image.backing is not None and not (image.compared or image.identity) and _holds_data(image):

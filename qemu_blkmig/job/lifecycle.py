@@ -599,8 +599,10 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
         failure.suspended = name
         failure.state = "; ".join(settlement.facts)
         go_on, give_up = f"qemu-blkmig resume {name}", f"qemu-blkmig cleanup {name} removes what is left"
+        if isinstance(failure, Refused):
+            give_up = f"else {give_up}, to begin anew"
         if failure.advice is None or go_on not in failure.advice:
-            mend = failure.advice or ("make room at the destination" if _is_of_room(failure) else None)
+            mend = failure.advice or _mend(failure)
             failure.advice = f"{f'{mend}: ' if mend else ''}{go_on} goes on where it was"
         failure.advice = f"{failure.advice}; {give_up}"
         return failure
@@ -620,8 +622,11 @@ def _told(failure: BlkmigError, settlement: Settlement, job: Job) -> BlkmigError
     return undecided
 
 
-def _is_of_room(failure: BlkmigError) -> bool:
-    return isinstance(failure, DestinationWriteError) and failure.errno in (errno.ENOSPC, errno.EDQUOT)
+def _mend(failure: BlkmigError) -> str | None:
+    """What is to be done before the job can go on, where it does not go on by itself."""
+    if isinstance(failure, DestinationWriteError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room at the destination"
+    return "if that can be mended" if isinstance(failure, Refused) else None
 
 
 def _arrived_all_the_same(failure: BlkmigError, settlement: Settlement, job: Job) -> Undecided:

@@ -95,6 +95,8 @@ def test_who_is_to_compare_is_not_told_to_go_on_without(life: Any) -> None:
     )
     full = DestinationWriteError("cannot be written", disk="vda", offset=0, errno=errno.ENOSPC)
     assert lifecycle._told(full, settlement, life.job).advice == f"make room at the destination: {plain}"
+    refused = lifecycle._told(Refused("it was resized"), settlement, life.job).advice
+    assert refused == f"if that can be mended: {plain.replace('; ', '; else ')}, to begin anew"
     compare = compare_instead(name)
     told = lifecycle._told(DestinationFailed("lost", advice=compare), settlement, life.job).advice
     assert told == f"{compare}; qemu-blkmig cleanup {name} removes what is left"
