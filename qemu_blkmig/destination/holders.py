@@ -56,6 +56,6 @@ def _leads_to(descriptor: Path, status: os.stat_result) -> bool:
 
 def _is_stopped(process: Path) -> bool:
     with contextlib.suppress(OSError):
-        told = (process / "stat").read_text()
+        told = (process / "stat").read_text(errors="replace")
         return told[told.rindex(")") + 2] in "Tt"
     return False

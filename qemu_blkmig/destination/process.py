@@ -24,9 +24,10 @@ class ProcessId(msgspec.Struct, frozen=True):
         A zombie whose other threads still end is not gone: they hold its files, and QEMU's image locks with them.
         """
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         except OSError:
             return None
+        # Its name may be any bytes: the kernel cuts it, in the midst of a letter, too.
         fields = stat[stat.rindex(")") + 2 :].split()
         threads, start = int(fields[17]), int(fields[19])
         return None if fields[0] in "ZX" and threads <= 1 else cls(pid, start)

@@ -12,6 +12,7 @@ SHARED = {
     "lustre", "nfs", "nfs4", "ocfs2", "smb3",
 }  # fmt: skip
 """By their names in mountinfo; those that libvirt knows as shared (virFileIsSharedFS), and their like."""
+MOUNTS = Path("/proc/self/mountinfo")
 
 
 def shared_file_system(path: str, mounts: str | None = None) -> str | None:
@@ -34,6 +35,7 @@ def shared_file_systems(mounts: str | None = None) -> dict[int, str]:
 
 def _mounted(mounts: str | None) -> Iterator[tuple[list[str], str]]:
     """The words of each line before the type, and that."""
-    for line in (Path("/proc/self/mountinfo").read_text() if mounts is None else mounts).splitlines():
+    # Names may have any byte but those that are escaped, and what Python takes for white space, too.
+    for line in (os.fsdecode(MOUNTS.read_bytes()) if mounts is None else mounts).strip("\n").split("\n"):
         words, _, told = line.partition(" - ")
-        yield words.split(), told.split()[0]
+        yield words.split(" "), told.split(" ")[0]

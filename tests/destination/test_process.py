@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from qemu_blkmig.destination.holders import _is_stopped
 from qemu_blkmig.destination.process import ProcessId
 
 WITHOUT_ITS_FIRST_THREAD = """
@@ -56,4 +58,17 @@ def test_a_pid_given_anew_is_another_process() -> None:
         now = ProcessId.of(process.pid)
         assert now is not None
         assert not ProcessId(now.pid, now.start - 1).alive
+        process.kill()
+
+
+def test_a_process_may_have_a_name_that_is_not_utf_8() -> None:
+    """The kernel cuts it after 15 bytes, in the midst of a letter, too (QEMU's -name process=...)."""
+    script = "import sys; open('/proc/self/comm', 'wb').write(b'vm) \\xc3'); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = ProcessId.of(process.pid)
+        assert found is not None and found.alive
+        assert _is_stopped(Path(f"/proc/{process.pid}")) is False
         process.kill()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qemu_blkmig.destination import sharedfs
 from qemu_blkmig.destination.sharedfs import shared_file_system, shared_file_systems
 
 MOUNTS = r"""22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
@@ -36,3 +37,13 @@ def test_shared_file_systems_are_known_by_their_devices() -> None:
 
 def test_this_host_s_own_mounts_are_read(tmp_path: Path) -> None:
     assert shared_file_system(str(tmp_path / "a")) is None
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "a\u00a0b".encode(), "a\u0085b".encode()])
+def test_a_mount_s_name_may_be_any_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(MOUNTS.encode() + b"45 22 0:43 / /" + name + b" rw - nfs4 nas:/" + name + b" rw\n")
+    monkeypatch.setattr(sharedfs, "MOUNTS", mounts)
+    assert shared_file_system(os.fsdecode(b"/" + name + b"/a")) == "nfs4"
+    assert shared_file_system("/srv/a") == "nfs4"
+    assert os.makedev(0, 43) in shared_file_systems()
