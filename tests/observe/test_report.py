@@ -288,6 +288,15 @@ async def test_a_job_that_rests_says_what_to_do_and_its_rest_takes_no_room_on_th
     assert "suspended" in text and "qemu-blkmig resume resting" in text and "the network is gone" in text
 
 
+def test_a_job_whose_host_s_clock_was_set_back_while_it_rested_has_a_page(state: Path) -> None:
+    past(state, agreed(), phases("prepare", "bulk", "prepare", "bulk", "dirty"), sampled(3))
+    with sqlite3.connect(state / FOLDER / "past.sqlite") as database:
+        database.execute("UPDATE phase SET time = ? + id * 10 - (id > 2) * 86400", (BEGAN,))
+        database.execute("UPDATE sample SET time = ? - 86400 + 50 + id", (BEGAN,))
+    database.close()
+    assert "/old/vda" in Page(page()).text
+
+
 def test_the_page_is_written_whole_or_not_at_all(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     past(state, agreed(), moved())
     out = state / "out.html"

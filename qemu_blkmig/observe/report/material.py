@@ -150,8 +150,10 @@ class Material:
         """From when to when the job was suspended."""
         rests = []
         for phase in self.story.phases[1:]:
-            if phase.name == FIRST:
-                rests.append((max((moment for moment in self._noted if moment < phase.time)), phase.time))
+            before = [moment for moment in self._noted if moment < phase.time]
+            # Nothing is, where the clock was set back meanwhile.
+            if phase.name == FIRST and before:
+                rests.append((before[-1], phase.time))
         return rests
 
     @cached_property
