@@ -131,6 +131,36 @@ def test_one_that_libvirt_has_moved_away_does_not_overwrite_what_it_has_written_
     assert before != [_content(virtlab, disk, disk.path, far=True) for disk in off.disks]
 
 
+def test_images_onto_which_libvirt_has_moved_the_domain_stay_when_a_job_that_rests_is_given_up(
+    virtlab: VirtLab, off: Domain
+) -> None:
+    running = virtlab.attempt(off, *ENDS, "--bandwidth", "8")
+    running.wait_copying()
+    running.signal(signal.SIGHUP)
+    running.outcome().failed(128 + signal.SIGHUP)
+    virtlab.hosts.virsh("start", off.name)
+    off.wait_for_writing()
+    for disk in off.disks:
+        if not virtlab.outside(disk.path, far=True).exists():
+            virtlab.hosts.run("qemu-img", "create", "-q", "-f", disk.format, disk.path, disk.size, far=True)
+    virtlab.hosts.virsh("migrate", "--unsafe", "--copy-storage-all", "--persistent", off.name, virtlab.target)
+    off.wait_for_writing(far=True, more=20)
+    virtlab.hosts.virsh("destroy", off.name, far=True)
+    before = [_content(virtlab, disk, disk.path, far=True) for disk in off.disks]
+    told = virtlab.tool("cleanup", virtlab.job()).succeeded().stdout
+    assert "what it wrote since is there alone" in told, told
+    assert before == [_content(virtlab, disk, disk.path, far=True) for disk in off.disks]
+
+
+def test_they_go_where_nobody_has_written_to_them(virtlab: VirtLab, off: Domain) -> None:
+    running = virtlab.attempt(off, *ENDS, "--bandwidth", "8")
+    running.wait_copying()
+    running.signal(signal.SIGHUP)
+    running.outcome().failed(128 + signal.SIGHUP)
+    virtlab.tool("cleanup", virtlab.job()).succeeded()
+    assert not virtlab.images_there(off)
+
+
 def test_a_domain_that_is_started_meanwhile_cannot_or_is_not_defined_there(virtlab: VirtLab, off: Domain) -> None:
     running = virtlab.attempt(off, *ENDS, "--bandwidth", "1")
     running.wait_copying()

@@ -175,6 +175,8 @@ class Qemus:
         record = self._job.record
         if record.source_qmp is None:
             settlement.facts.append(f"{record.untouched_guest}, the source is as it was")
+            # It may have been started since, and moved.
+            settlement.moved = record.offline is not None
             return
         source = await self._here.monitor()
         if source is None:
