@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 from qemu_blkmig.destination.exits import ended
+from qemu_blkmig.engine.outlast import outlast
 from qemu_blkmig.errors import Refused, WatchdogGone
 from qemu_blkmig.job import watchdog
 from qemu_blkmig.time_limit import time_limit
+from qemu_blkmig.transport.starting import end
 
 HEARTBEAT = 1.0
 """Seconds between two signs of life."""
@@ -38,17 +40,24 @@ class Watchdog:
     @classmethod
     async def start(cls, directory: Path, lock: int) -> Watchdog:
         """Start the watchdog of the job in `directory`; it inherits the job's `lock`. It does not stand yet."""
-        process = await asyncio.to_thread(
+        starting = await outlast(asyncio.to_thread(
             subprocess.Popen, [sys.executable, "-m", watchdog.__name__, str(directory), str(lock), str(os.getpid())],
             bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(lock,), start_new_session=True,
-        )  # fmt: skip
-        if process.stdin is None or process.stdout is None:
-            raise OSError("the watchdog has no pipes")
-        # One that hangs must not make us hang when its pipe is full.
-        os.set_blocking(process.stdin.fileno(), False)
-        answers = asyncio.StreamReader()
-        loop = asyncio.get_running_loop()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(answers), process.stdout)
+        ))  # fmt: skip
+        process = starting.result()
+        try:
+            starting.raise_cancellation()
+            if process.stdin is None or process.stdout is None:
+                raise OSError("the watchdog has no pipes")
+            # One that hangs must not make us hang when its pipe is full.
+            os.set_blocking(process.stdin.fileno(), False)
+            answers = asyncio.StreamReader()
+            loop = asyncio.get_running_loop()
+            await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(answers), process.stdout)
+        except BaseException:
+            # It would take us for dead, and settle a job that is at rest, or gone, by then.
+            end(process)
+            raise
         return cls(process, process.stdin.fileno(), answers)
 
     async def stand(self) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -102,3 +103,33 @@ async def test_two_that_arm_it_at_once_are_both_answered(coordinator: Coordinato
     answers.feed_data(b"armed\narmed\n")
     await arming
     watchdog.take_over()
+
+
+async def test_who_is_cancelled_while_it_starts_leaves_none_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[subprocess.Popen[bytes]] = []
+    popen, begun, may = subprocess.Popen, threading.Event(), threading.Event()
+
+    def slow(*words: Any, **how: Any) -> subprocess.Popen[bytes]:
+        begun.set()
+        may.wait(20)
+        made.append(popen(*words, **how))
+        return made[0]
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    starting = asyncio.create_task(Watchdog.start(tmp_path, lock))
+    await asyncio.to_thread(begun.wait, 20)
+    starting.cancel()
+    await asyncio.sleep(0)
+    may.set()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    os.close(lock)
+    try:
+        assert made and made[0].poll() is not None, "the job, at rest by then, would be settled by it"
+    finally:
+        for process in made:
+            process.kill()
+            process.wait()
