@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.hosts import ADDRESSES
 from integration.lab import LabError, assert_records_sound, wait_until
 from integration.listened import Listened
 from integration.thorough import also
@@ -239,6 +240,61 @@ def test_images_onto_which_somebody_else_has_moved_the_guest_stay_when_the_job_i
     assert "--offline" not in told and "hold all" not in told, told
     (disk,) = domain.disks
     image = replace(disk, path=virtlab.outside(disk.path, far=True))
+    assert_records_sound(image, max(domain.acked(), domain.acked(far=True)))
+    virtlab.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("way", "ending"), [((), "cleanup"), (("--undefinesource",), "cleanup"), (("--undefinesource",), "resume")]
+)
+def test_they_stay_too_when_the_source_s_libvirt_does_not_know_any_more_that_it_has_moved_it(
+    virtlab: VirtLab, domain: Domain, way: tuple[str, ...], ending: str
+) -> None:
+    attempt = virtlab.attempt(domain, hold="copied")
+    attempt.wait_held()
+    attempt.signal(signal.SIGHUP)
+    attempt.outcome().failed(128 + signal.SIGHUP, now=HERE)
+    virtlab.hosts.virsh("migrate", "--unsafe", "--copy-storage-all", *way, domain.name, virtlab.target)
+    domain.wait_for_writing(far=True, more=20)
+    virtlab.hosts.virsh("destroy", domain.name, far=True)
+    virtlab.hosts.stop_libvirtd(far=False)
+    virtlab.hosts.start_libvirtd(far=False)
+    outcome = virtlab.tool(ending, virtlab.job())
+    told = outcome.stderr + outcome.stdout
+    assert ending == "resume" or "images were left at the destination" in told, told
+    (disk,) = domain.disks
+    image = replace(disk, path=virtlab.outside(disk.path, far=True))
+    assert_records_sound(image, max(domain.acked(), domain.acked(far=True)))
+    virtlab.cleaned_up()
+    assert virtlab.images_there(domain)
+    virtlab.assert_nothing_left()
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_guest_that_came_back_before_its_job_was_cleaned_up_is_left_alone(
+    virtlab: VirtLab, domain: Domain, *, paused: bool
+) -> None:
+    attempt = virtlab.attempt(domain, "--source-images", "delete", hold="decided")
+    attempt.wait_held()
+    virtlab.hosts.stop_libvirtd(far=True)
+    for pid in virtlab.hosts.connections():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    attempt.signal(signal.SIGKILL)
+    assert f"qemu-blkmig cleanup {virtlab.job()}" in attempt.outcome().stderr
+    virtlab.hosts.start_libvirtd(far=True)
+    assert domain.runs() == ["hostb"]
+    back = ("migrate", "--live", "--unsafe", "--copy-storage-all", "--persistent", "--undefinesource", domain.name)
+    uri = f"tcp://{ADDRESSES['hosta']}"
+    virtlab.hosts.run("virsh", "-c", virtlab.target, *back, "qemu:///system", "--migrateuri", uri)
+    if paused:
+        virtlab.hosts.virsh("suspend", domain.name)
+    told = virtlab.tool("cleanup", virtlab.job()).succeeded().stdout
+    assert "came back" in told and "left alone" in told, told
+    assert domain.state() == ("paused" if paused else "running")
+    virtlab.hosts.virsh("destroy", domain.name)
+    (disk,) = domain.disks
+    image = replace(disk, path=virtlab.outside(disk.path, far=False))
     assert_records_sound(image, max(domain.acked(), domain.acked(far=True)))
     virtlab.assert_nothing_left()
 

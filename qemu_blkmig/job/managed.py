@@ -147,7 +147,8 @@ class _Run:
         ends, monitor, agent = await self._connect()
         self._ends = ends
         domain = ends.domain
-        record.managed = Managed.of(options, domain.uuid, domain.name)
+        number = await ends.source.call(ends.handle.ID)
+        record.managed = Managed.of(options, domain.uuid, domain.name, number)
         self._arrangement: Arrangement = await arrange(options, domain, ends.source, ends.target, agent)
         placed = self._arrangement.placed(domain)
         known = None if options.unsafe else domain.aliases

@@ -50,20 +50,24 @@ class Owner(enum.Enum):
 
 
 class Managed(msgspec.Struct, frozen=True):
-    """A domain that libvirt manages: its `uuid`, its names at the source and there, and what was asked for."""
+    """A domain that libvirt manages: its `uuid`, its names at the source and there, and what was asked for.
+
+    `number`: its id at the source, as long as it runs there; once it was started anew it has another one.
+    """
 
     options: ManagedOptions
     uuid: str
     name: str
     name_there: str
+    number: int | None = None
 
     @classmethod
-    def of(cls, options: ManagedOptions, uuid: str, name: str) -> Managed:
+    def of(cls, options: ManagedOptions, uuid: str, name: str, number: int | None = None) -> Managed:
         """What is known of a domain that was asked for. By a number it could be another one, or none, when the job is
         resumed: the id of a running domain is a new one each time.
         """
         lasting = replace(options, domain=uuid) if options.domain.isdecimal() else options
-        return cls(lasting, uuid, name, options.dname or name)
+        return cls(lasting, uuid, name, options.dname or name, number)
 
 
 class Volume(msgspec.Struct, frozen=True):
@@ -184,6 +188,8 @@ class Job:
         self._file = DurableFile(directory / RECORD)
         self.starts_over = False
         """What was recorded is of no use any more: both sides are compared."""
+        self.left = False
+        """It was begun by others, who may have left it long ago."""
 
     @classmethod
     def create(cls) -> Job:
@@ -222,7 +228,9 @@ class Job:
                 "work and takes up to a minute or so: try again",
             ) from None
         try:
-            return cls(directory, read_record(directory), lock)
+            job = cls(directory, read_record(directory), lock)
+            job.left = True
+            return job
         except (OSError, msgspec.DecodeError) as error:
             os.close(lock)
             raise Refused(

@@ -106,7 +106,7 @@ async def settle(
                     settlement.moved &= release_images is None
                     await _discard(job, sides, beyond, settlement)
                     _tell_overwritten(job, settlement)
-                elif record.owner is Owner.DESTINATION:
+                elif record.owner is Owner.DESTINATION and not settlement.returned:
                     await _mark(job, sides, beyond, settlement)
                 await beyond.tidy(needed=record.target_launched and release_images is not None)
                 break

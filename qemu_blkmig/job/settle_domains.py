@@ -42,6 +42,8 @@ class _State:
         self.active = told is not None and told[0] != module.VIR_DOMAIN_SHUTOFF
         self.known = told is not None
         self.moved_away = told == (module.VIR_DOMAIN_SHUTOFF, module.VIR_DOMAIN_SHUTOFF_MIGRATED)
+        self.forgotten = told in (None, (module.VIR_DOMAIN_SHUTOFF, module.VIR_DOMAIN_SHUTOFF_UNKNOWN))
+        """Whether libvirt does not know why it is off, as after a restart of its own, or not even the domain."""
         self.crashed = told is not None and told[0] == module.VIR_DOMAIN_CRASHED
         """Its QEMU is still there, with all its disks (on_crash), if only until libvirt has ended it, or reset it."""
         self.paused = told is not None and told[0] == module.VIR_DOMAIN_PAUSED
@@ -117,10 +119,12 @@ class Domains:
         if not state.active:
             settlement.suspended = False
             settlement.facts.append("the domain does not run at the source any more")
-            settlement.taken = state.moved_away or (await self._state(await self._far())).known
+            settlement.moved = state.forgotten and self._long_after
+            unsure = state.forgotten and self._job.left and not settlement.moved
+            settlement.taken = state.moved_away or unsure or (await self._state(await self._far())).known
             if settlement.taken:
                 settlement.facts.append("somebody else may have moved it away: then what it wrote since is there alone")
-            else:
+            elif not settlement.moved:
                 settlement.facts.append("its disks hold all that it wrote")
             return
         record = self._job.record
@@ -168,7 +172,13 @@ class Domains:
         state = await self._state(near)
         if not state.active:
             return
-        if state.paused and await self._destroy(near):
+        number = self._managed.number
+        ours = number is None or number == await near.call((await self._domain(near)).ID)
+        if settlement.ended and not ours:
+            settlement.returned = True
+            settlement.facts.append("it was started at the source again, or came back, since: it was left alone")
+            return
+        if state.paused and ours and await self._destroy(near):
             if self._managed.options.undefine_source:
                 await near.call((await self._domain(near)).undefine)
             return

@@ -26,7 +26,8 @@ class Settlement:
     but at a destination host that cannot be reached something is left to be tidied up. `unreachable`: what to do about
     it when that host keeps the decision to itself. `suspended`: images and bitmaps were kept, so that the job can be
     resumed. `taken`: somebody else may have moved the guest onto the images at the destination, so that they stay;
-    `moved`: it may have, if they were written to since.
+    `moved`: it may have, if they were written to since. `returned`: the destination had the guest, but by now it
+    is at the source again, which is nothing of this job's.
     """
 
     owner: Owner
@@ -37,6 +38,7 @@ class Settlement:
     suspended: bool = False
     taken: bool = False
     moved: bool = False
+    returned: bool = False
     facts: list[str] = field(default_factory=list)
 
 

@@ -9,8 +9,10 @@ from unittest.mock import AsyncMock, MagicMock
 import pytest
 
 from qemu_blkmig.job import settle_domains
+from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.peers import HostUnreachable
-from qemu_blkmig.job.record import Owner, Record
+from qemu_blkmig.job.place import Ssh
+from qemu_blkmig.job.record import Managed, Owner, Record
 from qemu_blkmig.job.settle_domains import Domains
 from qemu_blkmig.job.settlement import Settlement
 from qemu_blkmig.virt.connection import LibvirtError, libvirt
@@ -19,7 +21,7 @@ USER, MIGRATION = 1, 2
 """Why libvirt has a domain paused."""
 UNPAUSED, CANCELED = 5, 6
 """Why libvirt has it run: somebody resumed it; its migration came to nothing."""
-DESTROYED, MIGRATED = 2, 4
+UNKNOWN, DESTROYED, MIGRATED = 0, 2, 4
 """Why it is shut off."""
 RUNS, PAUSED, SHUT_OFF, CRASHED = 1, 3, 5, 6
 
@@ -34,6 +36,14 @@ class Domain:
     def state(self) -> tuple[int, int]:
         """See libvirt."""
         return self.told
+
+    def ID(self) -> int:
+        """See libvirt."""
+        return 7
+
+    def destroy(self) -> None:
+        """See libvirt."""
+        self.told = (SHUT_OFF, DESTROYED)
 
     def resume(self) -> None:
         """See libvirt, which refuses it of one that runs."""
@@ -145,7 +155,8 @@ async def test_a_crashed_guest_whose_qemu_libvirt_keeps_is_rid_of_what_is_ours(m
 
 
 @pytest.mark.parametrize(
-    ("reason", "known", "taken"), [(DESTROYED, False, False), (MIGRATED, False, True), (DESTROYED, True, True)]
+    ("reason", "known", "taken"),
+    [(DESTROYED, False, False), (MIGRATED, False, True), (UNKNOWN, False, True), (DESTROYED, True, True)],
 )
 async def test_a_domain_that_somebody_else_may_have_moved_onto_the_images_keeps_them(
     monkeypatch: pytest.MonkeyPatch, reason: int, *, known: bool, taken: bool
@@ -159,6 +170,47 @@ async def test_a_domain_that_somebody_else_may_have_moved_onto_the_images_keeps_
     await sides.return_to_source(settlement)
     assert settlement.taken is taken
     assert ("its disks hold all that it wrote" in settlement.facts) is not taken
+
+
+@pytest.mark.parametrize(
+    ("left", "long_after", "taken", "moved"),
+    [(True, False, True, False), (True, True, False, True), (False, False, False, False)],
+)
+async def test_so_may_one_of_which_nobody_knows_any_more_when_a_job_was_left(
+    monkeypatch: pytest.MonkeyPatch, *, left: bool, long_after: bool, taken: bool, moved: bool
+) -> None:
+    unknown = LibvirtError("libvirt", "no domain", libvirt().VIR_ERR_NO_DOMAIN)
+    sides = both(monkeypatch, Record("cafe", "/run"), Domain(SHUT_OFF, DESTROYED), long_after=long_after)
+    monkeypatch.setattr(sides, "_domain", AsyncMock(side_effect=unknown))
+    sides._job.left = left
+    settlement = Settlement(Owner.SOURCE)
+    await sides.return_to_source(settlement)
+    assert (settlement.taken, settlement.moved) == (taken, moved)
+
+
+@pytest.mark.parametrize(
+    ("number", "there", "destroyed", "returned"),
+    [
+        (7, SHUT_OFF, True, False),
+        (7, RUNS, True, False),
+        (None, RUNS, True, False),
+        (6, SHUT_OFF, False, True),
+        (6, RUNS, False, False),
+    ],
+)
+async def test_only_the_rest_of_what_was_handed_over_is_ended_at_the_source(
+    monkeypatch: pytest.MonkeyPatch, number: int | None, there: int, *, destroyed: bool, returned: bool
+) -> None:
+    domain = Domain(PAUSED, USER)
+    sides = both(monkeypatch, Record("cafe", "/run", owner=Owner.DESTINATION), domain)
+    options = ManagedOptions("vm", "qemu+ssh://hostb/system", Ssh("hostb", "/"))
+    sides._managed = Managed(options, "uuid", "vm", "vm", number)
+    monkeypatch.setattr(sides._far_end, "call", AsyncMock(return_value=(there, 0)))
+    settlement = Settlement(Owner.DESTINATION)
+    await sides.leave_to_destination(settlement)
+    assert (domain.told[0] == SHUT_OFF) is destroyed
+    assert settlement.returned is returned
+    assert settlement.decided is (destroyed or returned)
 
 
 async def test_what_libvirt_ends_only_while_the_job_is_settled_undoes_nobody_s_pause(
