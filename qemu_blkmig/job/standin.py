@@ -21,7 +21,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.job.history import note_end
 from qemu_blkmig.job.record import Job, read_record
 from qemu_blkmig.job.settle import settle
-from qemu_blkmig.job.settlement import Settlement
+from qemu_blkmig.job.settlement import DECISION, Settlement
 from qemu_blkmig.outlet import Outlet
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _persist(job: Job, settlement: Settlement) -> Settlement:
     """Try again until it is decided, the source QEMU or the job's record is gone, or somebody takes over."""
     job.record.settler = ProcessId.of(os.getpid())
     with contextlib.suppress(OSError, RuntimeError):
-        job.save_blocking()
+        job.save_blocking(DECISION)
     pause, source_lives = FIRST_PAUSE, True
     while source_lives and not settlement.decided:
         if signal.sigtimedwait([LEAVE], pause) is not None:

@@ -156,3 +156,39 @@ def test_no_thread_to_be_had_does_not_end_it(job: Job) -> None:
     finally:
         watchdog.kill()
         watchdog.communicate()
+
+
+STALLED = """
+from qemu_blkmig.job import durable
+write = durable.DurableFile._write
+
+def stalled(self, *content):
+    while not (Path(sys.argv[1]) / "flows").exists():
+        standin.time.sleep(0.02)
+    write(self, *content)
+
+durable.DurableFile._write = stalled
+standin.DECISION = 0.05
+"""
+
+
+def test_storage_that_stalls_does_not_keep_it_from_trying_again(job: Job) -> None:
+    head, body = SCRIPT.split("async def settle", 1)
+    body = body.replace(
+        "    if", "    (job.directory / ('again' if job.record.settler else 'once')).touch()\n    if", 1
+    )
+    script = f"{head}{STALLED}async def settle{body}"
+    command = [sys.executable, "-c", script, str(job.directory), str(job.lock)]
+    watchdog = subprocess.Popen(command, pass_fds=(job.lock,), stderr=subprocess.DEVNULL)
+    job.release()
+    try:
+        deadline = time.monotonic() + 5
+        while not (job.directory / "again").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert (job.directory / "again").exists()
+        (job.directory / "mended").touch()
+        (job.directory / "flows").touch()
+        assert watchdog.wait(timeout=20) == 0
+    finally:
+        watchdog.kill()
+        watchdog.wait()
