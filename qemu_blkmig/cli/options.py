@@ -303,6 +303,8 @@ def asked(arguments: argparse.Namespace, source: str, destination: str) -> Asked
     listen = None
     if arguments.metrics_listen is not None:
         listen = parse_listen(arguments.metrics_listen)
+    # Labels are UTF-8; names of files need not be.
+    source, destination = (text.encode(errors="backslashreplace").decode() for text in (source, destination))
     return Asked(arguments.progress, arguments.command, source, destination, arguments.metrics_file, listen)
 
 

@@ -327,6 +327,15 @@ def test_a_job_that_is_refused_leaves_its_failure_in_the_file(
     assert (info["command"], info["destination"], len(info["job_id"])) == ("copy", f"local:{tmp_path}", 8)
 
 
+def test_names_that_are_not_utf_8_are_labels_all_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "vm.prom"
+    words = ["copy", "qmp:/no\udcff", f"local:{tmp_path}/\udcff", "--progress=none", "--metrics-file", str(path)]
+    for _ in range(2):
+        assert main(words) == 3
+        assert "a defect" not in capfd.readouterr().err
+    assert last_times(path, r"qmp:/no\udcff")[1] is not None
+
+
 def test_what_the_file_s_thread_complains_of_is_told_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
