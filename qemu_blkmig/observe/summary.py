@@ -30,8 +30,8 @@ class Summary:
         self._moving: dict[str, int] = {}
 
     def begin(self, job: str) -> None:
-        """A job of this name begins, or is gone on with: its speed is that of what it copies from now on."""
-        self.job, self._began, self._moving = job, None, {}
+        """A job of this name begins, or is gone on with: nothing is known of it yet."""
+        self.job, self.figures, self._began, self._moving = job, None, None, {}
 
     def enter(self, stage: str) -> None:
         """A phase begins."""

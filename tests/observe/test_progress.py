@@ -65,6 +65,14 @@ def test_what_an_earlier_attempt_has_brought_is_no_speed_of_a_later_one() -> Non
     assert summary.speed == 10 * MIB
 
 
+def test_a_job_that_is_gone_on_with_has_an_empty_bar_until_it_copies() -> None:
+    summary = busy()
+    assert "100 %" in summary.bar(60)
+    summary.begin("1a2b3c4d")
+    summary.enter("prepare")
+    assert summary.bar(60).endswith("]   0 %") and summary.pending is None
+
+
 def test_a_stage_of_which_nothing_is_known_is_just_named() -> None:
     assert Summary().line() == "prepare"
 
