@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,6 +21,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.service import failure
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.ports import CopyKind
+from qemu_blkmig.time_limit import time_limit
 from qemu_blkmig.transport.client import AgentClient, CopyCancelled, error_of
 from qemu_blkmig.transport.local import LocalHost
 from qemu_blkmig.transport.mover import RemoteMover
@@ -293,3 +295,13 @@ async def test_what_would_be_overwritten_is_told(agent: AgentClient, tmp_path: P
 def test_the_advice_of_a_refusal_crosses_to_the_coordinator() -> None:
     refused = errors.Refused("libnbd is missing", advice="install it")
     assert error_of(failure(refused)).advice == "install it"
+
+
+async def test_an_agent_s_end_is_told_though_no_descriptor_is_to_be_had(
+    agent: AgentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pidfd_open", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+    agent.kill()
+    with pytest.raises(errors.DestinationFailed, match="SIGKILL"):
+        async with time_limit(20):
+            await agent.request(protocol.Ping())
