@@ -289,8 +289,9 @@ def _advice(record: Mapping[str, Any], place: str) -> str:
     host = host if colon and host else "the other host"
     if record["state"] == "incoming":
         return (
-            f"the guest is still that of {host}: let it run there. On {host}, `qemu-blkmig status {record['job']}` "
-            f"tells how the job stands, `qemu-blkmig cleanup {record['job']}` ends one that was left behind. "
+            f"unless somebody has moved it otherwise, the guest is still that of {host}: let it run there. "
+            f"On {host}, `qemu-blkmig status {record['job']}` tells how the job stands, "
+            f"`qemu-blkmig cleanup {record['job']}` ends one that was left behind. "
             f"Only if you know that the image is complete: rm {_quoted(place)}"
         )
     name = record["domain"] or "the guest"

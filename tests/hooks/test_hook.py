@@ -57,7 +57,8 @@ def test_a_guest_that_moved_away_is_not_started_and_the_message_says_where_it_is
 @pytest.mark.parametrize("operation", BEGINS)
 def test_an_incomplete_image_starts_no_guest_and_the_message_names_the_job(host: Host, operation: str) -> None:
     ownership.announce(str(host.image), "1a2b", "vda", "hosta:/old/vm.qcow2")
-    host.refuses(operation, "is incomplete", "the guest is still that of hosta", "qemu-blkmig cleanup 1a2b")
+    told = "unless somebody has moved it otherwise, the guest is still that of hosta"
+    host.refuses(operation, "is incomplete", told, "qemu-blkmig cleanup 1a2b")
     ownership.complete(str(host.image), "1a2b")
     host.passes(operation)
 
