@@ -452,8 +452,9 @@ def _mend(image: Image) -> None:
     command = ["qemu-img", "check", "-q", "-f", image.format, *(["-r", "leaks"] if image.format == "qcow2" else [])]
     try:
         done = subprocess.run(
-            [*command, image.path], capture_output=True, text=True, timeout=_CHECK_TIMEOUT, check=False
-        )
+            [*command, image.path], capture_output=True, text=True, errors="backslashreplace", timeout=_CHECK_TIMEOUT,
+            check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise errors.Refused(f"qemu-img check: {error}", disk=image.disk) from error
     if done.returncode not in (0, 3, 63):

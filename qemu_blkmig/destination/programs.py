@@ -31,8 +31,9 @@ def qemu_img(*arguments: str, limit: float | None = USUAL_LIMIT, descriptors: Se
     """What it prints, with these of our `descriptors` open in it. Raises `Refused` with its words."""
     try:
         done = subprocess.run(
-            ["qemu-img", *arguments], capture_output=True, text=True, timeout=limit, check=False, pass_fds=descriptors
-        )
+            ["qemu-img", *arguments], capture_output=True, text=True, errors="backslashreplace", timeout=limit,
+            check=False, pass_fds=descriptors,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Refused(f"qemu-img {arguments[0]}: {error}") from error
     if done.returncode:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from msgspec import structs
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import holders, images, locks
+from qemu_blkmig.destination.programs import image_info
 from qemu_blkmig.destination.protocol import Backing, Created, Image
 
 MIB = 1 << 20
@@ -366,3 +368,13 @@ def test_a_preallocation_that_a_format_does_not_know_is_told(tmp_path: Path) -> 
     assert "format vdi knows no preallocation 'full'" in faults(new(tmp_path / "a", format="vdi", preallocation="full"))
     overlay = new(tmp_path / "a", format="qcow2", backing=Backing("base", "raw"), preallocation="full")
     assert "never preallocated" in faults(overlay)
+
+
+@pytest.mark.parametrize("look", [lambda image: image_info(image.path, "qcow2"), images._mend])
+def test_of_an_image_whose_name_is_not_utf_8_it_is_told_that_it_is_damaged(
+    look: Callable[[Image], object], tmp_path: Path
+) -> None:
+    path = tmp_path / os.fsdecode(b"a\xff")
+    path.write_text("no image")
+    with pytest.raises(errors.Refused, match=r"a\\xff'.*: Image is not in qcow2 format"):
+        look(new(path, format="qcow2", create=False))
