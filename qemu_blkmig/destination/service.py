@@ -195,7 +195,10 @@ class Service:
                 disk.control.cancel()
         self._expecting.end()
         await self._outlast_others([disk.prepared.image.path for disk in disks if not disk.closed])
-        await asyncio.gather(*(self._end(disk, remove=remove) for disk in disks))
+        ended = await asyncio.gather(*(self._end(disk, remove=remove) for disk in disks), return_exceptions=True)
+        for disk, trouble in zip(disks, ended, strict=True):
+            if trouble is not None:
+                _log.error("disk %s could not be given up: %s", disk.name, trouble)
         if self._job is not None:
             await asyncio.to_thread(migration_sockets.remove, self._job)
         if self._runtime is not None:

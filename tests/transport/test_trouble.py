@@ -11,14 +11,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
+import qemu_blkmig
 from qemu_blkmig import errors
-from qemu_blkmig.destination import locks, protocol
+from qemu_blkmig.destination import images, locks, protocol
 from qemu_blkmig.destination.process import ProcessId
-from qemu_blkmig.destination.service import failure
+from qemu_blkmig.destination.service import Service, failure
 from qemu_blkmig.engine.extents import Extent
 from qemu_blkmig.engine.ports import CopyKind
 from qemu_blkmig.time_limit import time_limit
@@ -305,3 +306,24 @@ async def test_an_agent_s_end_is_told_though_no_descriptor_is_to_be_had(
     with pytest.raises(errors.DestinationFailed, match="SIGKILL"):
         async with time_limit(20):
             await agent.request(protocol.Ping())
+
+
+async def test_an_image_that_cannot_be_removed_does_not_leave_the_others_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_up = images.give_up
+
+    def troubled(prepared: images.Prepared, *, untouched: bool) -> None:
+        if prepared.image.disk == "a":
+            raise OSError(errno.EROFS, "Read-only file system")
+        give_up(prepared, untouched=untouched)
+
+    monkeypatch.setattr(images, "give_up", troubled)
+    service = Service(AsyncMock())
+    there = await service.perform(protocol.Hello(qemu_blkmig.__version__, protocol.PROTOCOL, "1a2b"))
+    assert isinstance(there, protocol.HelloReply)
+    wanted = [image(tmp_path / disk, MIB, disk=disk) for disk in ("a", "b")]
+    assert isinstance(await service.perform(protocol.Prepare(wanted)), protocol.PrepareReply)
+    await service.end(remove=True)
+    assert not (tmp_path / "b").exists()
+    assert not Path(there.runtime).exists()
