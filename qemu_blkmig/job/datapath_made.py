@@ -60,7 +60,12 @@ def _address_towards(place: Place) -> str:
 def _name_of(place: Ssh) -> str:
     """The name or address that ssh connects to: the user's configuration may say another than the one given."""
     told = subprocess.run(
-        [*ssh_command(), "-G", "--", place.host], capture_output=True, text=True, timeout=10, check=True
+        [*ssh_command(), "-G", "--", place.host],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=10,
+        check=True,
     )
     named = [line.split()[1] for line in told.stdout.splitlines() if line.startswith("hostname ")]
     return named[0] if named else place.host

@@ -222,13 +222,18 @@ async def _found(target: Connection, lookup: Any, name: str, *codes: int) -> Any
 
 def differing(given: Domain, own: Domain, option: str) -> Iterable[str]:
     """What XML that the user gives must have in common with the domain's own."""
-    if given.uuid and given.uuid != own.uuid:
+    if given.uuid and _digits(given.uuid) != _digits(own.uuid):
         yield f"{option}: its UUID is {given.uuid}, the domain's is {own.uuid}"
     if given.name != own.name:
         yield f"{option}: its name is {given.name}, the domain's is {own.name}; --dname renames it"
     theirs, ours = {disk.target for disk in given.disks}, {disk.target for disk in own.disks}
     if theirs != ours:
         yield f"{option}: its disks are {', '.join(sorted(theirs))}, the domain's are {', '.join(sorted(ours))}"
+
+
+def _digits(uuid: str) -> str:
+    """libvirt takes a UUID in capitals and without its hyphens, too."""
+    return uuid.replace("-", "").strip().lower()
 
 
 def misread(given: Domain, own: Domain, option: str, *, as_they_are: bool) -> Iterable[str]:

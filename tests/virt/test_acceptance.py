@@ -248,6 +248,12 @@ def test_xml_that_is_not_of_this_domain_is_told(change: dict[str, str], why: str
     assert len(found) == 1 and why in found[0]
 
 
+@pytest.mark.parametrize("spelled", [UUID.upper(), UUID.replace("-", ""), f"\n{UUID} "])
+def test_xml_may_spell_the_uuid_as_libvirt_takes_it(spelled: str) -> None:
+    given, own = (Domain.parse(DEFINED.format(name="web1", uuid=uuid)) for uuid in (spelled, UUID))
+    assert not [*differing(given, own, "--xml")]
+
+
 def test_xml_with_other_disks_is_told() -> None:
     root = ElementTree.fromstring(DEFINED.format(name="web1", uuid=UUID))
     given = Domain.parse(ElementTree.tostring(root, encoding="unicode").replace("vda", "vdb"))
