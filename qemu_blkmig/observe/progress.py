@@ -118,7 +118,8 @@ class JsonLines:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        self._tell(NoteEvent(time=time.time(), text=text))
+        # It may name a file, whose name need not be UTF-8 as JSON is.
+        self._tell(NoteEvent(time=time.time(), text=text.encode(errors="backslashreplace").decode()))
 
     def _show(self) -> None:
         now, figures, percent = time.monotonic(), self.summary.figures, self.summary.percent

@@ -336,6 +336,15 @@ def test_names_that_are_not_utf_8_are_labels_all_the_same(tmp_path: Path, capfd:
     assert last_times(path, r"qmp:/no\udcff")[1] is not None
 
 
+def test_a_complaint_of_a_file_whose_name_is_not_utf_8_does_the_job_no_harm() -> None:
+    stream = io.StringIO()
+    outlet = Outlet(stream)
+    counting = Counting(JsonLines(outlet), Metrics("copy", SOURCE, "/new"), deque(["cannot be written to /m\udcff"]))
+    counting.figures(figures())
+    outlet.close()
+    assert r"cannot be written to /m\\udcff" in stream.getvalue()
+
+
 def test_what_the_file_s_thread_complains_of_is_told_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
