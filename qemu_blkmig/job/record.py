@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from qemu_blkmig.destination.basecache import Identity
+from qemu_blkmig.destination.files import boot_id
 from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.destination.protocol import Created
 from qemu_blkmig.engine.outlast import only_wait
@@ -52,7 +53,8 @@ class Owner(enum.Enum):
 class Managed(msgspec.Struct, frozen=True):
     """A domain that libvirt manages: its `uuid`, its names at the source and there, and what was asked for.
 
-    `number`: its id at the source, as long as it runs there; once it was started anew it has another one.
+    `number`: its id at the source, as long as it runs there; once it was started anew it has another one, but ids begin
+    again when the host is `booted` anew (`files.boot_id`).
     """
 
     options: ManagedOptions
@@ -60,6 +62,7 @@ class Managed(msgspec.Struct, frozen=True):
     name: str
     name_there: str
     number: int | None = None
+    booted: str = ""
 
     @classmethod
     def of(cls, options: ManagedOptions, uuid: str, name: str, number: int | None = None) -> Managed:
@@ -67,7 +70,7 @@ class Managed(msgspec.Struct, frozen=True):
         resumed: the id of a running domain is a new one each time.
         """
         lasting = replace(options, domain=uuid) if options.domain.isdecimal() else options
-        return cls(lasting, uuid, name, options.dname or name, number)
+        return cls(lasting, uuid, name, options.dname or name, number, boot_id())
 
 
 class Volume(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ import logging
 from typing import Any
 
 from qemu_blkmig.destination import migration_sockets
+from qemu_blkmig.destination.files import boot_id
 from qemu_blkmig.errors import BlkmigError, ConnectionLost, Refused
 from qemu_blkmig.job.peers import HostUnreachable, Unreachable, until
 from qemu_blkmig.job.record import Job, Managed, Owner
@@ -172,8 +173,7 @@ class Domains:
         state = await self._state(near)
         if not state.active:
             return
-        number = self._managed.number
-        ours = number is None or number == await near.call((await self._domain(near)).ID)
+        ours = await self._is_as_it_was(near)
         if settlement.ended and not ours:
             settlement.returned = True
             settlement.facts.append("it was started at the source again, or came back, since: it was left alone")
@@ -185,6 +185,13 @@ class Domains:
         settlement.decided = settlement.left_there = False
         settlement.facts.append("the domain is still there at the source; never resume it: it would run twice")
         settlement.unreachable = self._by_hand()
+
+    async def _is_as_it_was(self, near: Connection) -> bool:
+        """Whether the domain that is active here is the one that was handed over, not started anew since."""
+        known = self._managed
+        if known.number is None:
+            return True
+        return known.booted == boot_id() and known.number == await near.call((await self._domain(near)).ID)
 
     async def images_are_gone(self, settlement: Settlement) -> None:
         """See `Sides`."""

@@ -8,6 +8,7 @@ from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
+from qemu_blkmig.destination.files import boot_id
 from qemu_blkmig.job import settle_domains
 from qemu_blkmig.job.managed_options import ManagedOptions
 from qemu_blkmig.job.peers import HostUnreachable
@@ -189,22 +190,24 @@ async def test_so_may_one_of_which_nobody_knows_any_more_when_a_job_was_left(
 
 
 @pytest.mark.parametrize(
-    ("number", "there", "destroyed", "returned"),
+    ("number", "booted", "there", "destroyed", "returned"),
     [
-        (7, SHUT_OFF, True, False),
-        (7, RUNS, True, False),
-        (None, RUNS, True, False),
-        (6, SHUT_OFF, False, True),
-        (6, RUNS, False, False),
+        (7, boot_id(), SHUT_OFF, True, False),
+        (7, boot_id(), RUNS, True, False),
+        (None, "", RUNS, True, False),
+        (6, boot_id(), SHUT_OFF, False, True),
+        (6, boot_id(), RUNS, False, False),
+        (7, "another time", SHUT_OFF, False, True),
+        (7, "another time", RUNS, False, False),
     ],
 )
 async def test_only_the_rest_of_what_was_handed_over_is_ended_at_the_source(
-    monkeypatch: pytest.MonkeyPatch, number: int | None, there: int, *, destroyed: bool, returned: bool
+    monkeypatch: pytest.MonkeyPatch, number: int | None, booted: str, there: int, *, destroyed: bool, returned: bool
 ) -> None:
     domain = Domain(PAUSED, USER)
     sides = both(monkeypatch, Record("cafe", "/run", owner=Owner.DESTINATION), domain)
     options = ManagedOptions("vm", "qemu+ssh://hostb/system", Ssh("hostb", "/"))
-    sides._managed = Managed(options, "uuid", "vm", "vm", number)
+    sides._managed = Managed(options, "uuid", "vm", "vm", number, booted)
     monkeypatch.setattr(sides._far_end, "call", AsyncMock(return_value=(there, 0)))
     settlement = Settlement(Owner.DESTINATION)
     await sides.leave_to_destination(settlement)
