@@ -24,7 +24,7 @@ from qemu_blkmig.destination.process import ProcessId
 from qemu_blkmig.hashing import Algorithm
 from qemu_blkmig.nbd.address import TcpAddress, UnixAddress
 
-PROTOCOL = 7
+PROTOCOL = 8
 LINE_LIMIT = 4 << 20
 BATCH_LIMIT = 16_384
 """Most extents in one copy request."""
