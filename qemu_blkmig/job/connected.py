@@ -158,4 +158,7 @@ async def _go_on(life: Lifecycle, carriage: Carrying, engine: BlockMigration) ->
 
 def compare_instead(job: str) -> str:
     """What is to be done where the recording is lost."""
-    return f"qemu-blkmig resume {job} --compare reads both sides and copies only what differs"
+    return (
+        f"qemu-blkmig resume {job} --compare reads both sides and copies only what differs; it overwrites what the "
+        "guest has written at the destination if somebody moved it there otherwise meanwhile"
+    )
