@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,10 +223,15 @@ def test_nor_does_it_when_the_coordinator_is_killed_meanwhile(virtlab: VirtLab, 
     virtlab.assert_stayed(domain)
 
 
-@pytest.mark.parametrize(("way", "ending"), [((), "resume"), (("--persistent", "--undefinesource"), "cleanup")])
-def test_images_onto_which_somebody_else_has_moved_the_guest_stay_when_the_job_is_given_up(
-    virtlab: VirtLab, domain: Domain, way: tuple[str, ...], ending: str
-) -> None:
+def assert_all_is_there(virtlab: VirtLab, domain: Domain, *, far: bool) -> None:
+    """On that host's image, of a guest that is off by now, lies what it wrote on either."""
+    (disk,) = domain.disks
+    image = replace(disk, path=virtlab.outside(disk.path, far=far))
+    assert_records_sound(image, max(domain.acked(), domain.acked(far=True)))
+
+
+def suspended_and_moved_by_virsh(virtlab: VirtLab, domain: Domain, way: Sequence[str]) -> None:
+    """A job rests; meanwhile virsh migrates the guest onto its images, where it writes, and is shut off."""
     attempt = virtlab.attempt(domain, hold="copied")
     attempt.wait_held()
     attempt.signal(signal.SIGHUP)
@@ -234,13 +239,18 @@ def test_images_onto_which_somebody_else_has_moved_the_guest_stay_when_the_job_i
     virtlab.hosts.virsh("migrate", "--unsafe", "--copy-storage-all", *way, domain.name, virtlab.target)
     domain.wait_for_writing(far=True, more=20)
     virtlab.hosts.virsh("destroy", domain.name, far=True)
+
+
+@pytest.mark.parametrize(("way", "ending"), [((), "resume"), (("--persistent", "--undefinesource"), "cleanup")])
+def test_images_onto_which_somebody_else_has_moved_the_guest_stay_when_the_job_is_given_up(
+    virtlab: VirtLab, domain: Domain, way: tuple[str, ...], ending: str
+) -> None:
+    suspended_and_moved_by_virsh(virtlab, domain, way)
     outcome = virtlab.tool(ending, virtlab.job())
     told = outcome.stderr + outcome.stdout
     assert "somebody else may have moved it away" in told and "nothing was removed" in told, told
     assert "--offline" not in told and "hold all" not in told, told
-    (disk,) = domain.disks
-    image = replace(disk, path=virtlab.outside(disk.path, far=True))
-    assert_records_sound(image, max(domain.acked(), domain.acked(far=True)))
+    assert_all_is_there(virtlab, domain, far=True)
     virtlab.assert_nothing_left()
 
 
@@ -250,21 +260,13 @@ def test_images_onto_which_somebody_else_has_moved_the_guest_stay_when_the_job_i
 def test_they_stay_too_when_the_source_s_libvirt_does_not_know_any_more_that_it_has_moved_it(
     virtlab: VirtLab, domain: Domain, way: tuple[str, ...], ending: str
 ) -> None:
-    attempt = virtlab.attempt(domain, hold="copied")
-    attempt.wait_held()
-    attempt.signal(signal.SIGHUP)
-    attempt.outcome().failed(128 + signal.SIGHUP, now=HERE)
-    virtlab.hosts.virsh("migrate", "--unsafe", "--copy-storage-all", *way, domain.name, virtlab.target)
-    domain.wait_for_writing(far=True, more=20)
-    virtlab.hosts.virsh("destroy", domain.name, far=True)
+    suspended_and_moved_by_virsh(virtlab, domain, way)
     virtlab.hosts.stop_libvirtd(far=False)
     virtlab.hosts.start_libvirtd(far=False)
     outcome = virtlab.tool(ending, virtlab.job())
     told = outcome.stderr + outcome.stdout
     assert ending == "resume" or "images were left at the destination" in told, told
-    (disk,) = domain.disks
-    image = replace(disk, path=virtlab.outside(disk.path, far=True))
-    assert_records_sound(image, max(domain.acked(), domain.acked(far=True)))
+    assert_all_is_there(virtlab, domain, far=True)
     virtlab.cleaned_up()
     assert virtlab.images_there(domain)
     virtlab.assert_nothing_left()
@@ -293,9 +295,7 @@ def test_a_guest_that_came_back_before_its_job_was_cleaned_up_is_left_alone(
     assert "came back" in told and "left alone" in told, told
     assert domain.state() == ("paused" if paused else "running")
     virtlab.hosts.virsh("destroy", domain.name)
-    (disk,) = domain.disks
-    image = replace(disk, path=virtlab.outside(disk.path, far=False))
-    assert_records_sound(image, max(domain.acked(), domain.acked(far=True)))
+    assert_all_is_there(virtlab, domain, far=False)
     virtlab.assert_nothing_left()
 
 

@@ -18,6 +18,7 @@ from qemu_blkmig.job.moment import Moment, parse_moment
 from qemu_blkmig.job.options import Afterwards, BaseCheck, OnStall, Selection, Target, Transfer, Verify
 from qemu_blkmig.job.place import FORMS, REMOTE_COMMAND, Place, parse_place
 from qemu_blkmig.observe.asked import Asked, parse_listen
+from qemu_blkmig.observe.events import utf8
 from qemu_blkmig.units import parse_rate, parse_size
 
 _T = TypeVar("_T")
@@ -303,9 +304,8 @@ def asked(arguments: argparse.Namespace, source: str, destination: str) -> Asked
     listen = None
     if arguments.metrics_listen is not None:
         listen = parse_listen(arguments.metrics_listen)
-    # Labels are UTF-8; names of files need not be.
-    source, destination = (text.encode(errors="backslashreplace").decode() for text in (source, destination))
-    return Asked(arguments.progress, arguments.command, source, destination, arguments.metrics_file, listen)
+    ends = utf8(source), utf8(destination)
+    return Asked(arguments.progress, arguments.command, *ends, arguments.metrics_file, listen)
 
 
 def add_form(parser: argparse.ArgumentParser) -> None:

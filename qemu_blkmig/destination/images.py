@@ -19,6 +19,7 @@ from msgspec import structs
 
 from qemu_blkmig import errors
 from qemu_blkmig.destination import devices, hashtable, locks, ownership
+from qemu_blkmig.destination.files import FileId, file_id
 from qemu_blkmig.destination.holders import claimant
 from qemu_blkmig.destination.programs import SERVING, USUAL_LIMIT, image_info, missing, qemu_img
 from qemu_blkmig.destination.protocol import Backing, Created, Image, Problem, Room, Space
@@ -89,9 +90,9 @@ def inspect(images: Sequence[Image], job: str | None = None) -> tuple[list[Probl
         for image in images
         if image.identity is not None and (why := _of_another(image.path, job)) is not None
     ]
-    seen: dict[str | tuple[int, int], str] = {}
+    seen: dict[str | FileId, str] = {}
     for image in images:
-        place = _place(image.path)
+        place = file_id(image.path) or os.path.realpath(image.path)
         if place in seen:
             problems.append(Problem(image.disk, f"{image.path} is the destination of disk {seen[place]} too"))
         seen[place] = image.disk
@@ -264,15 +265,6 @@ def _faults(image: Image, job: str | None) -> Iterator[str]:
         yield error.what
     except OSError as error:
         yield f"{image.path}: {error.strerror}"
-
-
-def _place(path: str) -> str | tuple[int, int]:
-    """What is the same for all names, hard links too, of one file or block device."""
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return os.path.realpath(path)
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def _is_to_be_made(image: Image) -> bool:

@@ -40,15 +40,16 @@ class _State:
 
     def __init__(self, told: tuple[int, int] | None) -> None:
         module = libvirt()
-        self.active = told is not None and told[0] != module.VIR_DOMAIN_SHUTOFF
+        state, reason = told or (None, None)
         self.known = told is not None
+        self.active = self.known and state != module.VIR_DOMAIN_SHUTOFF
         self.moved_away = told == (module.VIR_DOMAIN_SHUTOFF, module.VIR_DOMAIN_SHUTOFF_MIGRATED)
         self.forgotten = told in (None, (module.VIR_DOMAIN_SHUTOFF, module.VIR_DOMAIN_SHUTOFF_UNKNOWN))
         """Whether libvirt does not know why it is off, as after a restart of its own, or not even the domain."""
-        self.crashed = told is not None and told[0] == module.VIR_DOMAIN_CRASHED
+        self.crashed = state == module.VIR_DOMAIN_CRASHED
         """Its QEMU is still there, with all its disks (on_crash), if only until libvirt has ended it, or reset it."""
-        self.paused = told is not None and told[0] == module.VIR_DOMAIN_PAUSED
-        self.by_migration = self.paused and told is not None and told[1] == module.VIR_DOMAIN_PAUSED_MIGRATION
+        self.paused = state == module.VIR_DOMAIN_PAUSED
+        self.by_migration = self.paused and reason == module.VIR_DOMAIN_PAUSED_MIGRATION
         self.runs = self.active and not self.paused and not self.crashed
         self.let_go_on = told == (module.VIR_DOMAIN_RUNNING, module.VIR_DOMAIN_RUNNING_MIGRATION_CANCELED)
         """Whether libvirt itself has it run since a migration of it came to nothing, and nobody has told it to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from qemu_blkmig.engine.average import Average
 from qemu_blkmig.engine.migration import Figures
 from qemu_blkmig.job.diskmap import Maps
 from qemu_blkmig.job.journal import Journal
@@ -18,8 +19,6 @@ MAPS = 5.0
 """Least seconds between two maps in the journal."""
 STILL = ("switchover", "verify", "handover")
 """Phases in which a guest may stand still: no more is noted in them than their beginning."""
-LEAST_MEASURED = 0.5
-"""Seconds of copying that an average speed is told after."""
 
 
 class Telling:
@@ -39,8 +38,7 @@ class Telling:
         self.since = time.time()
         self.latest: Figures | None = None
         self.moved: dict[str, int] = {}
-        self._began: float | None = None
-        self._brought = 0
+        self._average: Average | None = None
         self.last_note: str | None = None
 
     def job(self, name: str) -> None:
@@ -62,12 +60,12 @@ class Telling:
         """The engine's figures changed."""
         self.latest = figures
         self.moved.clear()
-        if self._began is None:
-            self._began, self._brought = time.monotonic(), self._bulk
+        if self._average is None:
+            self._average = Average(time.monotonic(), self._bulk)
         if figures.round != self._round:
             self._end_round(figures)
         if self.phase not in STILL:
-            self._sample_sometimes(self._began)
+            self._sample_sometimes(self._average.began)
         self._reporter.figures(figures)
 
     def moving(self, disk: str, settled: int) -> None:
@@ -84,11 +82,9 @@ class Telling:
     @property
     def speed(self) -> float | None:
         """Bytes a second: as the engine measured it, before that what the bulk pass has settled on average."""
-        if self.latest is None or self._began is None or self.latest.speed is not None:
+        if self.latest is None or self._average is None or self.latest.speed is not None:
             return self.latest.speed if self.latest else None
-        elapsed = time.monotonic() - self._began
-        copied = self._bulk - self._brought
-        return copied / elapsed if copied > 0 and elapsed >= LEAST_MEASURED else None
+        return self._average.until(time.monotonic(), self._bulk)
 
     @property
     def _bulk(self) -> int:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import msgspec
 
 
+def utf8(text: str) -> str:
+    """The text as JSON and labels of metrics can have it: it may name a file, whose name need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     """`time`: seconds since 1970."""
 

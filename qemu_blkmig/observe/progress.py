@@ -23,6 +23,7 @@ from qemu_blkmig.observe.events import (
     LimitsEvent,
     NoteEvent,
     StageEvent,
+    utf8,
 )
 from qemu_blkmig.observe.summary import Summary
 from qemu_blkmig.observe.terminal import Terminal
@@ -118,8 +119,7 @@ class JsonLines:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        # It may name a file, whose name need not be UTF-8 as JSON is.
-        self._tell(NoteEvent(time=time.time(), text=text.encode(errors="backslashreplace").decode()))
+        self._tell(NoteEvent(time=time.time(), text=utf8(text)))
 
     def _show(self) -> None:
         now, figures, percent = time.monotonic(), self.summary.figures, self.summary.percent

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from qemu_blkmig.engine.average import Average
 from qemu_blkmig.engine.migration import DiskFigures, Figures
 from qemu_blkmig.units import show_bytes, show_rate, show_seconds
 
-LEAST_MEASURED = 0.5
-"""Seconds of copying that an average speed is told after."""
 LEAST_BAR, MOST_BAR = 8, 42
 """Columns of the bar, its brackets included in the first."""
 
@@ -25,13 +24,12 @@ class Summary:
         self.rate: int | None = None
         self.now = now
         self.begun = self.entered = now()
-        self._began: float | None = None
-        self._brought = 0
+        self._average: Average | None = None
         self._moving: dict[str, int] = {}
 
     def begin(self, job: str) -> None:
         """A job of this name begins, or is gone on with: nothing is known of it yet."""
-        self.job, self.figures, self._began, self._moving = job, None, None, {}
+        self.job, self.figures, self._average, self._moving = job, None, None, {}
 
     def enter(self, stage: str) -> None:
         """A phase begins."""
@@ -45,8 +43,8 @@ class Summary:
         """New figures of the engine: what was under way is part of them now."""
         self.figures = figures
         self._moving = {}
-        if self._began is None:
-            self._began, self._brought = self.now(), self._settled
+        if self._average is None:
+            self._average = Average(self.now(), self._settled)
 
     def moving(self, disk: str, settled: int) -> None:
         """Bytes settled in the copy under way."""
@@ -73,13 +71,11 @@ class Summary:
     @property
     def speed(self) -> float | None:
         """Bytes a second: as the engine measured it, before that what the bulk pass has settled on average."""
-        if self.figures is None or self._began is None:
+        if self.figures is None or self._average is None:
             return None
         if self.figures.speed is not None:
             return self.figures.speed
-        elapsed = self.now() - self._began
-        copied = self._settled - self._brought
-        return copied / elapsed if elapsed >= LEAST_MEASURED and copied > 0 else None
+        return self._average.until(self.now(), self._settled)
 
     @property
     def _settled(self) -> int:
